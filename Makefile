@@ -1,0 +1,44 @@
+# Every target makes and uses .venv/ by itself; PYTHON chooses the interpreter that it is made with (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := f2llm_jax configs tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean
+
+help:  ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## Train a small multilingual model on the embedded corpus, export it and check it
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
+
+# By file, because what a file's tests share (a corpus, a compiled step) is then made once and not once a worker.
+test: $(INSTALLED)  ## Run the tests on the CPU
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-slow: $(INSTALLED)  ## Run the tests that take minutes each
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m slow
+
+lint: $(INSTALLED)  ## Check style and formatting
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(INSTALLED)  ## Rewrite the sources in the house format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:  ## Remove the environment and every cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is touched last and removed first: a failed install is tried again. torch comes first, pinned as in
+# pyproject.toml, because a torch that pip is free to choose brings gigabytes of CUDA along.
+$(INSTALLED): pyproject.toml
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@

@@ -1,0 +1,97 @@
+"""What stage 1 and stage 2 share: every field of a run, with its unit, at the published value.
+
+A configuration file is a program: `--config configs/stage2.py:size=0.6b,runlocal` passes an argument to its `get_config`,
+`--config.optimizer.learning_rate=1e-5` overrides a field. An unknown argument or field fails with the nearest valid name.
+"""
+
+import difflib
+
+import ml_collections
+
+# Peak learning rate and epochs by size (paper, table 1; it does not tell the stages apart).
+LEARNING_RATE = {"80m": 4e-5, "160m": 3e-5, "330m": 2e-5, "0.6b": 1e-5, "1.7b": 9e-6, "4b": 7e-6, "8b": 6e-6, "14b": 5e-6}
+EPOCHS = {"80m": 4, "160m": 3, "330m": 3, "0.6b": 2, "1.7b": 2, "4b": 2, "8b": 2, "14b": 2}
+
+
+def parse_arg(arg: str | None, **defaults: str | bool) -> ml_collections.ConfigDict:
+    """Parses `size=0.6b,runlocal` into the types of `defaults`; a bare name of a bool means True.
+
+    Raises:
+      ValueError: an unknown name; the message offers the nearest one.
+    """
+    values = dict(defaults)
+    for part in (arg or "").split(","):
+        name, _, value = part.partition("=")
+        if not name:
+            continue
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(defaults)}"
+            raise ValueError(f"unknown configuration argument {name!r}; {hint}")
+        values[name] = value.lower() not in ("0", "false", "no") if isinstance(defaults[name], bool) else value
+    return ml_collections.ConfigDict(values)
+
+
+def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
+    """Every field of a run, for one of the eight sizes or, with `runlocal`, for a toy on a laptop."""
+    if size not in LEARNING_RATE:
+        raise ValueError(f"unknown size {size!r}; there are: {', '.join(LEARNING_RATE)}")
+    config = ml_collections.ConfigDict()
+    config.stage = stage  # decides only which embedded corpus is made where no data folder is given
+    config.seed = 0
+    config.size = size  # a row of f2llm_jax/model/sizes.py
+    config.init = ""  # weights to start from: HF folder, Hub id, workdir or checkpoint; empty for random
+    config.teacher = ""  # model to distil from, named like init; empty for none
+    config.epochs = EPOCHS[size]
+    config.steps = 0  # updates; 0 means `epochs` epochs
+    config.dtype = "bfloat16"  # compute dtype; parameters and optimizer state are float32
+    config.remat = "full"  # what the backward pass recomputes: none, dots or full
+    config.log_every = 20  # steps between progress lines where there is no terminal
+
+    config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1 fills up
+
+    config.data = ml_collections.ConfigDict()
+    config.data.folder = ""  # made by f2llm_jax.prepare
+    config.data.threads = 2  # that read and pack
+    config.data.ahead = 4  # steps read before they are needed
+
+    config.batch = ml_collections.ConfigDict()
+    config.batch.size = 512  # samples a step over all devices; the pool of in-batch negatives
+    config.batch.max_length = 1024  # tokens of a text, EOS included
+    config.batch.row_tokens = 1024  # tokens of a packed row
+    config.batch.row_texts = 128  # most texts in a packed row
+    config.batch.microbatch_rows = 64  # packed rows on the devices at once, over all of them; memory only
+    config.batch.negatives_per_sample = "batch"  # one draw of negative columns a "batch" (published) or a "row"
+
+    config.objective = ml_collections.ConfigDict()
+    config.objective.temperature = 0.05
+    config.objective.matryoshka = True  # in both stages
+    config.objective.matryoshka_minimum = 8  # smallest width
+    config.objective.in_batch_passage_grad = "full"  # "none" is what the published multi-GPU trainer computes
+    config.objective.distillation_weight = 1.0  # used if there is a teacher
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = LEARNING_RATE[size]
+    config.optimizer.warmup_steps = 500
+    config.optimizer.min_learning_rate = 1e-7
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.98
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0
+
+    config.eval = ml_collections.ConfigDict({"every": 1000, "batches": 4})  # steps between validations; batches a source
+    config.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 3})  # steps between; how many stay
+    return _runlocal(config) if runlocal else config
+
+
+def _runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same run in small: a toy decoder from random weights, minutes on two cores."""
+    config.size = "toy"
+    config.dtype = "float32"
+    config.remat = "none"
+    config.epochs = 1
+    config.batch.update({"size": 32, "max_length": 128, "row_tokens": 256, "row_texts": 64, "microbatch_rows": 8})
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20, "min_learning_rate": 1e-5})
+    config.eval.update({"every": 100, "batches": 2})
+    config.checkpoint.update({"every": 50})
+    return config

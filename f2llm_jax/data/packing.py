@@ -1,0 +1,128 @@
+"""Texts into rows of fixed length: best-fit decreasing, and the arrays that say where each text went.
+
+The plan is a function of the lengths alone, so every host computes the same one for the global batch without communication
+and then fills in only the rows of its own devices.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from f2llm_jax.batch import PackedTexts
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Where each of S texts stands.
+
+    Attributes:
+      row: int32 `[S]`, its row; -1 for an absent text (length 0).
+      start: int32 `[S]`, position of its first token in the row.
+      slot: int32 `[S]`, its rank within the row: 0, 1, ...
+      lengths: int32 `[S]`, as given.
+      rows: number of rows in use.
+    """
+
+    row: np.ndarray
+    start: np.ndarray
+    slot: np.ndarray
+    lengths: np.ndarray
+    rows: int
+
+
+def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -> Packing:
+    """Best-fit decreasing: longest text first, each into the fullest row that still holds it.
+
+    Args:
+      lengths: `[S]` tokens of each text; 0 for a text that does not exist.
+      row_tokens: T.
+      row_texts: X, the most texts a row may hold.
+
+    Raises:
+      ValueError: a text is longer than a row.
+    """
+    lengths = np.asarray(lengths, np.int32)
+    if lengths.max(initial=0) > row_tokens:
+        raise ValueError(f"a text of {lengths.max()} tokens does not fit a row of {row_tokens}; raise row_tokens or lower max_length")
+    row, start, slot = (np.full(len(lengths), -1, np.int32) for _ in range(3))
+    open_rows: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # by tokens left
+    free = 0  # bit k is set if a row with k tokens left is open: the best fit is the lowest set bit from `length` up
+    texts: list[int] = []  # texts in each row
+    order = np.argsort(-lengths, kind="stable")
+    for text, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if length == 0:
+            break
+        fits = free >> length
+        if fits:
+            left = length + (fits & -fits).bit_length() - 1
+            r = open_rows[left].pop()
+            if not open_rows[left]:
+                free ^= 1 << left
+        else:
+            left, r = row_tokens, len(texts)
+            texts.append(0)
+        row[text], start[text], slot[text] = r, row_tokens - left, texts[r]
+        texts[r] += 1
+        left -= length
+        if left and texts[r] < row_texts:
+            open_rows[left].append(r)
+            free |= 1 << left
+    return Packing(row, start, slot, lengths, len(texts))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Shape of the packed rows.
+
+    Attributes:
+      chunk_rows: M, rows that are encoded at once.
+      row_tokens: T.
+      row_texts: X, the most texts a row holds.
+    """
+
+    chunk_rows: int
+    row_tokens: int
+    row_texts: int = 64
+
+    def pack(self, lengths: Sequence[int] | np.ndarray) -> Packing:
+        """`pack` for rows of this shape."""
+        return pack(lengths, self.row_tokens, self.row_texts)
+
+
+def lay_out(
+    packing: Packing,
+    shape: RowShape,
+    read: Callable[[np.ndarray], list[np.ndarray]],
+    chunks: int | None = None,
+    local_rows: np.ndarray | None = None,
+) -> PackedTexts:
+    """The packed arrays on the host.
+
+    Args:
+      packing: from `shape.pack`.
+      shape: of the rows.
+      read: token ids (int32, as long as planned) of the texts whose numbers it is given.
+      chunks: C; by default as many as are in use. Arrays of C > in use have the same shape whatever the texts, so one
+        compiled program serves them all; pages that hold nothing are never touched.
+      local_rows: bool `[M]`, the rows of a chunk to fill in; all by default. Elsewhere everything is padding.
+    """
+    M, T, X = shape.chunk_rows, shape.row_tokens, shape.row_texts
+    used = max(1, -(-packing.rows // M))
+    rows = (used if chunks is None else chunks) * M
+    token_ids, positions, segment_ids = (np.zeros((rows, T), np.int32) for _ in range(3))
+    last, text = np.zeros((rows, X), np.int32), np.full((rows, X), len(packing.lengths), np.int32)
+    here = packing.row >= 0
+    if local_rows is not None:
+        here &= local_rows[packing.row % M]
+    here = np.flatnonzero(here)
+    row, start, slot, length = packing.row[here], packing.start[here], packing.slot[here], packing.lengths[here]
+    last[row, slot], text[row, slot] = start + length - 1, here
+    within = (np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)).astype(np.int32)
+    flat = np.repeat(row.astype(np.int64) * T + start, length) + within
+    if len(here):
+        token_ids.reshape(-1)[flat] = np.concatenate(read(here))
+    positions.reshape(-1)[flat] = within
+    segment_ids.reshape(-1)[flat] = np.repeat(slot + 1, length)
+    chunked = (a.reshape(-1, M, a.shape[-1]) for a in (token_ids, positions, segment_ids, last, text))
+    return PackedTexts(*chunked, chunks=np.int32(used))

@@ -1,0 +1,156 @@
+"""From a step number to the arrays of that step on this host's devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from f2llm_jax import sharding
+from f2llm_jax.batch import Batch, PackedTexts
+from f2llm_jax.data.packing import RowShape, lay_out
+from f2llm_jax.data.plan import Kind, NegativesPer, Plan, PlanSource, StepPlan
+from f2llm_jax.data.records import Dataset
+from f2llm_jax.text import truncate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Shape of a step.
+
+    Attributes:
+      size: B, samples a step over all devices; also the pool of in-batch negatives.
+      row_tokens: T, tokens of a packed row, at least `max_length`.
+      microbatch_rows: M, rows that are on the devices at once, over all of them. Memory, and nothing else, depends on it.
+      max_length: longest text in tokens, EOS included; longer ones are cut and still end in EOS.
+      row_texts: X, the most texts a row holds.
+      negatives: hard negatives drawn by task kind; None for the published 7, 9 and 1.
+      negatives_per_sample: "batch" (published: one draw of columns a step) or "row".
+    """
+
+    size: int
+    row_tokens: int
+    microbatch_rows: int
+    max_length: int
+    row_texts: int = 64
+    negatives: Mapping[Kind, int] | None = None
+    negatives_per_sample: NegativesPer = "batch"
+
+    def __post_init__(self):
+        if not 1 <= self.max_length <= self.row_tokens:
+            raise ValueError(f"max_length={self.max_length} must be between 1 and row_tokens={self.row_tokens}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepData:
+    """One step's input.
+
+    Attributes:
+      batch: global arrays.
+      plan: which samples they are.
+      tokens: real tokens in the global batch.
+      slots: token slots the devices compute on: chunks in use x M x T.
+    """
+
+    batch: Batch
+    plan: StepPlan
+    tokens: int
+    slots: int
+
+
+class Pipeline:
+    """Batches of one split of a prepared dataset."""
+
+    def __init__(
+        self, dataset: Dataset, split: str, config: BatchConfig, seed: int, mesh: jax.sharding.Mesh | None, sources: list[str] | None = None
+    ):
+        """Args as named; `sources` restricts to some of the dataset's.
+
+        Raises:
+          ValueError: `microbatch_rows` cannot be split over the mesh.
+        """
+        self._dataset, self._split, self._config, self._mesh = dataset, split, config, mesh
+        ways = sharding.batch_ways(mesh)
+        if config.microbatch_rows % ways:
+            raise ValueError(f"microbatch_rows={config.microbatch_rows} must be a multiple of the {ways} ways that rows are split over")
+        names = sources or list(dataset.sources)
+        info = {name: dataset.sources[name] for name in names}
+        self.plan = Plan(
+            {name: PlanSource(s.rows[split], s.negatives, s.kind) for name, s in info.items()},
+            config.size,
+            seed,
+            config.negatives,
+            config.negatives_per_sample,
+        )
+        self._samples = -(-config.size // ways) * ways  # B, rounded up so that it splits; the extra samples are masked
+        self._shape = RowShape(config.microbatch_rows, config.row_tokens, config.row_texts)
+        self._eos_id = dataset.eos_id
+
+    def steps(self, start: int, stop: int, threads: int = 2, ahead: int = 4) -> Iterator[StepData]:
+        """The steps `start <= step < stop` in order, read and packed by `threads` threads up to `ahead` steps early."""
+        steps = grain.MapDataset.range(start, stop).map(self._host_arrays)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        for arrays, plan, tokens, slots in steps.to_iter_dataset(options):
+            yield StepData(sharding.batch_to_devices(arrays, self._mesh), plan, tokens, slots)
+
+    def step(self, step: int) -> StepData:
+        """One step alone."""
+        arrays, plan, tokens, slots = self._host_arrays(step)
+        return StepData(sharding.batch_to_devices(arrays, self._mesh), plan, tokens, slots)
+
+    def _host_arrays(self, step: int) -> tuple[Batch, StepPlan, int, int]:
+        plan = self.plan.step(step)
+        lengths, read = self._texts(plan)
+        packing = self._shape.pack(lengths)
+        # No two texts share a row in the worst case: arrays of that shape serve every step with one program.
+        worst = -(-len(lengths) // self._shape.chunk_rows)
+        texts = lay_out(packing, self._shape, read, chunks=worst, local_rows=self._local_rows)
+        b, n = plan.columns.shape
+        sample_mask = np.zeros(self._samples, np.float32)
+        negative_mask = np.zeros((self._samples, self.plan.max_negatives), np.float32)
+        sample_mask[:b], negative_mask[:b, :n] = 1, 1
+        batch = Batch(texts, sample_mask, negative_mask, np.float32(plan.kind == "retrieval"))
+        slots = int(texts.chunks) * self._config.microbatch_rows * self._config.row_tokens
+        return batch, plan, int(packing.lengths.sum()), slots
+
+    def _texts(self, plan: StepPlan) -> tuple[np.ndarray, Callable[[np.ndarray], list[np.ndarray]]]:
+        """Lengths `[S]` of the batch's texts in `Batch` order, and a function that reads the token ids of some of them."""
+        B, N = self._samples, self.plan.max_negatives
+        b, n = plan.columns.shape
+        tables = self._dataset.tables(plan.source, self._split)
+        documents = tables.documents[plan.rows]
+        chosen = np.take_along_axis(documents, 1 + plan.columns, axis=1)
+        # `where`: the row (for a query) or document (otherwise) that text s is; -1 if there is none.
+        where = np.full(B * (2 + N), -1, np.int64)
+        where[:b], where[B : B + b] = plan.rows, documents[:, 0]
+        where[2 * B :].reshape(B, N)[:b, :n] = chosen
+        lengths = np.zeros(len(where), np.int32)
+        lengths[:b] = tables.query_length[plan.rows]
+        present = where[B:] >= 0
+        lengths[B:][present] = tables.document_length[where[B:][present]]
+        lengths = np.minimum(lengths, self._config.max_length)
+
+        def read(texts: np.ndarray) -> list[np.ndarray]:
+            query = texts < B
+            ids: list[np.ndarray] = [np.empty(0, np.int32)] * len(texts)
+            for split, mine in ((self._split, query), ("corpus", ~query)):
+                found = self._dataset.reader(plan.source, split).read(where[texts[mine]])
+                for i, tokens in zip(np.flatnonzero(mine), found, strict=True):
+                    ids[i] = truncate(tokens, self._config.max_length, self._eos_id)
+            return ids
+
+        return lengths, read
+
+    @functools.cached_property
+    def _local_rows(self) -> np.ndarray:
+        """bool `[M]`: the rows of a chunk that live on this process's devices."""
+        M = self._config.microbatch_rows
+        mine = np.ones(M, bool)
+        if self._mesh is not None:
+            mine[:] = False
+            for (rows,) in NamedSharding(self._mesh, sharding.P(sharding.BATCH)).addressable_devices_indices_map((M,)).values():
+                mine[rows] = True
+        return mine

@@ -1,0 +1,309 @@
+"""The on-disk format of a prepared dataset: the only module that knows it, writing and reading.
+
+    OUT/dataset.json                      what the dataset is; written last, so its presence means complete
+    OUT/settings.json                     what it was made from and how
+    OUT/tokenizer/                        the tokenizer it was made with
+    OUT/f2llm/<source>/1.0.0/             ArrayRecord splits `train`, `validation` (none for a source of one row), `corpus`
+    OUT/tables/<source>/source.json       the source's entry of dataset.json
+    OUT/tables/<source>/<split>.query_length.npy    int32 [rows], tokens of each query
+    OUT/tables/<source>/<split>.documents.npy       int32 [rows, 1 + n], positions in `corpus`: the passage, then the negatives
+    OUT/tables/<source>/corpus.length.npy           int32 [documents], tokens of each document
+
+`train` and `validation` are in the order of the raw file. `corpus` holds each distinct document of the source once, in the order
+of its 63-bit key, hence a document's position is the rank of its key. The tables let every host plan batches of any
+step without reading a record.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
+
+from f2llm_jax.text import Tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+BUILDER = "f2llm"
+VERSION = "1.0.0"
+CORPUS = "corpus"
+QUERY_SPLITS = ("train", "validation")
+SPLITS = (*QUERY_SPLITS, CORPUS)
+TOKEN_BYTES = 4
+SCAN_RECORDS = 4_096  # records a batched read when a whole split is read
+
+
+class DatasetError(ValueError):
+    """A folder that is not a complete dataset of this format; the message names the remedy."""
+
+
+def features() -> tfds.features.FeaturesDict:
+    """Features of every split (TFDS gives a builder one set): arrays are stored as bytes, which decode without a copy.
+
+    tokens: int32 [length], EOS last. documents: int64 [1 + n] keys of passage and negatives; in `corpus` [1], its own.
+    row: row number in the raw file; in `corpus` -1. language: "" where unknown and in `corpus`.
+    """
+    return tfds.features.FeaturesDict(
+        {
+            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
+            "documents": tfds.features.Tensor(shape=(None,), dtype=np.int64, encoding="bytes"),
+            "row": tfds.features.Scalar(np.int64),
+            "language": tfds.features.Text(),
+        }
+    )
+
+
+def query_record(tokens: np.ndarray, documents: np.ndarray, row: int, language: str) -> dict:
+    """A record of `train` or `validation`: int32 [length], int64 [1 + n]."""
+    return {"tokens": tokens, "documents": documents, "row": row, "language": language}
+
+
+def document_record(tokens: np.ndarray, key: int) -> dict:
+    """A record of `corpus`: int32 [length]."""
+    return {"tokens": tokens, "documents": np.array([key], np.int64), "row": -1, "language": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceInfo:
+    """One source of a dataset, as dataset.json has it.
+
+    Attributes:
+      name: of the source.
+      kind: "retrieval", "clustering" or "classification".
+      languages: sorted, without "".
+      rows: of each of `QUERY_SPLITS`.
+      documents: distinct ones.
+      negatives: n, a row.
+      tokens: of all "queries" and of all distinct "documents".
+      counters: "negatives_equal_positive", negatives whose text is their row's positive.
+    """
+
+    name: str
+    kind: str
+    languages: list[str]
+    rows: dict[str, int]
+    documents: int
+    negatives: int
+    tokens: dict[str, int]
+    counters: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitTables:
+    """Lengths and pointers of one split: int32 `[rows]`, `[rows, 1 + n]` (positions in `corpus`) and `[documents]`."""
+
+    query_length: np.ndarray
+    documents: np.ndarray
+    document_length: np.ndarray
+
+
+class Reader:
+    """Token ids of one split by position, opened at the first read; several threads may share one."""
+
+    def __init__(self, folder: epath.Path, split: str):
+        self._folder, self._split = folder, split
+
+    @functools.cached_property
+    def _records(self):
+        return _open(tfds.builder_from_directory(self._folder), self._split)
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Token ids, read-only int32 `[length]` each, in the order asked; positions may repeat and come in any order."""
+        indices = np.asarray(indices, np.int64)
+        if not indices.size:
+            return []
+        return [np.frombuffer(_bytes(_fields(record), "tokens"), np.int32) for record in self._records.__getitems__(indices.tolist())]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A complete prepared dataset.
+
+    Attributes:
+      folder: where it lies.
+      stage: 1 or 2.
+      max_length: tokens a text at most, EOS included.
+      seed: of the train/validation split.
+      tokenizer_fingerprint: `Tokenizer.fingerprint` of the tokenizer it was made with.
+      eos_id: the last token of every text.
+      pad_id: the tokenizer's pad token; records themselves are not padded.
+      vocab_size: every token id is below it.
+      sources: by name, in order of name.
+    """
+
+    folder: epath.Path
+    stage: int
+    max_length: int
+    seed: int
+    tokenizer_fingerprint: str
+    eos_id: int
+    pad_id: int
+    vocab_size: int
+    sources: dict[str, SourceInfo]
+
+    def tables(self, source: str, split: str) -> SplitTables:
+        """The tables of "train" or "validation"; memory-mapped where the folder is local."""
+        folder = _tables_folder(self.folder, source)
+        names = (f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length")
+        return SplitTables(*(_load(folder / f"{name}.npy") for name in names))
+
+    def reader(self, source: str, split: str) -> Reader:
+        """A reader of queries ("train", "validation") or of documents ("corpus")."""
+        return Reader(source_folder(self.folder, source) / VERSION, split)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(tokenizer_folder(self.folder))
+
+
+def load_dataset(folder: epath.PathLike) -> Dataset:
+    """Opens a prepared dataset; reads dataset.json and nothing else.
+
+    Raises:
+      DatasetError: preparation did not complete, or wrote another version of the format.
+    """
+    folder = epath.Path(folder)
+    file = folder / "dataset.json"
+    if not file.exists():
+        raise DatasetError(
+            f"{folder} has no dataset.json: prepare did not complete there; run `python -m f2llm_jax.prepare --out {folder} ...` (again)"
+        )
+    fields = json.loads(file.read_text())
+    version = fields.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise DatasetError(f"{file} has format_version {version}, this code reads {FORMAT_VERSION}; prepare again with --overwrite")
+    sources = {entry["name"]: SourceInfo(**entry) for entry in fields.pop("sources")}
+    return Dataset(folder=folder, sources=sources, **fields)
+
+
+def write_dataset(
+    folder: epath.PathLike, tokenizer: Tokenizer, *, stage: int, max_length: int, seed: int, sources: Sequence[SourceInfo]
+) -> None:
+    """Writes dataset.json, which declares the dataset complete."""
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "stage": stage,
+        "max_length": max_length,
+        "seed": seed,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "vocab_size": tokenizer.vocab_size,
+        "sources": [dataclasses.asdict(source) for source in sources],
+    }
+    _write_json(epath.Path(folder) / "dataset.json", fields)
+
+
+def write_tables(folder: epath.PathLike, name: str, kind: str, negatives: int) -> SourceInfo:
+    """Writes the tables of a source from the records on disk, then source.json, which declares the source complete.
+
+    Raises:
+      DatasetError: the records are not in the order this format needs.
+    """
+    folder = epath.Path(folder)
+    target = _tables_folder(folder, name)
+    target.mkdir(parents=True, exist_ok=True)
+    builder = tfds.builder_from_directory(source_folder(folder, name) / VERSION)
+    keys, document_length, _ = _scan(builder, CORPUS, 1)
+    if not (np.diff(keys[:, 0]) > 0).all():
+        raise DatasetError(
+            f"{target}: TFDS did not write the corpus in the order of its keys; install the tested version of tensorflow-datasets"
+        )
+    _save(target / f"{CORPUS}.length.npy", document_length)
+    rows, query_tokens, equal, languages = {}, 0, 0, set()
+    for split in QUERY_SPLITS:
+        documents, query_length, spoken = _scan(builder, split, 1 + negatives)
+        _save(target / f"{split}.query_length.npy", query_length)
+        _save(target / f"{split}.documents.npy", _positions(keys[:, 0], documents, target))
+        rows[split] = len(documents)
+        query_tokens += int(query_length.sum())
+        equal += int((documents[:, 1:] == documents[:, :1]).sum())
+        languages |= spoken - {""}
+    tokens = {"queries": query_tokens, "documents": int(document_length.sum())}
+    info = SourceInfo(name, kind, sorted(languages), rows, len(keys), negatives, tokens, {"negatives_equal_positive": equal})
+    _write_json(target / "source.json", dataclasses.asdict(info))
+    return info
+
+
+def finished_source(folder: epath.PathLike, name: str) -> SourceInfo | None:
+    """What `write_tables` returned for a source that is complete in an unfinished dataset; None for any other."""
+    file = _tables_folder(epath.Path(folder), name) / "source.json"
+    return SourceInfo(**json.loads(file.read_text())) if file.exists() else None
+
+
+def write_settings(folder: epath.PathLike, settings: dict) -> None:
+    _write_json(epath.Path(folder) / "settings.json", settings)
+
+
+def read_settings(folder: epath.PathLike) -> dict | None:
+    """The settings a folder was begun with; None where there are none."""
+    file = epath.Path(folder) / "settings.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def tokenizer_folder(folder: epath.PathLike) -> epath.Path:
+    return epath.Path(folder) / "tokenizer"
+
+
+def source_folder(folder: epath.PathLike, name: str) -> epath.Path:
+    """Where the records of a source lie."""
+    return epath.Path(folder) / BUILDER / name
+
+
+def _tables_folder(folder: epath.Path, name: str) -> epath.Path:
+    return folder / "tables" / name
+
+
+def _scan(builder: tfds.core.DatasetBuilder, split: str, documents: int) -> tuple[np.ndarray, np.ndarray, set[str]]:
+    """Reads a whole split once: keys int64 `[rows, documents]`, token counts int32 `[rows]`, languages."""
+    keys, lengths, languages = [np.empty((0, documents), np.int64)], [np.empty(0, np.int32)], set()
+    if split in builder.info.splits:
+        source = _open(builder, split)
+        for start in range(0, len(source), SCAN_RECORDS):
+            batch = [_fields(record) for record in source.__getitems__(list(range(start, min(start + SCAN_RECORDS, len(source)))))]
+            keys.append(np.frombuffer(b"".join(_bytes(fields, "documents") for fields in batch), np.int64).reshape(-1, documents))
+            lengths.append(np.array([len(_bytes(fields, "tokens")) // TOKEN_BYTES for fields in batch], np.int32))
+            languages |= {_bytes(fields, "language").decode() for fields in batch}
+    return np.concatenate(keys), np.concatenate(lengths), languages
+
+
+def _open(builder: tfds.core.DatasetBuilder, split: str):
+    return builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+
+def _fields(record: bytes) -> Mapping:
+    """The features of a stored tf.Example. Reading the two we need is four times as fast as TFDS decoding all of them."""
+    return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def _bytes(fields: Mapping, name: str) -> bytes:
+    return fields[name].bytes_list.value[0]
+
+
+def _positions(corpus: np.ndarray, keys: np.ndarray, target: epath.Path) -> np.ndarray:
+    """Ranks of `keys` among the sorted keys of the corpus, int32 of the same shape."""
+    positions = np.searchsorted(corpus, keys)
+    if not np.array_equal(corpus[np.minimum(positions, len(corpus) - 1)], keys):
+        raise DatasetError(f"{target}: a row points at a document that is not in the corpus; delete the folder and prepare again")
+    return positions.astype(np.int32)
+
+
+def _save(file: epath.Path, array: np.ndarray) -> None:
+    with file.open("wb") as handle:
+        np.save(handle, array)
+
+
+def _load(file: epath.Path) -> np.ndarray:
+    if "://" not in str(file):
+        return np.load(file, mmap_mode="r")
+    with file.open("rb") as handle:
+        return np.load(handle)
+
+
+def _write_json(file: epath.Path, content: dict) -> None:
+    """Writes beside the file and renames, so a file that exists is whole."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(file)

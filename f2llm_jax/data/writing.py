@@ -1,0 +1,236 @@
+"""From a folder of raw parquet to a complete dataset: which sources, several at a time, resumable, all or nothing.
+
+A local dataset is written to `OUT.partial` and renamed when complete. An object store has no rename of folders, so there it is
+written in place, and dataset.json, written last, is what makes it complete.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
+
+from etils import epath
+
+from f2llm_jax.data import records
+from f2llm_jax.data.sources import RawDataError, Source, find_sources
+from f2llm_jax.text import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """The state after a source: what was found, and totals over the sources built by this run.
+
+    Attributes:
+      source: the one that was just completed.
+      reused: it was complete from an interrupted run.
+      done: sources completed so far, of `sources`.
+      sources: in all.
+      rows: built by this run so far, of `rows_total`.
+      rows_total: that this run has to build.
+      texts: queries, passages and negatives among `rows`.
+      seconds: since the first source was begun.
+    """
+
+    source: records.SourceInfo
+    reused: bool
+    done: int
+    sources: int
+    rows: int
+    rows_total: int
+    texts: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One source to build; plain values, since it travels to another process."""
+
+    folder: str
+    source: Source
+    max_length: int
+    stage: int
+    seed: int
+    beam_flags: tuple[str, ...]
+
+
+def prepare(
+    raw: epath.PathLike,
+    tokenizer: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    tasks: epath.PathLike | None = None,
+    stage: int = 2,
+    max_length: int = 1024,
+    seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+    beam_flags: Sequence[str] = (),
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> records.Dataset:
+    """Writes the dataset `out`, or returns it if it is there with the same settings and raw files.
+
+    Stage 1 takes the retrieval sources and strips the instruction from queries, stage 2 takes all and keeps it (paper,
+    section 3.2).
+
+    Args:
+      raw: folder of parquet files.
+      tokenizer: folder of the tokenizer.
+      out: folder to write.
+      tasks: file that says which source is of which kind; default `raw/tasks.json` if it exists.
+      stage: 1 or 2.
+      max_length: tokens a text at most, EOS included.
+      seed: of the train/validation split.
+      workers: processes, each building one source at a time; default one a CPU.
+      overwrite: replace another dataset at `out`; a local one only once the new one is complete.
+      beam_flags: Beam pipeline options; without a `--runner` pipelines run on this machine.
+      report: called after each source.
+
+    Raises:
+      RawDataError: the raw data cannot be used.
+      TokenizerError: the tokenizer cannot be used.
+      DatasetError: `out` holds something else, or a dataset of other settings and `overwrite` is not set.
+    """
+    out = epath.Path(out)
+    sources = [source for source in find_sources(raw, tasks) if stage == 2 or source.kind == "retrieval"]
+    if not sources:
+        raise RawDataError(f"{raw}: stage 1 trains on retrieval sources and there is none; add one or prepare stage 2")
+    loaded = load_tokenizer(tokenizer)
+    settings = _settings(sources, loaded, stage=stage, max_length=max_length, seed=seed)
+    _check_ours(out)
+    if records.read_settings(out) and not overwrite and (same := _existing(out, settings)):
+        return same
+    folder = _begin(out, settings)
+    loaded.save(records.tokenizer_folder(folder))
+    jobs = [_Job(str(folder), source, max_length, stage, seed, tuple(beam_flags)) for source in sources]
+    finished = _build_all(jobs, workers or os.cpu_count() or 1, report)
+    entries = [finished[source.name] for source in sources]
+    records.write_dataset(folder, loaded, stage=stage, max_length=max_length, seed=seed, sources=entries)
+    if folder != out:
+        if out.exists():
+            out.rmtree()
+        folder.rename(out)
+    return records.load_dataset(out)
+
+
+def _settings(sources: Sequence[Source], tokenizer: Tokenizer, **values: int) -> dict:
+    """All that the records depend on; raw files are known by size and time of change."""
+    files = []
+    for source in sources:
+        stat = epath.Path(source.path).stat()
+        files.append({"name": source.name, "kind": source.kind, "bytes": stat.length, "modified": stat.mtime})
+    return {"format_version": records.FORMAT_VERSION, **values, "tokenizer_fingerprint": tokenizer.fingerprint, "sources": files}
+
+
+def _check_ours(folder: epath.Path) -> None:
+    """Raises a DatasetError for a folder that holds something other than a dataset, begun or complete: nothing may replace it."""
+    if folder.exists() and records.read_settings(folder) is None and any(folder.iterdir()):
+        raise records.DatasetError(f"{folder} exists and is not a prepared dataset; move it away or choose another --out")
+
+
+def _existing(out: epath.Path, settings: dict) -> records.Dataset | None:
+    """The dataset at `out` if it is the one asked for, None if it may be continued; anything else is an error."""
+    same = records.read_settings(out) == settings
+    if same and _remote(out) and not (out / "dataset.json").exists():
+        return None
+    if same:
+        return records.load_dataset(out)
+    raise records.DatasetError(
+        f"{out} exists and was not prepared from these files with these settings; choose another --out or pass --overwrite"
+    )
+
+
+def _begin(out: epath.Path, settings: dict) -> epath.Path:
+    """The folder to write in, with what an interrupted run of the same settings left there and nothing else."""
+    folder = out if _remote(out) else out.with_name(out.name + ".partial")
+    _check_ours(folder)
+    if folder.exists() and (records.read_settings(folder) != settings or (folder / "dataset.json").exists()):
+        folder.rmtree()
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_settings(folder, settings)
+    return folder
+
+
+def _remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[Progress], None]) -> dict[str, records.SourceInfo]:
+    """Builds what is not finished yet, the largest sources first so that no worker is left alone with one at the end."""
+    finished: dict[str, records.SourceInfo] = {}
+    pending = []
+    for job in jobs:
+        if info := records.finished_source(job.folder, job.source.name):
+            finished[info.name] = info
+            report(Progress(info, True, len(finished), len(jobs), 0, 0, 0, 0.0))
+        else:
+            pending.append(job)
+    pending.sort(key=lambda job: job.source.rows * (2 + job.source.negatives), reverse=True)
+    total, rows, texts, start = sum(job.source.rows for job in pending), 0, 0, time.monotonic()
+    for info in _results(pending, min(workers, len(pending))):
+        finished[info.name] = info
+        built = sum(info.rows.values())
+        rows, texts = rows + built, texts + built * (2 + info.negatives)
+        report(Progress(info, False, len(finished), len(jobs), rows, total, texts, time.monotonic() - start))
+    return finished
+
+
+def _results(jobs: Sequence[_Job], workers: int) -> Iterator[records.SourceInfo]:
+    """Results as they come. The first failure cancels what has not begun."""
+    if workers <= 1:
+        yield from map(_build, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # Beam and the tokenizer start threads, which a fork would break
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
+        futures = [pool.submit(_build, job) for job in jobs]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """Ends this worker when its parent is killed: a survivor would write into the folder that the next run rebuilds."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _build(job: _Job) -> records.SourceInfo:
+    """Builds one source, records and tables."""
+    with contextlib.nullcontext() if job.beam_flags else _quiet():
+        from f2llm_jax.data import builder  # takes seconds, and warns of Google libraries nobody asked for
+
+        config = builder.SourceConfig(
+            name=job.source.name,
+            source=job.source,
+            tokenizer=str(records.tokenizer_folder(job.folder)),
+            max_length=job.max_length,
+            stage=job.stage,
+            seed=job.seed,
+        )
+        builder.build_source(job.folder, config, job.beam_flags)
+        return records.write_tables(job.folder, job.source.name, job.source.kind, job.source.negatives)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS and Beam from printing and logging; what fails is raised all the same."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)

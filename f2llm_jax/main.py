@@ -1,0 +1,30 @@
+"""Trains a model: `python -m f2llm_jax.main --config configs/stage2.py:size=0.6b --workdir DIR [--config.x=y ...]`."""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, e.g. configs/stage1.py:size=0.6b.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go; local or gs://. The same command resumes.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> int | None:
+    """Runs the configured training; a configuration, data or weights error is one line on stderr and exit code 1."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
+    from f2llm_jax.training.run import run  # after flag parsing: --help needs no JAX
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        run(CONFIG.value, WORKDIR.value)
+    except ValueError as error:
+        if logging.level_debug():
+            raise
+        print(f"f2llm_jax.main: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    app.run(main)

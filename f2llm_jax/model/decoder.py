@@ -1,0 +1,189 @@
+"""Qwen3 as a Flax NNX module: `(token_ids, positions, segment_ids) -> hidden`.
+
+Parameters are fp32 and carry the letters of their dims, from which their sharding follows (`sharding.PARAMETER_SPECS`).
+Layers are stacked on a leading axis L and scanned, so a program's size does not grow with depth. Normalisation follows
+transformers' `Qwen3RMSNorm` to the cast: statistics in fp32, back to the compute dtype, then the scale.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+
+from f2llm_jax import sharding
+from f2llm_jax.model.attention import attention
+from f2llm_jax.model.sizes import DecoderConfig
+
+INITIALIZER_RANGE = 0.02  # Qwen3 config.json, `initializer_range`
+
+# What the backward pass keeps of a layer. "full" keeps only the layer's input and recomputes the rest.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Parameter(nnx.Param):
+    """An fp32 parameter that knows its dims ("DHE", a key of `sharding.PARAMETER_SPECS`)."""
+
+
+def _normal(rngs: nnx.Rngs, dims: str, *shape: int) -> Parameter:
+    return Parameter(INITIALIZER_RANGE * jax.random.normal(rngs.params(), shape, jnp.float32), dims=dims)
+
+
+def _ones(dims: str, *shape: int) -> Parameter:
+    return Parameter(jnp.ones(shape, jnp.float32), dims=dims)
+
+
+def _at_use(parameter: Parameter, dtype: jnp.dtype) -> Array:
+    """The weight in the compute dtype, cast first and then gathered over `fsdp`, so bf16 halves the traffic."""
+    return sharding.shard(parameter[...].astype(dtype), sharding.GATHERED_SPECS[parameter.dims])
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """`scale * x / rms(x)`, statistics in fp32, result in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * normed.astype(x.dtype)
+
+
+def rotary_tables(positions: Int[Array, "R T"], head_dim: int, theta: float) -> tuple[Float[Array, "R T 1 E"], Float[Array, "R T 1 E"]]:
+    """cos and sin in fp32, laid out as Hugging Face's half-split rotation expects them."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "R T H E"], cos: Float[Array, "R T 1 E"], sin: Float[Array, "R T 1 E"]) -> Float[Array, "R T H E"]:
+    """Rotary position embedding in the dtype of x."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos.astype(x.dtype) + jnp.concatenate([-second, first], axis=-1) * sin.astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer: attention with per-head query and key norms, then a SwiGLU MLP. No biases."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.attention_norm = _ones("D", D)
+        self.query = _normal(rngs, "DHE", D, H, E)
+        self.key = _normal(rngs, "DKE", D, K, E)
+        self.value = _normal(rngs, "DKE", D, K, E)
+        self.query_norm = _ones("E", E)
+        self.key_norm = _ones("E", E)
+        self.output = _normal(rngs, "HED", H, E, D)
+        self.mlp_norm = _ones("D", D)
+        self.gate = _normal(rngs, "DF", D, F)
+        self.up = _normal(rngs, "DF", D, F)
+        self.down = _normal(rngs, "FD", F, D)
+
+    def __call__(
+        self,
+        x: Float[Array, "R T D"],
+        rotary: tuple[Float[Array, "R T 1 E"], Float[Array, "R T 1 E"]],
+        segment_ids: Int[Array, "R T"],
+        eps: float,
+    ) -> Float[Array, "R T D"]:
+        x = x + self._attend(rms_norm(x, self.attention_norm[...], eps), rotary, segment_ids, eps)
+        return x + self._mlp(rms_norm(x, self.mlp_norm[...], eps))
+
+    def _attend(self, x, rotary, segment_ids, eps):
+        with jax.named_scope("attention"):
+            q = jnp.einsum("rtd,dhe->rthe", x, _at_use(self.query, x.dtype))
+            k = jnp.einsum("rtd,dke->rtke", x, _at_use(self.key, x.dtype))
+            v = jnp.einsum("rtd,dke->rtke", x, _at_use(self.value, x.dtype))
+            q = rotate(rms_norm(q, self.query_norm[...], eps), *rotary)
+            k = rotate(rms_norm(k, self.key_norm[...], eps), *rotary)
+            mixed = attention(q, k, v, segment_ids)
+            return jnp.einsum("rthe,hed->rtd", mixed, _at_use(self.output, x.dtype), out_sharding=sharding.spec(sharding.ROWS_TD))
+
+    def _mlp(self, x):
+        with jax.named_scope("mlp"):
+            gate = jnp.einsum("rtd,df->rtf", x, _at_use(self.gate, x.dtype))
+            up = jnp.einsum("rtd,df->rtf", x, _at_use(self.up, x.dtype))
+            return jnp.einsum(
+                "rtf,fd->rtd", jax.nn.silu(gate) * up, _at_use(self.down, x.dtype), out_sharding=sharding.spec(sharding.ROWS_TD)
+            )
+
+
+class Decoder(nnx.Module):
+    """A Qwen3 decoder without a language-model head."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = _normal(rngs, "VD", config.vocab_size, config.hidden_size)
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)
+        self.norm = _ones("D", config.hidden_size)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "R T"],
+        positions: Int[Array, "R T"],
+        segment_ids: Int[Array, "R T"],
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+        tap: Callable[[Float[Array, "R T D"]], Array] | None = None,
+    ) -> Float[Array, "R T D"] | tuple[Float[Array, "R T D"], Array]:
+        """Final-norm hidden states of packed rows.
+
+        Args:
+          token_ids: ids below `vocab_size`; what stands in padding does not matter.
+          positions: restart at 0 with each text.
+          segment_ids: 1, 2, ... for the texts of a row, 0 for padding. Texts do not see each other.
+          dtype: compute dtype of activations and of weights at use.
+          remat: a key of `REMAT_POLICIES`.
+          tap: if given, called on each layer's output (before the final norm); its results, stacked on a leading axis L,
+            are returned beside the hidden states.
+        """
+        config = self.config
+        x = _at_use(self.embedding, dtype).at[token_ids].get(out_sharding=sharding.spec(sharding.ROWS_TD))
+        rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+
+        def step(x, layer):
+            x = layer(x, rotary, segment_ids, config.rms_norm_eps)
+            return x, tap(x) if tap else None
+
+        if (policy := REMAT_POLICIES[remat]) is not None:
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # scan already prevents CSE
+        x, taps = jax.lax.scan(step, x, self.layers)
+        hidden = rms_norm(x, self.norm[...], config.rms_norm_eps)
+        return (hidden, taps) if tap else hidden
+
+
+def abstract_decoder(config: DecoderConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    """`nnx.split` of a decoder that holds shapes and shardings but no memory; the target of every restore and import."""
+    graphdef, params = nnx.split(jax.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+    if mesh is None:
+        return graphdef, params
+
+    def place(path, parameter: Parameter) -> Parameter:
+        spec = sharding.PARAMETER_SPECS[parameter.dims]
+        spec = sharding.stacked(spec) if path[0] == "layers" else spec
+        value = parameter.get_value()
+        return parameter.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec)))
+
+    return graphdef, nnx.map_state(place, params)
+
+
+def init_decoder(config: DecoderConfig, seed: int, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
+    """Random parameters (normal, 0.02), created sharded; the same values on any mesh."""
+    _, abstract = abstract_decoder(config, mesh)
+    shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    with jax.threefry_partitionable(True):
+        make = jax.jit(lambda key: nnx.state(Decoder(config, nnx.Rngs(params=key))), out_shardings=shardings)
+        return make(jax.random.key(seed))
+
+
+@functools.cache
+def count_parameters(config: DecoderConfig) -> int:
+    """The number of parameters, from abstract shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_decoder(config)[1]))

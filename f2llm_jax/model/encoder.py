@@ -1,0 +1,101 @@
+"""Texts in, raw embeddings out; and exact gradients through any number of chunks.
+
+An embedding is the final-norm hidden state of a text's last token, the EOS, in fp32 and not normalised (design: whoever
+compares embeddings normalises them, after truncation).
+
+`value_and_grad` is GradCache (arXiv 2101.06983) in one program: embeddings of all chunks first, then the objective on the
+whole batch, then each chunk once more for its share of the gradient. The number of chunks is traced, so memory is that of
+one chunk and nothing is compiled twice; the last chunk keeps what its backward pass needs, so a batch that fits one chunk is
+never recomputed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from f2llm_jax import sharding
+from f2llm_jax.batch import PackedTexts
+
+# (params, token_ids [M T], positions [M T], segment_ids [M T], last [M X]) -> embeddings [M X ...]
+EncodeChunk = Callable[..., Float[Array, "M X ..."]]
+
+
+def last_token(hidden: Float[Array, "R T D"], last: Int[Array, "R X"]) -> Float[Array, "R X D"]:
+    """The hidden states at the given positions, in fp32."""
+    rows = jnp.arange(hidden.shape[0], out_sharding=sharding.spec(sharding.P(sharding.BATCH)))
+    return hidden.at[rows[:, None], last].get(out_sharding=sharding.spec(sharding.ROWS_TD)).astype(jnp.float32)
+
+
+def chunk_encoder(graphdef: nnx.GraphDef, dtype: jnp.dtype, remat: str) -> EncodeChunk:
+    """The pure function that encodes one chunk of rows with a decoder's parameters."""
+
+    def encode_chunk(params, token_ids, positions, segment_ids, last):
+        decoder = nnx.merge(graphdef, params)
+        return last_token(decoder(token_ids, positions, segment_ids, dtype=dtype, remat=remat), last)
+
+    return encode_chunk
+
+
+def encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, text_count: int) -> Float[Array, "S ..."]:
+    """Embeddings of all texts, without keeping anything for a backward pass. A text that is nowhere packed gets zeros."""
+
+    def step(chunk, embeddings):
+        return _place(embeddings, encode_chunk(params, *_rows(texts, chunk)), texts.text[chunk])
+
+    return jax.lax.fori_loop(0, texts.chunks, step, _empty(encode_chunk, params, texts, text_count))
+
+
+def value_and_grad(
+    objective: Callable[[Float[Array, "S ..."]], tuple[Float[Array, ""], Any]],
+    encode_chunk: EncodeChunk,
+    params: Any,
+    texts: PackedTexts,
+    text_count: int,
+) -> tuple[tuple[Float[Array, ""], Any], Any]:
+    """`((loss, aux), gradients)` of `objective(embeddings)` with respect to `params`."""
+    final = texts.chunks - 1
+    embeddings = encode(encode_chunk, params, _first(texts, final), text_count)
+    pooled, backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, final)), params)
+    embeddings = _place(embeddings, pooled, texts.text[final])
+
+    (loss, aux), cotangents = jax.value_and_grad(objective, has_aux=True)(embeddings)
+
+    def accumulate(chunk, gradients):
+        _, chunk_backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, chunk)), params)
+        (share,) = chunk_backward(_pick(cotangents, texts.text[chunk]))
+        return jax.tree.map(jnp.add, gradients, share)
+
+    (gradients,) = backward(_pick(cotangents, texts.text[final]))
+    return (loss, aux), jax.lax.fori_loop(0, final, accumulate, gradients)
+
+
+def _rows(texts: PackedTexts, chunk: Int[Array, ""]) -> tuple[Array, ...]:
+    return texts.token_ids[chunk], texts.positions[chunk], texts.segment_ids[chunk], texts.last[chunk]
+
+
+def _first(texts: PackedTexts, chunks: Int[Array, ""]) -> PackedTexts:
+    return PackedTexts(texts.token_ids, texts.positions, texts.segment_ids, texts.last, texts.text, chunks)
+
+
+def _empty(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, text_count: int) -> Float[Array, "S ..."]:
+    pooled = jax.eval_shape(encode_chunk, params, *_rows(texts, jnp.int32(0)))
+    return jnp.zeros((text_count, *pooled.shape[2:]), pooled.dtype)
+
+
+def _place(embeddings: Float[Array, "S ..."], pooled: Float[Array, "M X ..."], text: Int[Array, "M X"]) -> Float[Array, "S ..."]:
+    """Writes a chunk's embeddings to their texts' rows, on every device (the batch's embeddings are small)."""
+    return embeddings.at[_everywhere(text)].set(_everywhere(pooled), mode="drop")
+
+
+def _pick(cotangents: Float[Array, "S ..."], text: Int[Array, "M X"]) -> Float[Array, "M X ..."]:
+    """The transpose of `_place`: each slot's cotangent, zero for an unused slot."""
+    spec = sharding.P(sharding.BATCH, *[None] * cotangents.ndim)
+    return cotangents.at[text].get(mode="fill", fill_value=0, out_sharding=sharding.spec(spec))
+
+
+def _everywhere(x: Array) -> Array:
+    return sharding.shard(x, sharding.P(*[None] * x.ndim))

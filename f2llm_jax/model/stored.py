@@ -1,0 +1,85 @@
+"""The model part of a checkpoint, and the layout in which checkpoints hold trees of arrays.
+
+A tree is stored flat, from a readable path (`layers/query`) to an array, so a checkpoint does not depend on module classes.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from f2llm_jax.model.decoder import abstract_decoder
+from f2llm_jax.model.sizes import DecoderConfig
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there or does not fit; the message names the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A complete checkpoint whose weights have not been read yet.
+
+    Attributes:
+      step: updates made.
+      config: the decoder's shape.
+      metadata: everything the run handed to `checkpoint.save`.
+      run_folder: the workdir that holds the checkpoint.
+    """
+
+    step: int
+    config: DecoderConfig
+    metadata: dict[str, Any]
+    run_folder: epath.Path
+
+    def load(self, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
+        """The parameters, fp32, on the mesh or on this machine's first device."""
+        abstract = _placed(abstract_decoder(self.config, mesh)[1])
+        with ocp.training.Checkpointer(self.run_folder / "checkpoints") as checkpoints:
+            loaded = checkpoints.load_checkpointables(self.step, {"params": flatten(abstract)})
+        return unflatten(abstract, loaded["params"])
+
+
+def find_checkpoint(path: epath.PathLike) -> SavedModel:
+    """A workdir's latest checkpoint, or one of its checkpoints (`WORKDIR/checkpoints/STEP`).
+
+    Raises:
+      CheckpointError: there is no complete checkpoint at `path`.
+    """
+    path = epath.Path(path)
+    folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
+    if not folder.exists():
+        raise CheckpointError(f"{path} is neither a workdir with checkpoints/ nor a checkpoint (WORKDIR/checkpoints/STEP)")
+    with ocp.training.Checkpointer(folder) as checkpoints:
+        steps = [m.step for m in checkpoints.checkpoints]
+        step = max(steps, default=None) if step is None else step
+        if step not in steps:
+            raise CheckpointError(
+                f"{path}: no complete checkpoint{'' if step is None else f' of step {step}'}; there are: {steps or 'none'}"
+            )
+        metadata = checkpoints.checkpointables_metadata(step).custom_metadata
+    return SavedModel(step, DecoderConfig(**metadata["decoder"]), metadata, folder.parent)
+
+
+def _placed(abstract: nnx.State) -> nnx.State:
+    """Without a mesh Orbax would ask for the devices of the saving run: say that it is this machine's first."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: x if x.sharding else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    # Parameters are nnx variables, whose own last key ("value") is no news to a reader of the checkpoint.
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves of a tree by path."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(like: Any, flat: dict[str, Any]) -> Any:
+    """A tree of the structure of `like` with the leaves of `flat`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[_name(path)], like)

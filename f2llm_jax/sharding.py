@@ -1,0 +1,108 @@
+"""The mesh, and every PartitionSpec of the project, named once by dims.
+
+The mesh always has the axes `data`, `fsdp` and `tensor`, size 1 where unused. Rows of tokens and samples are split over
+`data` and `fsdp` together; parameters over `fsdp` (gathered at use) and `tensor` (heads and ffn, Megatron style). Under an
+explicit mesh a missing collective is a type error, so each one is a visible `shard(...)` call or `out_sharding=`.
+
+Without a mesh in context `shard` is the identity and `spec` is None: the same model code runs on one device.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from f2llm_jax.batch import Batch, PackedTexts
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes over which rows and samples are split
+
+# Parameters: V vocab, D model, H query heads, K key/value heads, E head dim, F ffn. A leading L (layers) is never split.
+PARAMETER_SPECS = {
+    "VD": P(None, ("fsdp", "tensor")),
+    "DHE": P("fsdp", "tensor", None),
+    "DKE": P("fsdp", "tensor", None),
+    "HED": P("tensor", None, "fsdp"),
+    "DF": P("fsdp", "tensor"),
+    "FD": P("tensor", "fsdp"),
+    "D": P(None),
+    "E": P(None),
+}
+# The same parameters as a layer multiplies with them: gathered over fsdp, still split over tensor.
+GATHERED_SPECS = {
+    "VD": P(None, None),
+    "DHE": P(None, "tensor", None),
+    "DKE": P(None, "tensor", None),
+    "HED": P("tensor", None, None),
+    "DF": P(None, "tensor"),
+    "FD": P("tensor", None),
+    "D": P(None),
+    "E": P(None),
+}
+# Activations: R rows, T positions of a row; B samples.
+ROWS_T = P(BATCH, None)
+ROWS_TD = P(BATCH, None, None)
+ROWS_THE = P(BATCH, None, "tensor", None)
+ROWS_TF = P(BATCH, None, "tensor")
+CHUNKS_RT = P(None, BATCH, None)  # a batch on its way in: chunks, rows of a chunk, positions
+SAMPLES_D = P(BATCH, None)
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """An explicit `(data, fsdp, tensor)` mesh over `devices` (all by default); one size may be -1 and is filled in.
+
+    Raises:
+      ValueError: more than one -1, or the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1:
+        raise ValueError(f"mesh sizes (data, fsdp, tensor) = {tuple(sizes)}: at most one may be -1")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // math.prod(s for s in sizes if s != -1)
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh sizes (data, fsdp, tensor) = {(data, fsdp, tensor)} do not fill {len(devices)} devices; set one of them to -1"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, devices=devices)
+
+
+def in_mesh() -> bool:
+    """Whether a mesh is set, i.e. whether specs mean something."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def spec(value: P) -> P | None:
+    """`value` for an `out_sharding=` argument; None without a mesh."""
+    return value if in_mesh() else None
+
+
+def shard(x: jax.Array, value: P) -> jax.Array:
+    """Moves `x` to the sharding `value`: a collective if it differs from what `x` has. Identity without a mesh."""
+    return jax.sharding.reshard(x, value) if in_mesh() else x
+
+
+def stacked(value: P) -> P:
+    """The spec of L such parameters stacked on a new leading axis."""
+    return P(None, *value)
+
+
+def batch_ways(mesh: jax.sharding.Mesh | None) -> int:
+    """The number of parts that rows and samples are split into."""
+    return 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH)
+
+
+def to_global(array: np.ndarray, mesh: jax.sharding.Mesh, value: P) -> jax.Array:
+    """A global array from a host array of its full shape, of which only this process's part needs to be filled in."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, value), lambda index: array[index])
+
+
+def batch_to_devices(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
+    """A host batch as global arrays: rows of each chunk and samples split over `BATCH`."""
+    if mesh is None:
+        return jax.device_put(batch)
+    specs = Batch(PackedTexts(*[CHUNKS_RT] * 5, chunks=P()), sample_mask=P(BATCH), negative_mask=P(BATCH, None), in_batch_weight=P())
+    return jax.tree.map(lambda array, value: to_global(np.asarray(array), mesh, value), batch, specs)

@@ -1,0 +1,64 @@
+"""Checkpoints with Orbax: saved asynchronously, complete or absent, restorable on any mesh.
+
+A checkpoint holds `params` and `optimizer` as flat dictionaries from a readable path (`layers/query`) to an array, so it does
+not depend on module classes, and JSON metadata: the step, the decoder's shape and what else the run wants to hand on. The
+order of data follows from the step, so nothing of the input pipeline is stored.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from f2llm_jax.model.stored import CheckpointError, flatten, unflatten
+from f2llm_jax.training.step import TrainState
+
+
+def open_checkpoints(folder: epath.PathLike, keep: int) -> ocp.training.Checkpointer:
+    """The checkpoints in `folder` (made if absent), of which the last `keep` stay. Remains of a killed save are removed."""
+    return ocp.training.Checkpointer(
+        epath.Path(folder),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(checkpoints: ocp.training.Checkpointer, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
+    """Starts saving `state`; its arrays are copied off the device before this returns, so they may be donated after it."""
+    trees = {"params": flatten(state.params), "optimizer": flatten(state.opt_state)}
+    checkpoints.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata)
+
+
+def restore(checkpoints: ocp.training.Checkpointer, step: int, abstract: TrainState) -> TrainState:
+    """The state saved at `step`, placed as `abstract` (shapes, dtypes, shardings) says.
+
+    Raises:
+      CheckpointError: the checkpoint is of another model or optimizer.
+    """
+    targets = {"params": flatten(abstract.params), "optimizer": flatten(abstract.opt_state)}
+    stored = {m.step: m for m in checkpoints.checkpoints}[step]
+    _check_shapes(checkpoints.checkpointables_metadata(stored).metadata, targets, f"{checkpoints.directory}/{step}")
+    loaded = checkpoints.load_checkpointables(step, targets)
+    return TrainState(
+        step=_like(abstract.step, step),
+        params=unflatten(abstract.params, loaded["params"]),
+        opt_state=unflatten(abstract.opt_state, loaded["optimizer"]),
+    )
+
+
+def _like(abstract: jax.ShapeDtypeStruct, value: int) -> jax.Array:
+    return jax.device_put(jnp.asarray(value, abstract.dtype), abstract.sharding)
+
+
+def _check_shapes(stored: dict[str, Any], targets: dict[str, dict[str, Any]], where: str) -> None:
+    problems = []
+    for part, target in targets.items():
+        shapes = {name: tuple(leaf.shape) for name, leaf in stored[part].items()}
+        wanted = {name: tuple(leaf.shape) for name, leaf in target.items()}
+        for name in sorted(shapes.keys() | wanted.keys()):
+            if shapes.get(name) != wanted.get(name):
+                problems.append(f"{part}/{name}: stored {shapes.get(name)}, this run has {wanted.get(name)}")
+    if problems:
+        raise CheckpointError(f"{where} does not fit this run; use another --workdir or the run's own config:\n  " + "\n  ".join(problems))

@@ -1,0 +1,61 @@
+"""The published optimizer: AdamW on every parameter, linear warm-up, cosine with a floor, global-norm clipping."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Hyper-parameters; the defaults are those of the published code (F2LLM `run.py`, `configs/config.json`).
+
+    Attributes:
+      learning_rate: peak rate.
+      warmup_steps: updates of linear warm-up from 0.
+      total_steps: updates after which the cosine reaches 0 (and the floor takes over).
+      min_learning_rate: floor from update 1 on; update 0 really has rate 0, as the published trainer.
+      beta1, beta2, epsilon: Adam moments.
+      weight_decay: decoupled, on all parameters, norms and embeddings included.
+      clip_norm: global gradient norm above which gradients are scaled down to it.
+    """
+
+    learning_rate: float
+    warmup_steps: int
+    total_steps: int
+    min_learning_rate: float = 1e-7
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.warmup_steps < self.total_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0 and below total_steps={self.total_steps}")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(f"min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}")
+
+
+def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array, ""]:
+    """The rate of update `step` (0-based), fp32."""
+    warmup = step / max(1, config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    rate = config.learning_rate * jnp.where(step < config.warmup_steps, warmup, cosine)
+    return jnp.where(step > 0, jnp.maximum(rate, config.min_learning_rate), rate)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clip, then AdamW under the schedule. Moments are fp32 and sharded like the parameters."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            lambda count: learning_rate(config, count),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        ),
+    )

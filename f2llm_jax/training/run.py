@@ -1,0 +1,144 @@
+"""The run, on one page: mesh, data, model, state, step, loop.
+
+Re-running the same command resumes: the order of data is a function of the step, so a resumed run sees the very next batch.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from f2llm_jax import sharding
+from f2llm_jax.data.pipeline import BatchConfig, Pipeline
+from f2llm_jax.data.records import Dataset, load_dataset
+from f2llm_jax.model.decoder import abstract_decoder, count_parameters
+from f2llm_jax.model.encoder import chunk_encoder
+from f2llm_jax.objectives import Objective, matryoshka_dims
+from f2llm_jax.training import checkpoint, start
+from f2llm_jax.training.metrics import Recorder
+from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from f2llm_jax.training.step import Teacher, TrainState, make_eval_step, make_train_step
+from f2llm_jax.training.validation import validate
+
+
+def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+    """Trains as `config` says (see configs/common.py for every field) and leaves checkpoints and metrics in `workdir`.
+
+    Raises:
+      ValueError: something in the configuration, the data or the starting weights does not fit; before the first step.
+    """
+    workdir = epath.Path(workdir)
+
+    # Mesh
+    mesh = sharding.make_mesh(**config.mesh)
+    jax.set_mesh(mesh)
+
+    # Data
+    dataset = load_dataset(config.data.folder)
+    batch_config = BatchConfig(**config.batch)
+    batches = Pipeline(dataset, "train", batch_config, config.seed, mesh)
+    held_out = {
+        name: Pipeline(dataset, "validation", batch_config, config.seed, mesh, [name])
+        for name, source in dataset.sources.items()
+        if source.rows["validation"]
+    }
+    total = config.steps or config.epochs * batches.plan.steps_per_epoch
+
+    # Model
+    model = start.student(config.init, config.size, config.seed, dataset)
+    teacher = start.teacher(config.teacher, model.config, dataset) if config.teacher else None
+    dtype = jnp.dtype(config.dtype)
+    encode_chunk = _chunk_encoder(model.config, dtype, config.remat)
+
+    # Objective and optimizer
+    dims = matryoshka_dims(model.config.hidden_size, config.objective.matryoshka_minimum) if config.objective.matryoshka else ()
+    objective = Objective(
+        temperature=config.objective.temperature,
+        dims=dims,
+        in_batch_passage_grad=config.objective.in_batch_passage_grad,
+        distillation_weight=config.objective.distillation_weight if teacher else 0.0,
+    )
+    optimizer = OptimizerConfig(total_steps=total, **config.optimizer)
+
+    # State: from this run, else from the given weights, else random
+    _write_facts(workdir, config, dataset)
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    if checkpoints.latest is not None:
+        state = checkpoint.restore(checkpoints, checkpoints.latest.step, _abstract_state(model.config, optimizer, mesh))
+    else:
+        state = _fresh_state(model.load(mesh), optimizer)
+    teacher_params = None if teacher is None else jax.tree.map(lambda x: x.astype(dtype), teacher.load(mesh))
+
+    # Step
+    frozen = None if teacher is None else Teacher(_chunk_encoder(teacher.config, dtype, "none"))
+    train_step = jax.jit(make_train_step(encode_chunk, objective, optimizer, frozen), donate_argnums=0)
+    eval_step = jax.jit(make_eval_step(encode_chunk, objective))
+    metadata = {
+        "decoder": dataclasses.asdict(model.config),
+        "matryoshka_dims": dims,
+        "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
+        "max_length": batch_config.max_length,
+    }
+
+    # Loop: validate and save before the batch is drawn, so that a resumed run repeats neither
+    first = int(state.step)
+    with Recorder(workdir, first, total, config.log_every) as recorder:
+        recorder.say(_banner(model, dataset, batches, mesh, total, first))
+        arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
+        for step in range(first, total + 1):
+            done = step == total
+            resumed = step == first and checkpoints.latest is not None
+            if not resumed and (done or step % config.eval.every == 0):
+                recorder.flush()
+                recorder.write(step, validate(eval_step, state.params, held_out, dataset, config.eval.batches))
+            if not resumed and (done or step % config.checkpoint.every == 0):
+                checkpoint.save(checkpoints, step, state, metadata)
+            if done:
+                break
+            waited = time.perf_counter()
+            data = next(arrivals)
+            waited = time.perf_counter() - waited
+            state, means = train_step(state, teacher_params, data.batch)
+            facts = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
+            recorder.step(step + 1, means, facts, data.tokens, data.slots, waited)
+    checkpoints.close()
+
+
+def _chunk_encoder(config, dtype: jnp.dtype, remat: str):
+    graphdef, _ = abstract_decoder(config)
+    return chunk_encoder(graphdef, dtype, remat)
+
+
+def _fresh_state(params: nnx.State, optimizer: OptimizerConfig) -> TrainState:
+    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(optimizer).init)(params))
+
+
+def _abstract_state(config, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, from nothing but the configuration."""
+    _, params = abstract_decoder(config, mesh)
+    abstract = jax.eval_shape(lambda p: _fresh_state(p, optimizer), params)
+    placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))  # noqa: E731
+    return jax.tree.map(placed, abstract)
+
+
+def _write_facts(workdir: epath.Path, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+    """The resolved configuration and the tokenizer, beside the checkpoints they belong to."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
+    dataset.tokenizer().save(workdir / "tokenizer")
+
+
+def _banner(model: start.StartingPoint, dataset: Dataset, batches: Pipeline, mesh: jax.sharding.Mesh, total: int, first: int) -> str:
+    shape: Mapping[str, int] = mesh.shape
+    return (
+        f"{count_parameters(model.config):,} parameters {model.description}; {len(dataset.sources)} sources, "
+        f"{batches.plan.steps_per_epoch} steps an epoch; mesh {dict(shape)} of {jax.devices()[0].device_kind}; "
+        f"{'starts' if first == 0 else f'resumes at step {first}'}, {total} steps"
+    )

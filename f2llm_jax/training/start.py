@@ -1,0 +1,81 @@
+"""The weights a run starts from, checked against its data before anything is loaded."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from f2llm_jax.data.records import Dataset
+from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.model.origin import ModelOrigin, find_model
+from f2llm_jax.model.sizes import SIZES, DecoderConfig
+
+TOY_VOCAB_MULTIPLE = 64  # the toy size takes the tokenizer's vocabulary, rounded up so that it splits over devices
+
+
+class StartError(ValueError):
+    """Weights and data (or student and teacher) that do not belong together; the message names the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StartingPoint:
+    """A decoder's shape, where its weights come from in words, and how to get them."""
+
+    config: DecoderConfig
+    description: str
+    load: Callable[[jax.sharding.Mesh | None], nnx.State]
+
+
+def student(init: str, size: str, seed: int, dataset: Dataset) -> StartingPoint:
+    """The model to train: the weights at `init` (see `find_model`), or random ones of `size` if it is empty.
+
+    Raises:
+      StartError: unknown size, weights of another size, or a tokenizer or vocabulary other than the data's.
+    """
+    if size not in SIZES:
+        raise StartError(f"unknown size {size!r}; there are: {', '.join(SIZES)}")
+    if not init:
+        config = SIZES[size]
+        if size == "toy":
+            config = dataclasses.replace(config, vocab_size=-(-dataset.vocab_size // TOY_VOCAB_MULTIPLE) * TOY_VOCAB_MULTIPLE)
+        _check_vocabulary(config, f"size {size}", dataset)
+        return StartingPoint(config, "from random weights", lambda mesh: init_decoder(config, seed, mesh))
+    origin = find_model(init)
+    _check_tokenizer(origin, dataset)
+    if size != "toy" and dataclasses.replace(SIZES[size], vocab_size=origin.config.vocab_size) != origin.config:
+        raise StartError(f"{init} is not of size {size}; pass the size it has, or size=toy to take any. It is {origin.config}")
+    return StartingPoint(origin.config, f"from {init}", origin.load)
+
+
+def teacher(name: str, student_config: DecoderConfig, dataset: Dataset) -> StartingPoint:
+    """The frozen model to distil from.
+
+    Raises:
+      StartError: it is narrower than the student, or does not read the same token ids.
+    """
+    origin = find_model(name)
+    if origin.config.hidden_size < student_config.hidden_size:
+        raise StartError(
+            f"the teacher {name} has width {origin.config.hidden_size}, less than the student's {student_config.hidden_size}; "
+            "distillation cuts the teacher to the student's width, so take a teacher at least as wide"
+        )
+    _check_tokenizer(origin, dataset)
+    return StartingPoint(origin.config, f"from {name}", origin.load)
+
+
+def _check_tokenizer(origin: ModelOrigin, dataset: Dataset) -> None:
+    _check_vocabulary(origin.config, origin.name, dataset)
+    if origin.tokenizer and origin.tokenizer.fingerprint != dataset.tokenizer_fingerprint:
+        raise StartError(
+            f"{origin.name} has another tokenizer than the data in {dataset.folder} was prepared with "
+            f"(EOS {origin.tokenizer.eos_id} and {dataset.eos_id}); run prepare again with --tokenizer {origin.name}"
+        )
+
+
+def _check_vocabulary(config: DecoderConfig, name: str, dataset: Dataset) -> None:
+    if dataset.vocab_size > config.vocab_size:
+        raise StartError(
+            f"{name} has {config.vocab_size} embedding rows, but the data was prepared with a tokenizer of {dataset.vocab_size} ids; "
+            "run prepare again with the model's own tokenizer"
+        )

@@ -1,0 +1,97 @@
+"""The training step and the evaluation step: pure functions of arrays, each on one screen."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from f2llm_jax import objectives
+from f2llm_jax.batch import Batch
+from f2llm_jax.model import encoder
+from f2llm_jax.objectives import Embeddings, Mean, Objective
+from f2llm_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds. The order of data needs `step` and nothing else."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen encoder of the same token rows; its parameters are an argument of the step, not part of this."""
+
+    encode_chunk: encoder.EncodeChunk
+
+
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
+
+
+def by_role(embeddings: Float[Array, "S D"], negative_mask: Float[Array, "B N"]) -> Embeddings:
+    """Splits a batch's texts into queries, positives and negatives (the order `Batch` documents)."""
+    samples, negatives = negative_mask.shape
+    return Embeddings(
+        query=embeddings[:samples],
+        passage=embeddings[samples : 2 * samples],
+        negatives=embeddings[2 * samples :].reshape(samples, negatives, -1),
+    )
+
+
+def make_train_step(
+    encode_chunk: encoder.EncodeChunk,
+    objective: Objective,
+    optimizer_config: OptimizerConfig,
+    teacher: Teacher | None = None,
+) -> Step:
+    """`(state, teacher_params, batch) -> (state, metrics)`; `teacher_params` is None without a teacher.
+
+    Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, and the `learning_rate` of this update.
+    """
+    optimizer = make_optimizer(optimizer_config)
+
+    def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        masks = batch.sample_mask, batch.negative_mask
+        target = None
+        if teacher is not None:
+            with jax.named_scope("teacher"):
+                target = by_role(encoder.encode(teacher.encode_chunk, teacher_params, batch.texts, batch.text_count), batch.negative_mask)
+
+        def loss(embeddings: Float[Array, "S D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
+            student = by_role(embeddings, batch.negative_mask)
+            total, parts = objectives.contrastive(student, *masks, batch.in_batch_weight, objective)
+            if target is not None:
+                distilled = objectives.distillation(student, target, *masks)
+                parts["distillation"] = Mean(objective.distillation_weight * distilled.sum, distilled.count)
+                total = total + parts["distillation"].value
+            return total, parts
+
+        (total, parts), gradients = encoder.value_and_grad(loss, encode_chunk, state.params, batch.texts, batch.text_count)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        facts = {"loss": total, "grad_norm": optax.global_norm(gradients), "learning_rate": learning_rate(optimizer_config, state.step)}
+        metrics = parts | {name: Mean(value, jnp.float32(1)) for name, value in facts.items()}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(encode_chunk: encoder.EncodeChunk, objective: Objective) -> Callable[[Any, Batch], dict[str, Mean]]:
+    """`(params, batch) -> metrics` at full width, as the published validation loss (no matryoshka)."""
+    plain = dataclasses.replace(objective, dims=())
+
+    def eval_step(params: Any, batch: Batch) -> dict[str, Mean]:
+        embeddings = by_role(encoder.encode(encode_chunk, params, batch.texts, batch.text_count), batch.negative_mask)
+        _, parts = objectives.contrastive(embeddings, batch.sample_mask, batch.negative_mask, batch.in_batch_weight, plain)
+        return parts
+
+    return eval_step

@@ -1,0 +1,152 @@
+"""The embedded corpus: raw layout, nothing held out leaks into training, determinism, tokenizer."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import transformers
+
+from f2llm_jax import text
+from f2llm_jax.data import demo_corpus
+
+HELDOUT = ("bitext", "zero_shot", "code")
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> tuple[Path, Path]:
+    """Two builds by the command line, side by side, under different hash seeds."""
+    folders = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
+    builds = [
+        subprocess.Popen(
+            [sys.executable, "-m", "f2llm_jax.demo_data", "--out", folder],
+            env=os.environ | {"PYTHONHASHSEED": str(i)},
+            cwd=Path(__file__).parents[1],
+        )
+        for i, folder in enumerate(folders)
+    ]
+    assert [build.wait() for build in builds] == [0, 0]
+    return folders
+
+
+@pytest.fixture(scope="module")
+def raw(corpora) -> dict[str, pa.Table]:
+    return {source: pq.read_table(corpora[0] / "raw" / f"{source}.parquet") for source in demo_corpus.TASKS}
+
+
+@pytest.fixture(scope="module")
+def heldout(corpora) -> dict[str, list[dict]]:
+    return {name: pq.read_table(corpora[0] / "heldout" / f"{name}.parquet").to_pylist() for name in HELDOUT}
+
+
+@pytest.fixture(scope="module")
+def trained_texts(raw) -> dict[str, set[str]]:
+    """Every folded text of every text column of each source, queries without their instruction."""
+    columns = {source: [table[name].unique().to_pylist() for name in table.column_names if name != "lang"] for source, table in raw.items()}
+    return {source: {demo_corpus.fold(text.strip_instruction(t)) for column in of for t in column} for source, of in columns.items()}
+
+
+def test_two_builds_are_the_same_bytes(corpora):
+    first, second = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")} for folder in corpora)
+    assert len(first) == 4 + 1 + 3 + 2
+    assert first.keys() == second.keys()
+    assert [path for path in first if first[path] != second[path]] == []
+
+
+def test_raw_layout(corpora, raw):
+    assert json.loads((corpora[0] / "raw" / "tasks.json").read_text()) == demo_corpus.TASKS
+    for source, table in raw.items():
+        count = 1 if demo_corpus.TASKS[source] == "classification" else 24
+        assert table.column_names == ["query", "passage", *(f"negative_{i + 1}" for i in range(count)), "lang"]
+        prompt = text.query_prompt(demo_corpus.INSTRUCTIONS[source])
+        assert all(query.startswith(prompt) for query in table["query"].to_pylist())
+        assert all(column.null_count == 0 and all(t.strip() for t in column.unique().to_pylist()) for column in table.columns)
+    assert raw["cldr_bitext"].num_rows > 100_000
+    assert raw["stdlib_code"].num_rows > 4_000
+    assert len(raw["cldr_bitext"]["lang"].unique()) >= 240
+
+
+def test_negatives_differ_from_the_positive_and_from_one_another(raw):
+    for table in raw.values():
+        columns = [table[name].to_pylist() for name in table.column_names if name == "passage" or name.startswith("negative")]
+        repeated = [documents for documents in zip(*columns, strict=True) if len(set(documents)) < len(columns)]
+        assert repeated == []
+
+
+def test_no_training_pair_occurs_twice(raw):
+    for table in raw.values():
+        pairs = Counter(zip(table["query"].to_pylist(), table["passage"].to_pylist(), strict=True))
+        assert [pair for pair, count in pairs.items() if count > 1] == []
+
+
+def test_bitext_runs_both_ways(raw):
+    table = raw["cldr_bitext"]
+    english = set(demo_corpus._cldr_names()[0].values())
+    share = sum(passage in english for passage in table["passage"].to_pylist()) / table.num_rows
+    assert 0.85 < share < 0.95
+
+
+def test_directions_are_balanced(raw):
+    assert set(Counter(raw["script_direction"]["passage"].to_pylist()).values()) == {demo_corpus.DIRECTION_ROWS}
+
+
+@pytest.mark.parametrize("source", ["cldr_bitext", "cldr_kind", "script_direction"])
+def test_heldout_names_are_in_no_training_column(source, heldout, trained_texts):
+    """Stronger than held out by (language, concept): the spelling is unseen in every language."""
+    names = [row["query"] for row in heldout["bitext"] + heldout["zero_shot"]] + [row["document"] for row in heldout["zero_shot"]]
+    assert [name for name in names if demo_corpus.fold(name) in trained_texts[source]] == []
+
+
+def test_heldout_concepts_are_not_trained_in_another_script_of_their_language(heldout):
+    english, names = demo_corpus._cldr_names()
+    train, held = demo_corpus._split(names, english, seed=0)
+    trained = {(demo_corpus.base_language(name.language), name.concept) for name in train}
+    assert {row["query"] for row in heldout["bitext"]} <= {name.text for name in held}
+    assert [name for name in held if (demo_corpus.base_language(name.language), name.concept) in trained] == []
+
+
+def test_heldout_functions_are_in_no_training_column(heldout, trained_texts):
+    texts = [row[field] for row in heldout["code"] for field in ("query", "document")]
+    assert [t for t in texts if demo_corpus.fold(t) in trained_texts["stdlib_code"]] == []
+
+
+def test_at_least_two_hundred_languages_are_held_out(heldout):
+    pairs = Counter(row["language"] for row in heldout["bitext"])
+    assert sum(count >= 5 for count in pairs.values()) >= 200
+    assert sum(count >= 5 for count in Counter(demo_corpus.base_language(row["language"]) for row in heldout["bitext"]).values()) >= 200
+
+
+def test_recall_at_one_has_one_right_answer(heldout):
+    """Distinct documents in a pool, one document a query, no answer given away by the query."""
+    answers = {name: defaultdict(set) for name in HELDOUT}
+    for name, rows in heldout.items():
+        assert all(row["instruction"] and row["query"] and row["document"] for row in rows)
+        for row in rows:
+            answers[name][row["query"]].add(row["document"])
+            assert demo_corpus.fold(row["query"]) != demo_corpus.fold(row["document"])
+    assert all(len(documents) == 1 for answer in answers.values() for documents in answer.values())
+    assert max(Counter((row["language"], row["document"]) for row in heldout["bitext"]).values()) == 1
+    for name, count in (("zero_shot", demo_corpus.ZERO_SHOT_PAIRS), ("code", demo_corpus.HELDOUT_FUNCTIONS)):
+        assert len(heldout[name]) == len({row["document"] for row in heldout[name]}) == count
+    assert all("en" not in (row["language"], row["document_language"]) for row in heldout["zero_shot"])
+
+
+def test_tokenizer_round_trips_and_leaves_eos_to_the_loader(corpora, heldout):
+    tokenizer = text.load_tokenizer(corpora[0] / "tokenizer")
+    texts = [row["document"] for name in ("zero_shot", "code") for row in heldout[name]] + [
+        "Größe 12\n",
+        "日本語 עברית हिन्दी ไทย 𞤀𞤣𞤤𞤢𞤥",
+        "",
+    ]
+    encoded = tokenizer.encode(texts, max_length=10_000)
+    assert [tokenizer.decode(ids[:-1]) for ids in encoded] == texts
+    assert all(ids[-1] == tokenizer.eos_id for ids in encoded)
+    assert tokenizer.vocab_size == demo_corpus.VOCAB_SIZE
+    bare = transformers.AutoTokenizer.from_pretrained(corpora[0] / "tokenizer")
+    assert (bare.eos_token_id, bare.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
+    assert [bare(t).input_ids for t in texts] == [ids[:-1].tolist() for ids in encoded]
