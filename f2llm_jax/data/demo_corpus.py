@@ -56,6 +56,8 @@ INSTRUCTIONS = {
 DIRECTIONS = ("left-to-right script", "right-to-left script")
 
 NEGATIVES = 24
+BITEXT_ROWS_PER_LANGUAGE = 300  # large locales would otherwise crowd out the small ones
+FROM_ENGLISH = 1 / 40  # share of bitext rows whose query is the English name; their negatives are stored documents too
 HARD_POOL = 48  # a row's negatives are drawn from so many nearest candidates
 KINDS = {"languages": "language", "scripts": "script", "territories": "territory", "currency_names": "currency"}
 MIN_NAMES = 50  # a locale with fewer names of its own cannot be both trained on and held out
@@ -104,7 +106,7 @@ def build(out: pathlib.Path, seed: int = 0) -> dict[str, pa.Table]:
     functions, held_functions = _functions(seed)
     rng = np.random.default_rng(seed)
     raw = {
-        "cldr_bitext": _bitext(train, english, rng),
+        "cldr_bitext": _bitext(_at_most(train, BITEXT_ROWS_PER_LANGUAGE, rng), english, rng),
         "cldr_kind": _kind(train, rng),
         "script_direction": _direction(train, rng),
         "stdlib_code": _code(functions, rng),
@@ -245,7 +247,7 @@ def _bitext(names: Sequence[Name], english: dict[tuple[str, str], str], rng: np.
     concept_of = {concept: i for i, concept in enumerate(concepts)}
     theirs = np.array([concept_of[name.concept] for name in names])
     ours = len(concepts) + np.arange(len(names))
-    to_english = rng.random(len(names)) >= 1 / 8
+    to_english = rng.random(len(names)) >= FROM_ENGLISH
     negatives = np.zeros((len(names), NEGATIVES), np.int64)
     for _, peers in _groups([f"{name.language} {name.kind}" for name in names]):
         if len(peers) <= NEGATIVES:
@@ -259,6 +261,14 @@ def _bitext(names: Sequence[Name], english: dict[tuple[str, str], str], rng: np.
         negatives[rows] = _others(rng, theirs[rows], hard[concept])
     query, passage = np.where(to_english, ours, theirs), np.where(to_english, theirs, ours)
     return _raw_table("cldr_bitext", texts, query, passage, negatives, [name.language for name in names])
+
+
+def _at_most(names: Sequence[Name], limit: int, rng: np.random.Generator) -> list[Name]:
+    """A random `limit` of each language's names, in their order; all where there are no more."""
+    kept: list[int] = []
+    for _, theirs in _groups([name.language for name in names]):
+        kept.extend(rng.permutation(theirs)[:limit])
+    return [names[i] for i in sorted(kept)]
 
 
 def _spelt_alike(concepts: Sequence[tuple[str, str]], english: dict[tuple[str, str], str]) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from f2llm_jax import sharding
-from f2llm_jax.batch import Batch, PackedTexts
+from f2llm_jax.batch import Batch
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.data.plan import Kind, NegativesPer, Plan, PlanSource, StepPlan
 from f2llm_jax.data.records import Dataset

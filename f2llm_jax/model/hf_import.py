@@ -42,7 +42,7 @@ def resolve(model: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:  # offline, unknown name, no permission: the client has a class for each
         raise ModelFolderError(
-            f"{model!r} is no local folder and could not be downloaded from the Hub ({type(error).__name__}: {error})"
+            f"{model!r} is no local folder and could not be downloaded from the Hub ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
 
 
@@ -55,7 +55,7 @@ def read_config(folder: pathlib.Path) -> DecoderConfig:
     path = folder / "config.json"
     if not path.exists():
         raise ModelFolderError(f"{path} does not exist; point to a folder made by `save_pretrained` or `convert to-hf`")
-    raw = json.loads(path.read_text())
+    raw = _read_json(path)
     rope = raw.get("rope_parameters") or {"rope_type": "default", "rope_theta": raw.get("rope_theta", 1e6)}
     must_be = {
         "model_type": (raw.get("model_type"), "qwen3"),
@@ -74,6 +74,20 @@ def read_config(folder: pathlib.Path) -> DecoderConfig:
     if missing := [name for name in names if name not in raw]:
         raise ModelFolderError(f"{path}: missing {', '.join(missing)}")
     return DecoderConfig(**{name: raw[name] for name in names}, rope_theta=float(rope["rope_theta"]))
+
+
+def read_training_facts(folder: pathlib.Path) -> tuple[tuple[int, ...], int | None]:
+    """Matryoshka widths, ascending (empty if unknown), and the longest text in tokens (None if unknown), as a release declares them."""
+    dims = _read_json(folder / "config.json").get("matryoshka_dimensions") or ()
+    sentences = folder / "sentence_bert_config.json"
+    return tuple(sorted(dims)), _read_json(sentences).get("max_seq_length") if sentences.exists() else None
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelFolderError(f"{path} is not readable JSON ({error}); download or export it again") from error
 
 
 def load_params(folder: pathlib.Path, config: DecoderConfig, mesh: jax.sharding.Mesh | None = None) -> nnx.State:

@@ -9,7 +9,9 @@ from flax import nnx
 
 from f2llm_jax.model import hf_import, stored
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.text import Tokenizer, load_tokenizer
+from f2llm_jax.text import Tokenizer, TokenizerError, load_tokenizer
+
+DEFAULT_TEXT_LIMIT = 8192  # where training left no word of it: mteb's `codefuse_models.py`, for every F2LLM model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,32 @@ class ModelOrigin:
     matryoshka_dims: tuple[int, ...] = ()
     max_length: int | None = None
 
+    @property
+    def text_limit(self) -> int:
+        """Tokens, EOS included, at which texts are cut: by this project's encoder and by every reader of its releases."""
+        return min(self.max_length or DEFAULT_TEXT_LIMIT, self.config.max_position_embeddings)
+
+    def matching_tokenizer(self) -> Tokenizer:
+        """The tokenizer, known to be there and to fit the embedding table.
+
+        Raises:
+          TokenizerError: it is not, or does not.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError(f"{self.name} has no tokenizer.json; copy the one that it was trained with into it")
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise TokenizerError(
+                f"{self.name}: the tokenizer makes {self.tokenizer.vocab_size} ids, but there are only {self.config.vocab_size} "
+                "embedding rows; use the tokenizer that it was trained with"
+            )
+        return self.tokenizer
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` as Orbax wants it: absolute if it is local, unchanged if it is a URL."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.absolute()
+
 
 def find_model(name: str) -> ModelOrigin:
     """The model that `name` means: a checkpoint if it looks like one, else a Hugging Face folder or Hub id.
@@ -39,13 +67,14 @@ def find_model(name: str) -> ModelOrigin:
     Raises:
       CheckpointError, ModelFolderError: there is none, or it is not one this project can read.
     """
-    path = epath.Path(name)
+    path = absolute(name)
     if path.name.isdigit() or (path / "checkpoints").exists():
         return _checkpoint(name, path)
     folder = hf_import.resolve(name)
     config = hf_import.read_config(folder)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-    return ModelOrigin(name, config, lambda mesh: hf_import.load_params(folder, config, mesh), tokenizer)
+    dims, max_length = hf_import.read_training_facts(folder)
+    return ModelOrigin(name, config, lambda mesh: hf_import.load_params(folder, config, mesh), tokenizer, dims, max_length)
 
 
 def _checkpoint(name: str, path: epath.Path) -> ModelOrigin:

@@ -1,0 +1,90 @@
+"""Embeds a text file: `python -m f2llm_jax.embed --model FOLDER --input FILE.txt --output X.npy`.
+
+One text a line in, one normalised float32 vector a row out. Give queries the instruction of their task, documents none.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
+from f2llm_jax.model.hf_import import ModelFolderError
+from f2llm_jax.model.origin import find_model
+from f2llm_jax.model.stored import CheckpointError
+from f2llm_jax.text import TokenizerError, query_prompt
+
+
+class InputError(ValueError):
+    """Texts or flags that cannot be embedded with; the message names the remedy."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    flags = _parser().parse_args(arguments)
+    try:
+        shape = _embed(flags)
+    except (CheckpointError, InputError, ModelFolderError, TokenizerError, OSError) as error:
+        print(f"embed: error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {shape[0]:,} vectors of {shape[1]} dimensions to {flags.output}")
+    return 0
+
+
+def _embed(flags: argparse.Namespace) -> tuple[int, int]:
+    texts = _read_lines(flags.input)
+    origin = find_model(flags.model)
+    dim = flags.dim or origin.config.hidden_size
+    if dim > origin.config.hidden_size:
+        raise InputError(f"--dim {dim} exceeds the {origin.config.hidden_size} dimensions of {flags.model}")
+    encoder = load_encoder(origin, dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
+    prompt = flags.prompt or query_prompt(flags.instruction)
+    with tqdm(total=len(texts), unit=" texts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        embeddings = encoder.encode(texts, prompt, report=lambda done, _: bar.update(done - bar.n))
+    vectors = truncate_and_normalize(embeddings, dim)
+    partial = flags.output.with_name(flags.output.name + ".partial")
+    with partial.open("wb") as file:  # an open file, because np.save gives a path without .npy that ending
+        np.save(file, vectors)
+    partial.replace(flags.output)
+    return vectors.shape
+
+
+def _read_lines(path: pathlib.Path) -> list[str]:
+    """The lines of a UTF-8 file, an empty one included; only line feeds end a line."""
+    try:
+        with path.open(encoding="utf-8") as file:  # iteration, because str.splitlines also splits at U+2028 and the like
+            lines = [line.removesuffix("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error}); convert it with iconv") from error
+    if not lines:
+        raise InputError(f"{path} is empty; write one text a line")
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder, Hub id, workdir or WORKDIR/checkpoints/STEP")
+    parser.add_argument("--input", required=True, type=pathlib.Path, help="UTF-8 text file, one text a line")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help=".npy file to write; exists only when complete")
+    parser.add_argument("--dim", type=_positive, help="keep so many leading dimensions (default: all)")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", default="", help="put this before every text as it is")
+    prompts.add_argument("--instruction", default="", help='describe the task of queries; they become "Instruct: ...\\nQuery: text"')
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
+    parser.add_argument("--batch-tokens", type=_positive, help="tokens on the device at once; memory only (default: by device)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Texts to raw embeddings with a finished model, by a handful of programs of fixed shape.
+
+Short texts are packed into short rows, because a row pays for attention over its whole length; a text that does not fit goes
+to the next longer row length. Each row length is one compiled program, and one that no text needs is never compiled.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from f2llm_jax import sharding
+from f2llm_jax.data.packing import RowShape, lay_out
+from f2llm_jax.model.decoder import abstract_decoder
+from f2llm_jax.model.encoder import chunk_encoder
+from f2llm_jax.model.origin import ModelOrigin
+from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.text import Tokenizer
+
+ROW_TOKENS = (128, 512, 2048)  # and the longest text, if longer
+ROW_TEXTS = 32  # most texts in the shortest row
+CHUNK_TOKENS = {"cpu": 1024}  # encoded at once; fastest of 1024, 2048, 4096 on two cores, and least wasted on a few texts
+CHUNK_TOKENS_ACCELERATOR = 32_768
+BLOCK_TEXTS = 4096  # tokenised and packed together; bounds the host's memory
+
+Report = Callable[[int, int], None]  # (texts done, texts in all)
+
+
+class TextEncoder:
+    """A model that turns texts into embeddings."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        params: nnx.State,
+        tokenizer: Tokenizer,
+        max_length: int,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        mesh: jax.sharding.Mesh | None = None,
+        chunk_tokens: int | None = None,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          config: the decoder's shape.
+          params: its parameters, on the mesh if there is one.
+          tokenizer: of the model.
+          max_length: tokens, EOS included, at which a text is cut.
+          dtype: compute dtype.
+          mesh: as for training; None for one device.
+          chunk_tokens: tokens encoded at once, which is memory and nothing else; chosen by the kind of device if None.
+        """
+        self.width = config.hidden_size
+        self._config, self._dtype = config, jnp.dtype(dtype)
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._mesh = mesh
+        # float32 means it: accelerators multiply float32 matrices in fewer bits unless told otherwise.
+        self._precision = "highest" if dtype == jnp.float32 else None
+        self._params = jax.tree.map(lambda x: x.astype(dtype), params)
+        self._shapes = _row_shapes(max_length, chunk_tokens or _default_chunk_tokens(), sharding.batch_ways(mesh))
+
+    def encode(self, texts: Sequence[str], prompt: str = "", report: Report | None = None) -> Float[np.ndarray, "S D"]:
+        """Raw embeddings, float32 `[S, D]`, of `prompt + text` for each text, in the order given."""
+        embeddings = np.empty((len(texts), self.width), np.float32)
+        for start in range(0, len(texts), BLOCK_TEXTS):
+            block = texts[start : start + BLOCK_TEXTS]
+            ids = self._tokenizer.encode([prompt + text for text in block], self.max_length)
+            for numbers, vectors in _one_late(self._encoded(ids)):
+                embeddings[start + numbers] = vectors()
+            if report:
+                report(start + len(block), len(texts))
+        return embeddings
+
+    def _encoded(self, ids: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:
+        """Chunk by chunk: the numbers of its texts, and a function that waits for the device and returns their embeddings."""
+        lengths = np.array([len(i) for i in ids])
+        row_length = np.searchsorted([shape.row_tokens for shape in self._shapes], lengths)
+        for k, shape in enumerate(self._shapes):
+            members = np.flatnonzero(row_length == k)
+            if not len(members):
+                continue
+            packed = lay_out(shape.pack(lengths[members]), shape, lambda which, members=members: [ids[i] for i in members[which]])
+            for c in range(int(packed.chunks)):
+                used = packed.text[c] < len(members)
+                pooled = self._run(packed.token_ids[c], packed.positions[c], packed.segment_ids[c], packed.last[c])
+                yield members[packed.text[c][used]], lambda pooled=pooled, used=used: np.asarray(pooled)[used]
+
+    def _run(self, *rows: np.ndarray) -> jax.Array:
+        in_mesh = jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+        with in_mesh, jax.default_matmul_precision(self._precision):
+            if self._mesh:
+                rows = [sharding.to_global(array, self._mesh, sharding.ROWS_T) for array in rows]
+            return _program(self._config, self._dtype, self._params, *rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _program(config: DecoderConfig, dtype: jnp.dtype, params: nnx.State, *rows: Int[Array, "M _"]) -> Float[Array, "M X D"]:
+    """Embeddings of one chunk. Not a method, so that encoders of one shape share what is compiled."""
+    encode_chunk = chunk_encoder(abstract_decoder(config)[0], dtype, remat="none")
+    return sharding.shard(encode_chunk(params, *rows), sharding.P(None, None, None))  # every host can read the result
+
+
+def load_encoder(origin: ModelOrigin, *, max_length: int | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> TextEncoder:
+    """The encoder of a model that has been found; texts are cut at the model's own limit unless `max_length` is given.
+
+    Raises:
+      TokenizerError: the model has no tokenizer or one that does not fit it.
+    """
+    tokenizer = origin.matching_tokenizer()
+    return TextEncoder(origin.config, origin.load(mesh), tokenizer, max_length or origin.text_limit, mesh=mesh, **options)
+
+
+def truncate_and_normalize(embeddings: Float[np.ndarray, "S D"], dim: int) -> Float[np.ndarray, "S K"]:
+    """The first `dim` components at length 1, in float32; a zero vector stays zero."""
+    cut = np.asarray(embeddings[:, :dim], np.float32)
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+
+
+def _default_chunk_tokens() -> int:
+    return CHUNK_TOKENS.get(jax.default_backend(), CHUNK_TOKENS_ACCELERATOR)
+
+
+def _row_shapes(max_length: int, chunk_tokens: int, ways: int) -> list[RowShape]:
+    """Rows of each length, of which a chunk holds about `chunk_tokens` tokens and a multiple of `ways`."""
+    shapes, shorter = [], 0
+    longest = max(max_length, ROW_TOKENS[0])
+    for tokens in [*(t for t in ROW_TOKENS if t < longest), longest]:
+        rows = -(-max(1, chunk_tokens // tokens) // ways) * ways
+        # Texts that fit a shorter row are never here, which bounds how many fit this one.
+        shapes.append(RowShape(rows, tokens, tokens // (shorter + 1) if shorter else ROW_TEXTS))
+        shorter = tokens
+    return shapes
+
+
+def _one_late(items: Iterator) -> Iterator:
+    """The same items, each only after the next one has been asked for: the device computes while the host stores."""
+    late = None
+    for item in items:
+        if late:
+            yield late
+        late = item
+    if late:
+        yield late

@@ -1,0 +1,40 @@
+"""The files that make a Hugging Face folder a sentence-transformers model, in the legacy form.
+
+sentence-transformers 2 to 6, text-embeddings-inference, vLLM and llama.cpp all read the legacy form. The new module type
+strings break sentence-transformers before 5.4, and the new pooling file breaks text-embeddings-inference, which has no
+default for `pooling_mode_cls_token` and `pooling_mode_mean_tokens` and requires `max_seq_length`.
+"""
+
+from etils import epath
+
+from f2llm_jax import __version__, text
+from f2llm_jax.release.folder import write_json
+
+MODULES_FILE = "modules.json"
+POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+FIRST_READER = "3.0.0"  # the first sentence-transformers with `similarity_fn_name`; an older format version never warns
+
+
+def write_modules(folder: epath.Path, hidden_size: int, text_limit: int) -> None:
+    """Transformer, last-token pooling over `hidden_size`, normalisation; texts cut at `text_limit` tokens; the query prompt."""
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    write_json(
+        folder / MODULES_FILE,
+        [
+            # 2_Normalize is not made: it would be empty, git and object stores keep no empty folder, and no reader misses it.
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for i, (name, path) in enumerate(modules)
+        ],
+    )
+    modes = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in POOLING_MODES}
+    write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": hidden_size, **modes, "include_prompt": True})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": text_limit, "do_lower_case": False})
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "__version__": {"sentence_transformers": FIRST_READER, "f2llm_jax": __version__},
+            "prompts": {"query": text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION), "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )

@@ -1,0 +1,216 @@
+"""A release as sentence-transformers and transformers read it, its files, and every refusal."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import sentence_transformers
+import tiny
+import torch
+import transformers
+
+from f2llm_jax import convert, text
+from f2llm_jax.evaluation.agreement import compare
+from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
+from f2llm_jax.model.origin import find_model
+from f2llm_jax.release import hf_folder
+from f2llm_jax.release.folder import ReleaseError
+
+LIMIT = 96
+PROMPT = text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    return tiny.origin(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def folder(origin, tmp_path_factory):
+    return export(origin, tmp_path_factory.mktemp("release") / "model")
+
+
+@pytest.fixture(scope="module")
+def encoder(origin):
+    return load_encoder(origin)
+
+
+@pytest.fixture(scope="module")
+def sentences(folder):
+    return sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+
+
+def export(origin, out, dtype="float32", overwrite=False):
+    hf_folder.export(origin, out, dtype=dtype, max_shard_bytes=10**9, overwrite=overwrite)
+    return out
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def worst_cosine(ours, theirs, dim=64):
+    return (truncate_and_normalize(ours, dim) * truncate_and_normalize(theirs, dim)).sum(1).min()
+
+
+def test_sentence_transformers_gives_our_vectors(encoder, sentences):
+    assert sentences.max_seq_length == LIMIT and sentences.get_embedding_dimension() == 64
+    assert sentences.default_prompt_name is None and sentences.similarity_fn_name == "cosine"
+    documents, queries = encoder.encode(tiny.TEXTS), encoder.encode(tiny.TEXTS, PROMPT)
+    batched = sentences.encode(tiny.TEXTS)
+    assert worst_cosine(documents, batched) >= 0.99999
+    np.testing.assert_allclose(np.linalg.norm(batched, axis=1), 1, atol=1e-5)  # without a 2_Normalize folder
+    assert worst_cosine(documents, np.stack([sentences.encode(t) for t in tiny.TEXTS])) >= 0.99999
+    assert worst_cosine(documents, sentences.encode(tiny.TEXTS, prompt_name="document")) >= 0.99999
+    assert worst_cosine(queries, sentences.encode(tiny.TEXTS, prompt_name="query")) >= 0.99999
+    assert worst_cosine(queries, sentences.encode_query(tiny.TEXTS)) >= 0.99999
+    assert worst_cosine(documents, queries) < 0.999  # the prompt matters, so the lines above mean something
+
+
+def test_sentence_transformers_truncates_widths_and_texts(encoder, origin, folder, sentences):
+    narrow = sentence_transformers.SentenceTransformer(str(folder), device="cpu", truncate_dim=16).encode(tiny.TEXTS)
+    assert narrow.shape == (len(tiny.TEXTS), 16)
+    assert worst_cosine(encoder.encode(tiny.TEXTS), narrow, 16) >= 0.99999
+    sentences.max_seq_length = 7
+    try:
+        assert worst_cosine(load_encoder(origin, max_length=7).encode(tiny.TEXTS), sentences.encode(tiny.TEXTS)) >= 0.99999
+    finally:
+        sentences.max_seq_length = LIMIT
+
+
+def test_transformers_gives_our_vectors_on_either_padding_side(encoder, folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder)
+    assert type(model) is transformers.Qwen3Model and model.dtype == torch.float32
+    assert tokenizer.padding_side == "right" and tokenizer.model_max_length == LIMIT
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        inputs = tokenizer(tiny.TEXTS, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**inputs).last_hidden_state
+        last = inputs.attention_mask.shape[1] - 1 - inputs.attention_mask.flip(1).argmax(1)
+        rows = torch.arange(len(last))
+        assert (inputs.input_ids[rows, last] == tokenizer.eos_token_id).all()  # also of the text that was cut
+        assert worst_cosine(encoder.encode(tiny.TEXTS), hidden[rows, last].numpy()) >= 0.99999
+        family_last = inputs.attention_mask.sum(1) - 1 if side == "right" else torch.full_like(last, -1)  # as cards write it
+        assert torch.equal(hidden[rows, family_last], hidden[rows, last])
+
+
+def test_config_is_of_this_model(folder, origin):
+    config = read(folder / "config.json")
+    assert config["architectures"] == ["Qwen3Model"] and config["model_type"] == "qwen3"
+    assert config["layer_types"] == ["full_attention"] * 3 and config["max_window_layers"] == config["num_hidden_layers"] == 3
+    assert config["vocab_size"] == 320 and config["max_position_embeddings"] == 512
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
+    assert config["tie_word_embeddings"] is True and config["use_cache"] is False
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    assert config["is_matryoshka"] is True and config["matryoshka_dimensions"] == [16, 32, 64]
+    again = find_model(str(folder))
+    assert (again.config, again.matryoshka_dims, again.max_length) == (origin.config, (16, 32, 64), LIMIT)
+
+
+def test_the_neighbouring_files(folder):
+    assert [m["type"] for m in read(folder / "modules.json")] == [
+        f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")
+    ]
+    pooling = read(folder / "1_Pooling/config.json")
+    assert pooling["word_embedding_dimension"] == 64 and pooling["include_prompt"] is True
+    assert [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on] == ["pooling_mode_lasttoken"]
+    assert pooling["pooling_mode_cls_token"] is False and pooling["pooling_mode_mean_tokens"] is False  # TEI has no default
+    assert read(folder / "sentence_bert_config.json") == {"max_seq_length": LIMIT, "do_lower_case": False}
+    assert read(folder / "config_sentence_transformers.json")["prompts"] == {"query": PROMPT, "document": ""}
+    assert read(folder / "special_tokens_map.json") == {"eos_token": tiny.EOS, "pad_token": tiny.PAD}
+    assert read(folder / "added_tokens.json") == {tiny.PAD: 0, tiny.EOS: 1}
+    tokenizer = text.load_tokenizer(folder)
+    assert len(read(folder / "vocab.json")) == tokenizer.vocab_size
+    merges = (folder / "merges.txt").read_text().splitlines()
+    assert merges[0] == "#version: 0.2" and len(merges) - 1 == tokenizer.vocab_size - 258
+    assert text.load_tokenizer(folder).fingerprint == find_model(str(folder)).tokenizer.fingerprint
+    assert (folder / "README.md").read_text().startswith("---\nlibrary_name: sentence-transformers\n")
+
+
+def test_text_limit_stays_below_the_positions(tmp_path):
+    unknown = tiny.origin(tmp_path, max_length=None, matryoshka_dims=())
+    assert unknown.text_limit == 512
+    assert dataclasses.replace(unknown, config=dataclasses.replace(unknown.config, max_position_embeddings=40960)).text_limit == 8192
+    assert "is_matryoshka" not in read(export(unknown, tmp_path / "out") / "config.json")
+
+
+def test_bytes_do_not_depend_on_the_run(origin, folder, tmp_path):
+    again = export(origin, tmp_path / "again")
+    for file in (f for f in folder.rglob("*") if f.is_file()):
+        assert (again / file.relative_to(folder)).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_verify_holds(origin, tmp_path, capsys, dtype):
+    folder = export(origin, tmp_path / "out", dtype)
+    (tmp_path / "more.txt").write_text("one more\nund noch einer\n")
+    assert convert.main(["verify", str(folder), "--texts", str(tmp_path / "more.txt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and all(line.endswith("ok") for line in lines)
+
+
+def test_verify_sees_a_wrong_prompt_and_a_lost_eos(origin, tmp_path, capsys):
+    folder = export(origin, tmp_path / "out")
+    prompts = folder / "config_sentence_transformers.json"
+    prompts.write_text(prompts.read_text().replace("Query: ", "Query:"))
+    failed = {(a.peer, a.case) for a in compare(str(folder)) if not a.holds}
+    assert failed == {("sentence-transformers", "as queries")}
+    tokenizer = read(folder / "tokenizer.json") | {"post_processor": None}  # ours puts the EOS back, others do not
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert convert.main(["verify", str(folder)]) == 1
+    assert capsys.readouterr().out.count("FAILED") == 6
+
+
+def test_convert_both_ways(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # relative paths, which Orbax takes none of
+    assert convert.main(["from-hf", str(folder), "run"]) == 0
+    assert convert.main(["to-hf", "run", "out", "--max-shard-size", "5GB"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "released run to out in float32"
+    for file in (f for f in folder.rglob("*") if f.is_file()):
+        assert (tmp_path / "out" / file.relative_to(folder)).read_bytes() == file.read_bytes(), file.name
+
+
+def test_refusals_are_one_line_and_touch_nothing(folder, tmp_path, capsys):
+    def refused(*arguments):
+        assert convert.main([str(a) for a in arguments]) == 1
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("convert: error: ") and len(error.splitlines()) == 1
+        return error
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("dear")
+    assert "holds no modules.json" in refused("to-hf", folder, tmp_path / "mine", "--overwrite")
+    assert "holds no checkpoints" in refused("from-hf", folder, tmp_path / "mine", "--overwrite")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "dear"
+    assert "pass --overwrite" in refused("to-hf", folder, folder)
+    assert "is a file" in refused("to-hf", folder, tmp_path / "mine/thesis.txt")
+    assert "no local folder" in refused("to-hf", tmp_path / "absent", tmp_path / "out")
+    assert "neither a workdir" in refused("to-hf", tmp_path / "absent/7", tmp_path / "out")
+    assert "is not a folder" in refused("verify", tmp_path / "absent")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+    with pytest.raises(SystemExit):
+        convert.main(["to-hf", str(folder), "out", "--max-shard-size", "5 parsecs"])
+
+
+def test_unfit_tokenizers_are_refused(origin, tmp_path):
+    with pytest.raises(text.TokenizerError, match=r"no tokenizer\.json"):
+        export(dataclasses.replace(origin, tokenizer=None), tmp_path / "out")
+    with pytest.raises(text.TokenizerError, match="only 256 embedding rows"):
+        export(dataclasses.replace(origin, config=dataclasses.replace(origin.config, vocab_size=256)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_the_older_release(origin, tmp_path):
+    """Weights that overflow float16 are found in the middle of writing."""
+    out = export(origin, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    huge = dataclasses.replace(origin, load=lambda mesh: jax.tree.map(lambda x: x * 1e6, origin.load(mesh)))
+    with pytest.raises(ReleaseError, match=r"embed_tokens\.weight holds values that are not finite in float16"):
+        export(huge, out, "float16", overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

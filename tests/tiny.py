@@ -1,0 +1,62 @@
+"""A model small enough for tests, on disk as other software would leave it."""
+
+import functools
+import json
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.model.origin import ModelOrigin
+from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.text import load_tokenizer
+
+EOS, PAD = "<|im_end|>", "<|endoftext|>"
+CONFIG = DecoderConfig(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,  # heads x head_dim is not the hidden size
+    max_position_embeddings=512,
+)
+TEXTS = [
+    "the cat sat on the mat",
+    "",
+    "a",
+    "die Katze saß auf der Matte",
+    "猫坐在垫子上",
+    "the cat sat on the mat",  # twice
+    "القطة على الحصيرة",
+    "the dog " * 40,
+    "def add(a, b):\n    return a + b",
+]
+
+
+def write_tokenizer(folder):
+    """A byte-level BPE tokenizer without an EOS post-processor, as a base model has it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[PAD, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "TokenizersBackend", "eos_token": EOS, "pad_token": PAD, "model_max_length": 10**6}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@functools.cache
+def _params(config, mesh):
+    return init_decoder(config, 0, mesh)
+
+
+def origin(folder, config=CONFIG, **facts):
+    """A model of random weights that knows what training would have told it; its tokenizer is written to `folder`."""
+    facts = {"matryoshka_dims": (16, 32, 64), "max_length": 96, **facts}
+    return ModelOrigin("tiny", config, lambda mesh: _params(config, mesh), load_tokenizer(write_tokenizer(folder)), **facts)
