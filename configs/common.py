@@ -37,7 +37,6 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     if size not in LEARNING_RATE:
         raise ValueError(f"unknown size {size!r}; there are: {', '.join(LEARNING_RATE)}")
     config = ml_collections.ConfigDict()
-    config.stage = stage  # decides only which embedded corpus is made where no data folder is given
     config.seed = 0
     config.size = size  # a row of f2llm_jax/model/sizes.py
     config.init = ""  # weights to start from: HF folder, Hub id, workdir or checkpoint; empty for random
@@ -52,6 +51,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.folder = ""  # made by f2llm_jax.prepare
+    config.data.embedded_stage = 0  # where no folder is given: make the embedded corpus for this stage; 0 for never
     config.data.threads = 2  # that read and pack
     config.data.ahead = 4  # steps read before they are needed
 
@@ -61,6 +61,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.batch.row_tokens = 1024  # tokens of a packed row
     config.batch.row_texts = 128  # most texts in a packed row
     config.batch.microbatch_rows = 64  # packed rows on the devices at once, over all of them; memory only
+    config.batch.negatives = ml_collections.ConfigDict({"retrieval": 7, "clustering": 9, "classification": 1})  # drawn of those stored
     config.batch.negatives_per_sample = "batch"  # one draw of negative columns a "batch" (published) or a "row"
 
     config.objective = ml_collections.ConfigDict()
@@ -81,17 +82,19 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
 
     config.eval = ml_collections.ConfigDict({"every": 1000, "batches": 4})  # steps between validations; batches a source
     config.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 3})  # steps between; how many stay
-    return _runlocal(config) if runlocal else config
+    return _runlocal(config, stage) if runlocal else config
 
 
-def _runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _runlocal(config: ml_collections.ConfigDict, stage: int) -> ml_collections.ConfigDict:
     """The same run in small: a toy decoder from random weights, minutes on two cores."""
     config.size = "toy"
+    config.data.embedded_stage = stage
     config.dtype = "float32"
-    config.remat = "none"
+    config.remat = "dots"
     config.epochs = 1
-    config.batch.update({"size": 32, "max_length": 128, "row_tokens": 256, "row_texts": 64, "microbatch_rows": 8})
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20, "min_learning_rate": 1e-5})
+    config.batch.update({"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96})
+    config.batch.negatives.update({"retrieval": 1, "clustering": 3})  # a small model learns more from more samples
+    config.optimizer.update({"learning_rate": 8e-3, "warmup_steps": 20, "min_learning_rate": 1e-5})
     config.eval.update({"every": 100, "batches": 2})
     config.checkpoint.update({"every": 50})
     return config

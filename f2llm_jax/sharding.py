@@ -42,11 +42,12 @@ GATHERED_SPECS = {
     "D": P(None),
     "E": P(None),
 }
-# Activations: R rows, T positions of a row; B samples.
+# Activations: R rows of T positions, P = R * T; B samples.
 ROWS_T = P(BATCH, None)
 ROWS_TD = P(BATCH, None, None)
 ROWS_THE = P(BATCH, None, "tensor", None)
-ROWS_TF = P(BATCH, None, "tensor")
+POSITIONS_D = P(BATCH, None)
+POSITIONS_F = P(BATCH, "tensor")
 CHUNKS_RT = P(None, BATCH, None)  # a batch on its way in: chunks, rows of a chunk, positions
 SAMPLES_D = P(BATCH, None)
 

@@ -86,31 +86,41 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "R T D"],
+        x: Float[Array, "P D"],
         rotary: tuple[Float[Array, "R T 1 E"], Float[Array, "R T 1 E"]],
         segment_ids: Int[Array, "R T"],
         eps: float,
-    ) -> Float[Array, "R T D"]:
+    ) -> Float[Array, "P D"]:
+        """P = R * T positions: plain matrix products, which every backend runs at full speed, gradients included."""
         x = x + self._attend(rms_norm(x, self.attention_norm[...], eps), rotary, segment_ids, eps)
         return x + self._mlp(rms_norm(x, self.mlp_norm[...], eps))
 
     def _attend(self, x, rotary, segment_ids, eps):
         with jax.named_scope("attention"):
-            q = jnp.einsum("rtd,dhe->rthe", x, _at_use(self.query, x.dtype))
-            k = jnp.einsum("rtd,dke->rtke", x, _at_use(self.key, x.dtype))
-            v = jnp.einsum("rtd,dke->rtke", x, _at_use(self.value, x.dtype))
-            q = rotate(rms_norm(q, self.query_norm[...], eps), *rotary)
-            k = rotate(rms_norm(k, self.key_norm[...], eps), *rotary)
+            q = rotate(rms_norm(self._heads(x, self.query, segment_ids), self.query_norm[...], eps), *rotary)
+            k = rotate(rms_norm(self._heads(x, self.key, segment_ids), self.key_norm[...], eps), *rotary)
+            v = self._heads(x, self.value, segment_ids)
             mixed = attention(q, k, v, segment_ids)
-            return jnp.einsum("rthe,hed->rtd", mixed, _at_use(self.output, x.dtype), out_sharding=sharding.spec(sharding.ROWS_TD))
+            output = _at_use(self.output, x.dtype)
+            mixed = mixed.reshape(x.shape[0], -1, out_sharding=sharding.spec(sharding.POSITIONS_F))
+            return _project(mixed, output.reshape(-1, x.shape[1]), sharding.POSITIONS_D)
+
+    def _heads(self, x: Float[Array, "P D"], weight: Parameter, segment_ids: Int[Array, "R T"]) -> Float[Array, "R T H E"]:
+        """Projects to heads: a matrix product, then the axes come apart."""
+        matrix = _at_use(weight, x.dtype)
+        _, H, E = matrix.shape
+        flat = _project(x, matrix.reshape(x.shape[1], H * E), sharding.POSITIONS_F)
+        return flat.reshape(*segment_ids.shape, H, E, out_sharding=sharding.spec(sharding.ROWS_THE))
 
     def _mlp(self, x):
         with jax.named_scope("mlp"):
-            gate = jnp.einsum("rtd,df->rtf", x, _at_use(self.gate, x.dtype))
-            up = jnp.einsum("rtd,df->rtf", x, _at_use(self.up, x.dtype))
-            return jnp.einsum(
-                "rtf,fd->rtd", jax.nn.silu(gate) * up, _at_use(self.down, x.dtype), out_sharding=sharding.spec(sharding.ROWS_TD)
-            )
+            gate = _project(x, _at_use(self.gate, x.dtype), sharding.POSITIONS_F)
+            up = _project(x, _at_use(self.up, x.dtype), sharding.POSITIONS_F)
+            return _project(jax.nn.silu(gate) * up, _at_use(self.down, x.dtype), sharding.POSITIONS_D)
+
+
+def _project(x: Float[Array, "P A"], matrix: Float[Array, "A B"], out: sharding.P) -> Float[Array, "P B"]:
+    return jnp.einsum("pa,ab->pb", x, matrix, out_sharding=sharding.spec(out))
 
 
 class Decoder(nnx.Module):
@@ -145,17 +155,21 @@ class Decoder(nnx.Module):
             are returned beside the hidden states.
         """
         config = self.config
-        x = _at_use(self.embedding, dtype).at[token_ids].get(out_sharding=sharding.spec(sharding.ROWS_TD))
+        ids = token_ids.reshape(-1, out_sharding=sharding.spec(sharding.P(sharding.BATCH)))
+        x = _at_use(self.embedding, dtype).at[ids].get(out_sharding=sharding.spec(sharding.POSITIONS_D))
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+
+        def rows(x):
+            return x.reshape(*token_ids.shape, -1, out_sharding=sharding.spec(sharding.ROWS_TD))
 
         def step(x, layer):
             x = layer(x, rotary, segment_ids, config.rms_norm_eps)
-            return x, tap(x) if tap else None
+            return x, tap(rows(x)) if tap else None
 
         if (policy := REMAT_POLICIES[remat]) is not None:
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # scan already prevents CSE
         x, taps = jax.lax.scan(step, x, self.layers)
-        hidden = rms_norm(x, self.norm[...], config.rms_norm_eps)
+        hidden = rows(rms_norm(x, self.norm[...], config.rms_norm_eps))
         return (hidden, taps) if tap else hidden
 
 

@@ -55,19 +55,13 @@ class ModelOrigin:
         return self.tokenizer
 
 
-def absolute(path: epath.PathLike) -> epath.Path:
-    """`path` as Orbax wants it: absolute if it is local, unchanged if it is a URL."""
-    path = epath.Path(path)
-    return path if "://" in str(path) else path.absolute()
-
-
 def find_model(name: str) -> ModelOrigin:
     """The model that `name` means: a checkpoint if it looks like one, else a Hugging Face folder or Hub id.
 
     Raises:
       CheckpointError, ModelFolderError: there is none, or it is not one this project can read.
     """
-    path = absolute(name)
+    path = stored.absolute(name)
     if path.name.isdigit() or (path / "checkpoints").exists():
         return _checkpoint(name, path)
     folder = hf_import.resolve(name)

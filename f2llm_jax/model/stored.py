@@ -19,6 +19,12 @@ class CheckpointError(ValueError):
     """A checkpoint that is not there or does not fit; the message names the remedy."""
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` as Orbax wants it: absolute if it is local, unchanged if it is a URL."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.absolute()
+
+
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
     """A complete checkpoint whose weights have not been read yet.
@@ -49,7 +55,7 @@ def find_checkpoint(path: epath.PathLike) -> SavedModel:
     Raises:
       CheckpointError: there is no complete checkpoint at `path`.
     """
-    path = epath.Path(path)
+    path = absolute(path)
     folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
     if not folder.exists():
         raise CheckpointError(f"{path} is neither a workdir with checkpoints/ nor a checkpoint (WORKDIR/checkpoints/STEP)")

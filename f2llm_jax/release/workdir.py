@@ -5,8 +5,8 @@ import dataclasses
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.model.origin import ModelOrigin, absolute
-from f2llm_jax.model.stored import flatten
+from f2llm_jax.model.origin import ModelOrigin
+from f2llm_jax.model.stored import absolute, flatten
 from f2llm_jax.release.folder import complete_or_absent
 
 

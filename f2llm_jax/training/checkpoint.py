@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.model.stored import CheckpointError, flatten, unflatten
+from f2llm_jax.model.stored import CheckpointError, absolute, flatten, unflatten
 from f2llm_jax.training.step import TrainState
 
 
 def open_checkpoints(folder: epath.PathLike, keep: int) -> ocp.training.Checkpointer:
     """The checkpoints in `folder` (made if absent), of which the last `keep` stay. Remains of a killed save are removed."""
     return ocp.training.Checkpointer(
-        epath.Path(folder),
+        absolute(folder),
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         cleanup_tmp_directories=True,
     )
@@ -55,7 +55,7 @@ def _like(abstract: jax.ShapeDtypeStruct, value: int) -> jax.Array:
 def _check_shapes(stored: dict[str, Any], targets: dict[str, dict[str, Any]], where: str) -> None:
     problems = []
     for part, target in targets.items():
-        shapes = {name: tuple(leaf.shape) for name, leaf in stored[part].items()}
+        shapes = {name: tuple(leaf.shape) for name, leaf in (stored.get(part) or {}).items()}
         wanted = {name: tuple(leaf.shape) for name, leaf in target.items()}
         for name in sorted(shapes.keys() | wanted.keys()):
             if shapes.get(name) != wanted.get(name):

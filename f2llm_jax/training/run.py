@@ -16,10 +16,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from f2llm_jax import sharding
+from f2llm_jax.data import embedded
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.model.decoder import abstract_decoder, count_parameters
 from f2llm_jax.model.encoder import chunk_encoder
+from f2llm_jax.model.stored import absolute
 from f2llm_jax.objectives import Objective, matryoshka_dims
 from f2llm_jax.training import checkpoint, start
 from f2llm_jax.training.metrics import Recorder
@@ -34,15 +36,15 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     Raises:
       ValueError: something in the configuration, the data or the starting weights does not fit; before the first step.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute(workdir)
 
     # Mesh
     mesh = sharding.make_mesh(**config.mesh)
     jax.set_mesh(mesh)
 
     # Data
-    dataset = load_dataset(config.data.folder)
-    batch_config = BatchConfig(**config.batch)
+    dataset = load_dataset(_data_folder(config, workdir))
+    batch_config = BatchConfig(**config.batch.to_dict())
     batches = Pipeline(dataset, "train", batch_config, config.seed, mesh)
     held_out = {
         name: Pipeline(dataset, "validation", batch_config, config.seed, mesh, [name])
@@ -109,6 +111,17 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
             facts = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
             recorder.step(step + 1, means, facts, data.tokens, data.slots, waited)
     checkpoints.close()
+
+
+def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.PathLike:
+    """The prepared dataset: the given one, or for a local run the embedded corpus, made in the workdir if need be."""
+    if config.data.folder:
+        return config.data.folder
+    if not config.data.embedded_stage:
+        raise ValueError(
+            "config.data.folder is empty; make one with `python -m f2llm_jax.prepare`, or pass :runlocal for the embedded corpus"
+        )
+    return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)
 
 
 def _chunk_encoder(config, dtype: jnp.dtype, remat: str):

@@ -1,0 +1,16 @@
+"""The embedded corpus as a prepared dataset: real multilingual text that needs no download."""
+
+from etils import epath
+
+from f2llm_jax.data import demo_corpus, writing
+
+
+def prepare(folder: epath.Path, stage: int, max_length: int) -> epath.Path:
+    """Builds the corpus and prepares it for `stage` under the local `folder`, or finds both there; returns the dataset's folder."""
+    corpus, partial = folder / "corpus", folder / "corpus.partial"
+    if not corpus.exists():
+        demo_corpus.build(partial)
+        partial.rename(corpus)
+    out = folder / f"stage{stage}"
+    writing.prepare(corpus / "raw", corpus / "tokenizer", out, stage=stage, max_length=max_length)
+    return out
