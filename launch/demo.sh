@@ -26,11 +26,11 @@ cat "$folder/prepare1.log" "$folder/prepare2.log"
 
 say "Stage 1: retrieval without instructions, from random weights"
 python -m f2llm_jax.main --config configs/stage1.py:runlocal --workdir "$folder/stage1" \
-  --config.data.folder="$folder/stage1-data" --config.steps=480 --config.checkpoint.every=1000 --config.eval.every=240
+  --config.data.folder="$folder/stage1-data" --config.steps=480 --config.checkpoint.every=1000 --config.eval.every=240 --config.optimizer.learning_rate=8e-3
 
 say "Stage 2: all task kinds with instructions, from stage 1"
 python -m f2llm_jax.main --config configs/stage2.py:runlocal --workdir "$folder/stage2" --config.init="$folder/stage1" \
-  --config.data.folder="$folder/stage2-data" --config.steps=320 --config.checkpoint.every=1000 --config.eval.every=160
+  --config.data.folder="$folder/stage2-data" --config.steps=320 --config.checkpoint.every=1000 --config.eval.every=160 --config.optimizer.learning_rate=8e-3
 
 say "Release: a folder that sentence-transformers loads"
 python -m f2llm_jax.convert to-hf "$folder/stage2" "$folder/model"

@@ -137,8 +137,12 @@ def _abstract_state(config, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh)
     """Shapes, dtypes and shardings of the state, from nothing but the configuration."""
     _, params = abstract_decoder(config, mesh)
     abstract = jax.eval_shape(lambda p: _fresh_state(p, optimizer), params)
-    placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))  # noqa: E731
-    return jax.tree.map(placed, abstract)
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if leaf.sharding else sharding.P()  # counters carry none: they are everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract)
 
 
 def _write_facts(workdir: epath.Path, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
