@@ -1,0 +1,242 @@
+"""Each term against float64 torch written from the paper, and against sentence-transformers; masks, gradients, weights."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+
+from f2llm_jax import objectives, sharding
+from f2llm_jax.objectives import Embeddings, Mean, Objective, contrastive, distillation, matryoshka_dims, matryoshka_weights
+
+B, N, D = 8, 5, 20
+DIMS = (4, 8, 16, 20)
+ABSENT_SAMPLES, ABSENT_NEGATIVES = (2, 7), ((0, 4), (3, 0), (3, 1), (3, 2), (3, 3), (3, 4))
+
+
+def random_embeddings(seed, width=D):
+    rng = np.random.default_rng(seed)
+    # Columns of unlike scale, so that a wrong truncation or a missing normalisation shows.
+    shapes = (B, width), (B, width), (B, N, width)
+    return Embeddings(*(jnp.asarray(rng.normal(size=s) * np.linspace(3, 0.3, width), jnp.float32) for s in shapes))
+
+
+def masks(full=False):
+    samples, negatives = np.ones(B, np.float32), np.ones((B, N), np.float32)
+    if not full:
+        samples[list(ABSENT_SAMPLES)] = 0
+        negatives[tuple(zip(*ABSENT_NEGATIVES, strict=True))] = 0
+        negatives[list(ABSENT_SAMPLES)] = 0
+    return jnp.asarray(samples), jnp.asarray(negatives)
+
+
+def in_torch(embeddings):
+    return Embeddings(*(torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True) for x in embeddings))
+
+
+def oracle(e, sample_mask, negative_mask, dims, temperature=0.05, detach_passages=False):
+    """`(in_batch, hard)`, sample by sample with lists of what exists instead of masks."""
+    present = [b for b in range(B) if sample_mask[b]]
+    in_batch = hard = torch.zeros((), dtype=torch.float64)
+    for rank, d in enumerate(sorted(dims, reverse=True), start=1):
+        weight = 1 / (rank * math.sqrt(max(dims) / d))
+        q, p, n = (F.normalize(x[..., :d], dim=-1) for x in e)
+        for row, b in enumerate(present):
+            pool = torch.stack([p[c].detach() if detach_passages else p[c] for c in present])
+            in_batch = in_batch + weight * F.cross_entropy((pool @ q[b] / temperature)[None], torch.tensor([row])) / len(present)
+            own = torch.stack([p[b], *(n[b, i] for i in range(N) if negative_mask[b, i])])
+            hard = hard + weight * F.cross_entropy((own @ q[b] / temperature)[None], torch.tensor([0])) / len(present)
+    return in_batch, hard
+
+
+def assert_same_gradients(ours, torch_embeddings, tolerance=2e-5):
+    for role, got, e in zip(Embeddings._fields, ours, torch_embeddings, strict=True):
+        want = np.zeros(e.shape) if e.grad is None else e.grad.numpy()
+        np.testing.assert_allclose(got, want, atol=tolerance * max(np.abs(want).max(), 1e-3), rtol=0, err_msg=role)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize("full", [True, False], ids=["all present", "some absent"])
+@pytest.mark.parametrize(
+    ("dims", "temperature", "passage_grad"), [((), 0.05, "full"), (DIMS, 0.05, "full"), (DIMS, 0.05, "none"), ((8, 20), 0.3, "full")]
+)
+def test_contrastive_is_the_published_one(dims, temperature, passage_grad, full, weight):
+    embeddings, (samples, negatives) = random_embeddings(0), masks(full)
+    objective = Objective(temperature=temperature, dims=dims, in_batch_passage_grad=passage_grad)
+    loss = lambda e: contrastive(e, samples, negatives, jnp.float32(weight), objective)  # noqa: E731
+    (got, parts), gradients = jax.value_and_grad(loss, has_aux=True)(embeddings)
+    e = in_torch(embeddings)
+    in_batch, hard = oracle(e, samples, negatives, dims or (D,), temperature, passage_grad == "none")
+    want = weight * in_batch + hard
+    want.backward()
+    np.testing.assert_allclose(got, want.item(), rtol=2e-6)
+    np.testing.assert_allclose(parts["hard"].value, hard.item(), rtol=2e-6)
+    np.testing.assert_allclose(parts["in_batch"].value, weight * in_batch.item(), rtol=2e-6)
+    assert (parts["hard"].count, parts["in_batch"].count) == (sum(samples), weight * sum(samples))
+    assert_same_gradients(gradients, e)
+
+
+def test_passages_get_no_in_batch_gradient_with_none():
+    """The two settings differ in the gradient of passages by exactly the in-batch term, and in no value."""
+    embeddings, (samples, negatives) = random_embeddings(1), masks()
+    results = {}
+    for passage_grad in ("full", "none"):
+        objective = Objective(dims=DIMS, in_batch_passage_grad=passage_grad)
+        step = jax.value_and_grad(contrastive, has_aux=True)
+        (value, _), gradients = step(embeddings, samples, negatives, jnp.float32(1), objective)
+        results[passage_grad] = value, gradients
+    assert results["full"][0] == results["none"][0]
+    np.testing.assert_array_equal(results["full"][1].query, results["none"][1].query)
+    np.testing.assert_array_equal(results["full"][1].negatives, results["none"][1].negatives)
+    e = in_torch(embeddings)
+    oracle(e, samples, negatives, DIMS)[0].backward()
+    difference = results["full"][1].passage - results["none"][1].passage
+    np.testing.assert_allclose(difference, e.passage.grad, atol=1e-5)
+    assert np.abs(difference).max() > 0.01
+
+
+@pytest.mark.parametrize("filler", [0.0, 1e4])
+def test_what_does_not_exist_counts_for_nothing(filler):
+    """Whatever its embedding: no value changes, its own gradient is 0, and nothing becomes NaN at zero vectors."""
+    embeddings, (samples, negatives) = random_embeddings(2), masks()
+    blank = Embeddings(
+        *(jnp.where(mask[..., None] > 0, x, filler) for x, mask in zip(embeddings, (samples, samples, negatives), strict=True))
+    )
+
+    def loss(e):
+        total, _ = contrastive(e, samples, negatives, jnp.float32(1), Objective(dims=DIMS))
+        return total + distillation(e, random_embeddings(3), samples, negatives).value
+
+    (want, want_gradients), (got, gradients) = jax.value_and_grad(loss)(embeddings), jax.value_and_grad(loss)(blank)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for role, mask in zip(Embeddings._fields, (samples, samples, negatives), strict=True):
+        gradient = getattr(gradients, role)
+        np.testing.assert_array_equal(gradient[mask == 0], 0)
+        np.testing.assert_allclose(gradient, getattr(want_gradients, role), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_nothing_has_loss_0():
+    embeddings, nothing = random_embeddings(4), (jnp.zeros(B), jnp.zeros((B, N)))
+    total, _ = contrastive(embeddings, *nothing, jnp.float32(1), Objective())
+    assert total == 0 == distillation(embeddings, random_embeddings(5), *nothing).value
+
+
+class Given(torch.nn.Module):
+    """What sentence-transformers' losses take for a model: embeddings go in and come out."""
+
+    def forward(self, features):
+        return {"sentence_embedding": features["embedding"]}
+
+    def get_embedding_dimension(self):
+        return D
+
+
+@pytest.mark.parametrize("dims", [(D,), DIMS])
+def test_terms_are_those_of_sentence_transformers(dims):
+    """The in-batch term is its ranking loss at scale 20; the hard one is the same loss on one sample and its negatives."""
+    embeddings, (samples, negatives) = random_embeddings(6), masks(full=True)
+    given = Given()
+    peer = MatryoshkaLoss(given, MultipleNegativesRankingLoss(given, scale=20.0), dims, matryoshka_weights(dims))
+    columns = lambda *tensors: [{"embedding": t} for t in tensors]  # noqa: E731
+    e = in_torch(embeddings)
+    in_batch = peer(columns(e.query, e.passage), torch.empty(0))
+    hard = sum(
+        peer(columns(e.query[b : b + 1], e.passage[b : b + 1], *e.negatives[b].split(1)), torch.empty(0)) for b in range(B)
+    )  # fmt: skip
+    (in_batch + hard / B).backward()
+
+    def loss(x):
+        return contrastive(x, samples, negatives, jnp.float32(1), Objective(dims=dims))
+
+    (_, parts), gradients = jax.value_and_grad(loss, has_aux=True)(embeddings)
+    np.testing.assert_allclose(parts["in_batch"].value, in_batch.item(), rtol=2e-6)
+    np.testing.assert_allclose(parts["hard"].value, hard.item() / B, rtol=2e-6)
+    assert_same_gradients(gradients, e)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["all present", "some absent"])
+def test_distillation_is_the_mean_squared_error_of_raw_embeddings(full):
+    """One mean each for queries, positives and negatives; a wider teacher is cut to the student's width and gets no gradient."""
+    student, teacher, (samples, negatives) = random_embeddings(7), random_embeddings(8, width=D + 12), masks(full)
+    got, (gradients, to_teacher) = jax.value_and_grad(lambda s, t: distillation(s, t, samples, negatives).value, argnums=(0, 1))(
+        student, teacher
+    )
+    s, t = in_torch(student), in_torch(teacher)
+    present = [torch.tensor(np.asarray(mask)) > 0 for mask in (samples, samples, negatives)]
+    want = sum(F.mse_loss(a[mask], b[..., :D][mask].detach()) for a, b, mask in zip(s, t, present, strict=True))
+    want.backward()
+    np.testing.assert_allclose(got, want.item(), rtol=1e-6)
+    assert_same_gradients(gradients, s)
+    assert all((np.asarray(g) == 0).all() for g in to_teacher)
+
+
+def test_eight_devices_compute_what_one_does():
+    embeddings, teacher, (samples, negatives) = random_embeddings(9), random_embeddings(10), masks()
+    objective = Objective(dims=DIMS)
+
+    def loss(e, samples, negatives):
+        total, parts = contrastive(e, samples, negatives, jnp.float32(1), objective)
+        return total + distillation(e, teacher, samples, negatives).value, parts
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    want = jax.jit(step)(embeddings, samples, negatives)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        everywhere = jax.tree.map(lambda x: sharding.to_global(np.asarray(x), mesh, sharding.P()), embeddings)
+        split = (sharding.to_global(np.asarray(m), mesh, sharding.P(sharding.BATCH)) for m in (samples, negatives))
+        got = jax.jit(step)(everywhere, *split)
+    for one, many in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_is_taken_once():
+    assert Mean(jnp.float32(6), jnp.float32(4)).value == 1.5
+    assert Mean(jnp.float32(0), jnp.float32(0)).value == 0
+
+
+# Sums and columns, largest width first, that the reference worked out by hand from the published code.
+SUMS = {320: 1.893, 640: 1.907, 896: 1.767, 1024: 1.717, 2048: 1.724, 2560: 1.921, 4096: 1.728, 5120: 1.925}
+COLUMNS = {
+    320: [1, 0.4472, 0.2108, 0.1118, 0.0632, 0.0373, 0.0226],
+    896: [1, 0.3780, 0.1782, 0.0945, 0.0535, 0.0315, 0.0191, 0.0118],
+    1024: [1, 0.3536, 0.1667, 0.0884, 0.0500, 0.0295, 0.0179, 0.0110],
+}
+
+
+@pytest.mark.parametrize("width", SUMS)
+def test_matryoshka_weights_are_the_published_ones(width):
+    dims = matryoshka_dims(width)
+    weights = matryoshka_weights(dims)
+    assert dims == (*(d for d in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if d < width), width)
+    np.testing.assert_allclose(sum(weights), SUMS[width], atol=6e-4)
+    np.testing.assert_allclose(weights[::-1], COLUMNS.get(width, weights[::-1]), atol=6e-5)
+
+
+def test_matryoshka_widths_have_edges():
+    assert matryoshka_dims(64, minimum=16) == (16, 32, 64)
+    assert matryoshka_dims(8) == (8,) and matryoshka_dims(5) == (5,)
+    assert matryoshka_weights((7,)) == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"in_batch_passage_grad": "half"}, "'half' must be 'full' or 'none'"),
+        ({"distillation_weight": -1.0}, "distillation_weight=-1.0 must not be negative"),
+    ],
+)
+def test_an_objective_out_of_range_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**wrong)
+
+
+@pytest.mark.parametrize("dims", [(8, 4), (4, 4), (0, 8), (8, D + 1)])
+def test_widths_that_do_not_ascend_within_the_embedding_are_refused(dims):
+    embeddings = random_embeddings(11)
+    with pytest.raises(ValueError, match="must ascend without repeats"):
+        list(objectives.hard_cosines(*embeddings, dims))
