@@ -17,6 +17,7 @@ from f2llm_jax.model.origin import find_model
 from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.release import hf_folder, workdir
 from f2llm_jax.release.folder import ReleaseError
+from f2llm_jax.release.safetensors import DTYPES
 from f2llm_jax.text import TokenizerError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers' save_pretrained counts
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     to_hf = commands.add_parser("to-hf", help="write a release")
     to_hf.add_argument("model", metavar="CKPT", help="workdir, WORKDIR/checkpoints/STEP, Hugging Face folder or Hub id")
     to_hf.add_argument("out", metavar="OUT", help="folder to write; exists only when complete")
-    to_hf.add_argument("--dtype", choices=hf_folder.DTYPES, default="float32", help="of the stored weights (default float32, as trained)")
+    to_hf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default float32, as trained)")
     to_hf.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="most bytes of weights in a file: 500MB, 5GB (default)"
     )

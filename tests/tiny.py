@@ -1,14 +1,17 @@
 """A model small enough for tests, on disk as other software would leave it."""
 
+import contextlib
 import functools
 import json
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.origin import ModelOrigin
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.model.stored import flatten
 from f2llm_jax.text import load_tokenizer
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
@@ -58,5 +61,24 @@ def _params(config, mesh):
 
 def origin(folder, config=CONFIG, **facts):
     """A model of random weights that knows what training would have told it; its tokenizer is written to `folder`."""
-    facts = {"matryoshka_dims": (16, 32, 64), "max_length": 96, **facts}
-    return ModelOrigin("tiny", config, lambda mesh: _params(config, mesh), load_tokenizer(write_tokenizer(folder)), **facts)
+    facts = {"matryoshka_dims": (16, 32, 64), "max_length": 96, "tokenizer": load_tokenizer(write_tokenizer(folder)), **facts}
+    load = facts.pop("load", lambda mesh: _params(config, mesh))
+    return ModelOrigin(name="tiny", config=config, load=load, open_params=lambda: _in_memory(load(None)), **facts)
+
+
+@contextlib.contextmanager
+def _in_memory(params):
+    yield MemoryParameters(flatten(params))
+
+
+class MemoryParameters:
+    """Parameters that were never on disk, in the form that releases read."""
+
+    def __init__(self, arrays):
+        self._arrays = arrays
+
+    def unit(self, entry):
+        return 1
+
+    def read(self, entry, start, stop):
+        return np.asarray(self._arrays["/".join(entry.path)])[start:stop]

@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from f2llm_jax.model.decoder import abstract_decoder
+from f2llm_jax.model.parameters import Shape, hf_tensors, parameter_shapes
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.model.weights import TABLE, Entry
 
@@ -90,17 +91,53 @@ def _read_json(path: pathlib.Path) -> dict:
         raise ModelFolderError(f"{path} is not readable JSON ({error}); download or export it again") from error
 
 
-def load_params(folder: pathlib.Path, config: DecoderConfig, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
-    """Parameters from the folder's safetensors (one file or many, with or without the `model.` prefix), fp32, sharded.
+class FolderParameters:
+    """The parameters of an opened folder, cut out of its files as they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, object], shapes: Mapping[Entry, Shape]):
+        self._tensors, self._shapes = tensors, shapes
+
+    def unit(self, entry: Entry) -> int:
+        """One: safetensors are not compressed."""
+        del entry
+        return 1
+
+    def read(self, entry: Entry, start: int, stop: int) -> np.ndarray:
+        """Our parameter's `[start:stop]` along its first axis, float32."""
+        whole = (slice(None),) * (len(self._shapes[entry]) - 1)
+        return self.read_index(entry, (slice(start, stop), *whole))
+
+    def read_index(self, entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
+        """Our parameter's `[index]`, float32; only what it needs is read."""
+        shape = self._shapes[entry]
+        if not entry.stacked:
+            return _read(entry, self._tensors[entry.name], index, shape)
+        layers = range(*index[0].indices(shape[0]))
+        return np.stack([_read(entry, self._tensors[entry.name.format(i=i)], index[1:], shape[1:]) for i in layers])
+
+
+@contextlib.contextmanager
+def open_params(folder: pathlib.Path, config: DecoderConfig) -> Iterator[FolderParameters]:
+    """Parameters from the folder's safetensors (one file or many, with or without the `model.` prefix).
 
     Raises:
       ModelFolderError: tensors are unknown, missing, misshapen or not floating point; all are listed at once.
     """
-    _, abstract = abstract_decoder(config, mesh)
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
-        _check(folder, tensors, abstract, config)
-        loaded = {entry.path: _load(entry, tensors, _leaf(abstract, entry)) for entry in TABLE}
+        _check(folder, tensors, config)
+        yield FolderParameters(tensors, parameter_shapes(config))
+
+
+def load_params(folder: pathlib.Path, config: DecoderConfig, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
+    """The same parameters, fp32, on the mesh or on this machine's first device.
+
+    Raises:
+      ModelFolderError: as `open_params`.
+    """
+    _, abstract = abstract_decoder(config, mesh)
+    with open_params(folder, config) as parameters:
+        loaded = {entry.path: _load(parameters, entry, _leaf(abstract, entry)) for entry in TABLE}
     return nnx.map_state(lambda path, leaf: leaf.replace(loaded[path]), abstract)
 
 
@@ -125,18 +162,8 @@ def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, object
     return {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
 
 
-def expected_tensors(abstract: nnx.State, config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a `Qwen3Model` of this shape, `11 L + 2` in all."""
-    for entry in TABLE:
-        shape = _leaf(abstract, entry).shape
-        if entry.stacked:
-            yield from ((entry.name.format(i=i), entry.hf_shape(shape[1:])) for i in range(config.num_hidden_layers))
-        else:
-            yield entry.name, entry.hf_shape(shape)
-
-
-def _check(folder: pathlib.Path, tensors: Mapping[str, object], abstract: nnx.State, config: DecoderConfig) -> None:
-    expected = dict(expected_tensors(abstract, config))
+def _check(folder: pathlib.Path, tensors: Mapping[str, object], config: DecoderConfig) -> None:
+    expected = dict(hf_tensors(config))
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
         shape = tuple(tensor.get_shape())
@@ -150,18 +177,11 @@ def _check(folder: pathlib.Path, tensors: Mapping[str, object], abstract: nnx.St
         raise ModelFolderError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(problems))
 
 
-def _load(entry: Entry, tensors: Mapping[str, object], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _load(parameters: FolderParameters, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """One of our parameters, each shard read from the slices it needs."""
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not entry.stacked:
-            return _read(entry, tensors[entry.name], index, leaf.shape)
-        layers = range(*index[0].indices(leaf.shape[0]))
-        return np.stack([_read(entry, tensors[entry.name.format(i=i)], index[1:], leaf.shape[1:]) for i in layers])
-
     if leaf.sharding is None:
-        return jax.numpy.asarray(read((slice(None),) * len(leaf.shape)))
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+        return jax.numpy.asarray(parameters.read(entry, 0, leaf.shape[0]))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parameters.read_index(entry, index))
 
 
 def _read(entry: Entry, tensor: object, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:

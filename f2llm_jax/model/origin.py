@@ -8,31 +8,36 @@ from etils import epath
 from flax import nnx
 
 from f2llm_jax.model import hf_import, stored
+from f2llm_jax.model.parameters import OpenParameters
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer, TokenizerError, load_tokenizer
 
 DEFAULT_TEXT_LIMIT = 8192  # where training left no word of it: mteb's `codefuse_models.py`, for every F2LLM model
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelOrigin:
-    """A model that has been found but whose weights have not been read.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that can be written out: its weights come block by block and are never all in memory.
 
     Attributes:
       name: as the user gave it.
       config: the decoder's shape.
-      load: reads the parameters, fp32, sharded over the mesh if one is given.
+      open_params: opens the weights.
       tokenizer: the one it was trained with, if it stands beside the weights.
       matryoshka_dims: widths it was trained for, ascending; empty if unknown.
       max_length: longest text in tokens it was trained on; None if unknown.
+      run_folder: the workdir of the run that made it, which holds what the run recorded; None if unknown.
+      step: the updates it has had in that run; None if unknown.
     """
 
     name: str
     config: DecoderConfig
-    load: Callable[[jax.sharding.Mesh | None], nnx.State]
+    open_params: OpenParameters
     tokenizer: Tokenizer | None
     matryoshka_dims: tuple[int, ...] = ()
     max_length: int | None = None
+    run_folder: epath.Path | None = None
+    step: int | None = None
 
     @property
     def text_limit(self) -> int:
@@ -55,6 +60,17 @@ class ModelOrigin:
         return self.tokenizer
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOrigin(ModelSource):
+    """A model that has been found but whose weights have not been read.
+
+    Attributes:
+      load: reads the parameters, fp32, sharded over the mesh if one is given.
+    """
+
+    load: Callable[[jax.sharding.Mesh | None], nnx.State]
+
+
 def find_model(name: str) -> ModelOrigin:
     """The model that `name` means: a checkpoint if it looks like one, else a Hugging Face folder or Hub id.
 
@@ -68,16 +84,27 @@ def find_model(name: str) -> ModelOrigin:
     config = hf_import.read_config(folder)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     dims, max_length = hf_import.read_training_facts(folder)
-    return ModelOrigin(name, config, lambda mesh: hf_import.load_params(folder, config, mesh), tokenizer, dims, max_length)
+    return ModelOrigin(
+        name=name,
+        config=config,
+        open_params=lambda: hf_import.open_params(folder, config),
+        load=lambda mesh: hf_import.load_params(folder, config, mesh),
+        tokenizer=tokenizer,
+        matryoshka_dims=dims,
+        max_length=max_length,
+    )
 
 
 def _checkpoint(name: str, path: epath.Path) -> ModelOrigin:
     saved = stored.find_checkpoint(path)
     return ModelOrigin(
-        name,
-        saved.config,
-        saved.load,
-        load_tokenizer(saved.run_folder / "tokenizer"),
+        name=name,
+        config=saved.config,
+        open_params=saved.open_params,
+        load=saved.load,
+        tokenizer=load_tokenizer(saved.run_folder / "tokenizer"),
         matryoshka_dims=tuple(saved.metadata["matryoshka_dims"]),
         max_length=saved.metadata["max_length"],
+        run_folder=saved.run_folder,
+        step=saved.step,
     )

@@ -3,16 +3,22 @@
 A tree is stored flat, from a readable path (`layers/query`) to an array, so a checkpoint does not depend on module classes.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+import tensorstore as ts
 from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from f2llm_jax.model.decoder import abstract_decoder
+from f2llm_jax.model.parameters import parameter_shapes
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.model.weights import Entry
 
 
 class CheckpointError(ValueError):
@@ -48,6 +54,62 @@ class SavedModel:
             loaded = checkpoints.load_checkpointables(self.step, {"params": flatten(abstract)})
         return unflatten(abstract, loaded["params"])
 
+    @contextlib.contextmanager
+    def open_params(self) -> Iterator["StoredParameters"]:
+        """The parameters, to be read a block at a time on the host.
+
+        Raises:
+          CheckpointError: they do not have the shapes that the metadata names; all are listed at once.
+        """
+        folder = self.run_folder / "checkpoints" / str(self.step) / "params"
+        stored = {entry: open_array(folder, entry, read=True) for entry in parameter_shapes(self.config)}
+        wrong = [
+            f"{'/'.join(entry.path)} is {list(stored[entry].shape)}, must be {list(shape)}"
+            for entry, shape in parameter_shapes(self.config).items()
+            if stored[entry].shape != shape
+        ]
+        if wrong:
+            raise CheckpointError(f"{folder} is of another architecture than its metadata says:\n  " + "\n  ".join(wrong))
+        yield StoredParameters(stored)
+
+
+class StoredParameters:
+    """The parameters of an opened checkpoint, decoded as they are asked for."""
+
+    def __init__(self, arrays: dict[Entry, ts.TensorStore]):
+        self._arrays = arrays
+
+    def unit(self, entry: Entry) -> int:
+        """Layers or rows of a stored chunk, which can only be decoded whole."""
+        return self._arrays[entry].chunk_layout.read_chunk.shape[0]
+
+    def read(self, entry: Entry, start: int, stop: int) -> np.ndarray:
+        """Our parameter's `[start:stop]` along its first axis, float32."""
+        return self._arrays[entry][start:stop].read().result()
+
+
+def open_array(folder: epath.Path, entry: Entry, metadata: dict[str, Any] | None = None, **how: Any) -> ts.TensorStore:
+    """A parameter of a checkpoint's `params` folder as Orbax lays it out (OCDBT, zarr 3).
+
+    Args:
+      folder: `STEP/params`.
+      entry: the parameter.
+      metadata: of zarr 3, to make it; None if it is there.
+      **how: for `tensorstore.open`.
+
+    Raises:
+      CheckpointError: it is not there.
+    """
+    path = "/".join(entry.path)
+    base = f"{folder}/" if "://" in str(folder) else f"file://{folder}/"
+    spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{path}/"}}
+    if metadata:
+        spec["metadata"] = metadata
+    try:
+        return ts.open(spec, **how).result()
+    except ValueError as error:
+        raise CheckpointError(f"{folder} holds no {path}; it is no checkpoint of this project, or an incomplete one ({error})") from error
+
 
 def find_checkpoint(path: epath.PathLike) -> SavedModel:
     """A workdir's latest checkpoint, or one of its checkpoints (`WORKDIR/checkpoints/STEP`).
@@ -67,7 +129,26 @@ def find_checkpoint(path: epath.PathLike) -> SavedModel:
                 f"{path}: no complete checkpoint{'' if step is None else f' of step {step}'}; there are: {steps or 'none'}"
             )
         metadata = checkpoints.checkpointables_metadata(step).custom_metadata
-    return SavedModel(step, DecoderConfig(**metadata["decoder"]), metadata, folder.parent)
+    try:
+        return SavedModel(step, DecoderConfig(**metadata["decoder"]), metadata, folder.parent)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} was not written by this project: its metadata describes no Qwen3 decoder ({error!r})") from error
+
+
+def steps_of(workdir: epath.PathLike) -> list[int]:
+    """The steps of a workdir's complete checkpoints, ascending.
+
+    Raises:
+      CheckpointError: there are none.
+    """
+    folder = absolute(workdir) / "checkpoints"
+    if not folder.exists():
+        raise CheckpointError(f"{workdir} is no workdir: it has no checkpoints/")
+    with ocp.training.Checkpointer(folder) as checkpoints:
+        steps = sorted(m.step for m in checkpoints.checkpoints)
+    if not steps:
+        raise CheckpointError(f"{workdir} has no complete checkpoint")
+    return steps
 
 
 def _placed(abstract: nnx.State) -> nnx.State:

@@ -4,7 +4,7 @@ from etils import epath
 
 from f2llm_jax import text
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.model.origin import ModelOrigin
+from f2llm_jax.model.origin import ModelSource
 
 _CARD = """---
 library_name: sentence-transformers
@@ -51,16 +51,16 @@ embeddings = torch.nn.functional.normalize(hidden[torch.arange(len(last)), last]
 """
 
 
-def write_card(folder: epath.Path, origin: ModelOrigin) -> None:
+def write_card(folder: epath.Path, source: ModelSource) -> None:
     """Writes `README.md`."""
-    tokenizer, dims = origin.matching_tokenizer(), origin.matryoshka_dims
+    tokenizer, dims = source.matching_tokenizer(), source.matryoshka_dims
     matryoshka = f" and may be cut to {', '.join(map(str, dims[:-1]))} (normalise after cutting)" if len(dims) > 1 else ""
     card = _CARD.format(
-        parameters=count_parameters(origin.config),
+        parameters=count_parameters(source.config),
         eos=tokenizer.decode([tokenizer.eos_id]),
-        width=origin.config.hidden_size,
+        width=source.config.hidden_size,
         matryoshka=matryoshka,
-        text_limit=origin.text_limit,
+        text_limit=source.text_limit,
         prompt=text.query_prompt("Your instruction."),
     )
     (folder / "README.md").write_text(card)

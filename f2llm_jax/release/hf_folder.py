@@ -5,56 +5,46 @@ the `layer_types` and the pooling width of another size (codefuse-ai/F2LLM-v2-80
 """
 
 import json
-import math
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 from etils import epath
-from flax import nnx
 
-from f2llm_jax.model.decoder import INITIALIZER_RANGE, abstract_decoder
-from f2llm_jax.model.hf_import import expected_tensors
-from f2llm_jax.model.origin import ModelOrigin
+from f2llm_jax.model.decoder import INITIALIZER_RANGE
+from f2llm_jax.model.origin import ModelSource
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.stored import flatten
-from f2llm_jax.model.weights import TABLE
 from f2llm_jax.release import card, sentence_transformers
-from f2llm_jax.release.folder import ReleaseError, complete_or_absent, write_json
+from f2llm_jax.release.folder import complete_or_absent, write_json
+from f2llm_jax.release.progress import Progress
+from f2llm_jax.release.safetensors import stored_bytes, write_weights
 from f2llm_jax.text import Tokenizer
 
-# What a release may be stored in: numpy's type and safetensors' name of it.
-DTYPES = {
-    "float32": (np.dtype(np.float32), "F32"),
-    "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
-    "float16": (np.dtype(np.float16), "F16"),
-}
-
-Shape = tuple[int, ...]
+CONFIG_FILE = "config.json"  # every reader opens it first, so it is written last
 
 
-def export(origin: ModelOrigin, out: epath.PathLike, *, dtype: str, max_shard_bytes: int, overwrite: bool) -> None:
+def export(source: ModelSource, out: epath.PathLike, *, dtype: str, max_shard_bytes: int, overwrite: bool) -> None:
     """Writes the release of a model: every file that sentence-transformers, transformers, TEI, vLLM and llama.cpp read.
 
     Args:
-      origin: the model.
-      out: folder to make; complete or absent.
-      dtype: a key of `DTYPES`. float32 and, for weights that were imported from it, bfloat16 lose nothing.
+      source: the model.
+      out: folder to make, local or `gs://`; complete or absent.
+      dtype: a key of `safetensors.DTYPES`. float32 and, for weights that were imported from it, bfloat16 lose nothing.
       max_shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
       overwrite: replace an older release at `out`.
 
     Raises:
+      CheckpointError, ModelFolderError: the weights are not those of the model's shape.
       ReleaseError: `out` may not be written, or a weight is not finite in `dtype`.
       TokenizerError: the model has no tokenizer or one that does not fit it.
     """
-    tokenizer = origin.matching_tokenizer()
-    with complete_or_absent(out, sentence_transformers.MODULES_FILE, overwrite) as folder:
-        write_json(folder / "config.json", model_config(origin.config, tokenizer, dtype, origin.matryoshka_dims))
-        write_tokenizer(folder, tokenizer, origin.text_limit)
-        sentence_transformers.write_modules(folder, origin.config.hidden_size, origin.text_limit)
-        card.write_card(folder, origin)
-        write_weights(folder, origin.config, origin.load(None), dtype, max_shard_bytes)
+    tokenizer = source.matching_tokenizer()
+    with complete_or_absent(out, sentence_transformers.MODULES_FILE, CONFIG_FILE, overwrite) as folder:
+        with source.open_params() as parameters:
+            report = Progress("releasing", stored_bytes(source.config, dtype))
+            write_weights(folder, source.config, parameters, dtype, max_shard_bytes, report)
+        write_tokenizer(folder, tokenizer, source.text_limit)
+        sentence_transformers.write_modules(folder, source.config.hidden_size, source.text_limit)
+        card.write_card(folder, source)
+        write_json(folder / CONFIG_FILE, model_config(source.config, tokenizer, dtype, source.matryoshka_dims))
 
 
 def model_config(config: DecoderConfig, tokenizer: Tokenizer, dtype: str, matryoshka_dims: tuple[int, ...]) -> dict[str, Any]:
@@ -116,70 +106,3 @@ def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer, text_limit: int) -
         write_json(folder / "vocab.json", parts["model"]["vocab"])
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-
-
-def write_weights(folder: epath.Path, config: DecoderConfig, params: nnx.State, dtype: str, max_shard_bytes: int) -> None:
-    """One safetensors file, or numbered shards and their index, written tensor by tensor.
-
-    Raises:
-      ReleaseError: a weight is not finite in `dtype`.
-    """
-    width = DTYPES[dtype][0].itemsize
-    shards = _shards(expected_tensors(abstract_decoder(config)[1], config), width, max_shard_bytes)
-    arrays = _tensors(params, dtype)
-    if len(shards) == 1:
-        _write_safetensors(folder / "model.safetensors", shards[0], dtype, arrays)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / name, shard, dtype, arrays)
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(math.prod(shape) for shard in shards for shape in shard.values()) * width
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _shards(tensors: Iterable[tuple[str, Shape]], width: int, max_bytes: int) -> list[dict[str, Shape]]:
-    """Tensors in their order, a new shard where the next one would not fit."""
-    shards: list[dict[str, Shape]] = [{}]
-    filled = 0
-    for name, shape in tensors:
-        size = math.prod(shape) * width
-        if shards[-1] and filled + size > max_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = shape
-        filled += size
-    return shards
-
-
-def _tensors(params: nnx.State, dtype: str) -> Iterator[np.ndarray]:
-    """Every tensor in the order of `expected_tensors`, in the Hugging Face layout and the dtype of the release."""
-    flat = flatten(params)
-    for entry in TABLE:
-        ours = np.asarray(flat["/".join(entry.path)])
-        for layer, one in enumerate(ours if entry.stacked else [ours]):
-            with np.errstate(over="ignore"):  # reported below, by name
-                theirs = entry.to_hf(one).astype(DTYPES[dtype][0])
-            if not np.isfinite(theirs).all():
-                raise ReleaseError(f"{entry.name.format(i=layer)} holds values that are not finite in {dtype}; export as float32 to look")
-            yield theirs
-
-
-def _write_safetensors(path: epath.Path, shapes: dict[str, Shape], dtype: str, arrays: Iterator[np.ndarray]) -> None:
-    """A safetensors file of the next `len(shapes)` arrays: length of the header, header, then the bytes, one tensor at a time.
-
-    By hand because the library's writer wants all of a file's tensors in memory at once.
-    """
-    kind, name = DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
-    end = 0
-    for tensor, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * kind.itemsize
-        header[tensor] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format asks for aligned data
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for _, array in zip(shapes, arrays, strict=False):  # the same iterator goes on in the next shard
-            file.write(array.tobytes())

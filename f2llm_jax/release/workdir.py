@@ -1,20 +1,39 @@
-"""A model as a workdir: its weights in one checkpoint of step 0 and its tokenizer, in the layout that training leaves."""
+"""A model as a workdir: its weights in one checkpoint of step 0 and its tokenizer, in the layout that training leaves.
 
+Orbax saves only arrays that stand in memory whole. So it saves a stand-in of the same tree with one number a parameter, which
+gives the files that describe a checkpoint, and the arrays are written block by block beside copies of those.
+"""
+
+import contextlib
 import dataclasses
+import tempfile
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.model.origin import ModelOrigin
-from f2llm_jax.model.stored import absolute, flatten
+from f2llm_jax.model.origin import ModelSource
+from f2llm_jax.model.parameters import Parameters, Shape, blocks, parameter_shapes
+from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.model.stored import absolute, open_array
+from f2llm_jax.model.weights import Entry
 from f2llm_jax.release.folder import complete_or_absent
+from f2llm_jax.release.progress import Progress
+
+STEP = "checkpoints/0"
+COMMITTED = "commit_success.txt"  # what Orbax looks for on an object store
+DESCRIPTION = ("params/_METADATA", f"params/{COMMITTED}", "_CHECKPOINT_METADATA", COMMITTED)  # in the order of writing
+CHUNK_BYTES = 2**26  # of rows of the embedding table stored together; of a stacked parameter it is one layer
+COMPRESSION = 1  # zstd; bfloat16 weights, which are half zeros in float32, shrink to half at any level
 
 
-def write_workdir(origin: ModelOrigin, out: epath.PathLike, *, overwrite: bool) -> None:
+def write_workdir(source: ModelSource, out: epath.PathLike, *, overwrite: bool) -> None:
     """Writes `OUT/checkpoints/0` and `OUT/tokenizer`. There is no optimizer state: a run starts from it, none resumes it.
 
     Args:
-      origin: the model.
+      source: the model.
       out: folder to make; complete or absent.
       overwrite: replace an older workdir at `out`, checkpoints and all.
 
@@ -22,14 +41,58 @@ def write_workdir(origin: ModelOrigin, out: epath.PathLike, *, overwrite: bool) 
       ReleaseError: `out` may not be written.
       TokenizerError: the model has no tokenizer or one that does not fit it.
     """
-    tokenizer = origin.matching_tokenizer()
+    tokenizer = source.matching_tokenizer()
     metadata = {
-        "decoder": dataclasses.asdict(origin.config),
-        "matryoshka_dims": origin.matryoshka_dims,
+        "decoder": dataclasses.asdict(source.config),
+        "matryoshka_dims": source.matryoshka_dims,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "max_length": origin.max_length,
+        "max_length": source.max_length,
     }
-    with complete_or_absent(out, "checkpoints", overwrite) as folder:
+    with (
+        complete_or_absent(absolute(out), "checkpoints", f"{STEP}/{COMMITTED}", overwrite) as folder,
+        _description(source.config, metadata) as described,
+    ):
         tokenizer.save(folder / "tokenizer")
-        with ocp.training.Checkpointer(absolute(folder / "checkpoints")) as checkpoints:
-            checkpoints.save_checkpointables(0, {"params": flatten(origin.load(None))}, custom_metadata=metadata)
+        with source.open_params() as parameters:
+            _write_arrays(folder / STEP / "params", source.config, parameters)
+        for name in DESCRIPTION:
+            (folder / STEP / name).write_bytes((described / name).read_bytes())
+
+
+@contextlib.contextmanager
+def _description(config: DecoderConfig, metadata: dict[str, Any]) -> Iterator[epath.Path]:
+    """A checkpoint of one number a parameter."""
+    stand_in = {"/".join(entry.path): np.zeros((1,) * len(shape), np.float32) for entry, shape in parameter_shapes(config).items()}
+    context = ocp.Context()
+    context.array.saving.enable_write_sharding_file = False  # both would state the stand-in's shapes
+    context.array.saving.array_metadata_store = None
+    with tempfile.TemporaryDirectory() as folder:
+        with ocp.training.Checkpointer(epath.Path(folder) / "checkpoints", context=context) as checkpoints:
+            checkpoints.save_checkpointables(0, {"params": stand_in}, custom_metadata=metadata)
+        yield epath.Path(folder) / STEP
+
+
+def _write_arrays(folder: epath.Path, config: DecoderConfig, parameters: Parameters) -> None:
+    shapes = parameter_shapes(config)
+    report = Progress("importing", sum(4 * int(np.prod(shape)) for shape in shapes.values()))
+    folder.mkdir(parents=True)
+    for entry, shape in shapes.items():
+        array = open_array(folder, entry, create=True, metadata=_layout(entry, shape))
+        for start, stop in blocks(parameters, entry, shape):
+            block = parameters.read(entry, start, stop)
+            array[start:stop].write(block).result()
+            report(block.nbytes)
+
+
+def _layout(entry: Entry, shape: Shape) -> dict[str, Any]:
+    """zarr 3 metadata: chunks that a later release can read one at a time."""
+    rows = 1 if entry.stacked else max(1, min(shape[0], CHUNK_BYTES // (4 * int(np.prod(shape[1:])))))
+    return {
+        "shape": list(shape),
+        "data_type": "float32",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, *shape[1:]]}},
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd", "configuration": {"level": COMPRESSION}},
+        ],
+    }
