@@ -67,9 +67,16 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.objective = ml_collections.ConfigDict()
     config.objective.temperature = 0.05
     config.objective.matryoshka = True  # in both stages
-    config.objective.matryoshka_minimum = 8  # smallest width
+    config.objective.matryoshka_minimum = 8  # smallest width; larger ones are powers of two, and the full width
+    config.objective.matryoshka_dims = ()  # widths of your own, ascending, instead
+    config.objective.matryoshka_weights = ()  # one a width; empty for the published 1 / (n sqrt(D / d))
+    config.objective.in_batch_pool = "positives"  # or "positives_and_negatives": everybody's hard negatives too
     config.objective.in_batch_passage_grad = "full"  # "none" is what the published multi-GPU trainer computes
+    config.objective.mask_false_negatives = False  # leave out candidates whose text is the positive's
+    config.objective.false_negative_margin = float("inf")  # leave out candidates nearer than the positive by more than this cosine
+    config.objective.distillation = "mse"  # of raw embeddings (published), or "cosine", or "scores"
     config.objective.distillation_weight = 1.0  # used if there is a teacher
+    config.objective.spread_out_weight = 0.0  # of the spread-out regulariser (EmbeddingGemma)
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = LEARNING_RATE[size]

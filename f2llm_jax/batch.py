@@ -46,12 +46,18 @@ class Batch:
       sample_mask: 1.0 for a sample that exists, else 0.0.
       negative_mask: 1.0 for a negative that exists, else 0.0.
       in_batch_weight: 1.0 for a retrieval source, else 0.0: only retrieval uses in-batch negatives (paper, section 3.1).
+      passage_ids: which document of the source each positive is; equal ids mean equal text.
+      negative_ids: the same for each negative; -1 for one that does not exist.
+      teacher: cached teacher embeddings of query, positive and negatives; None if there are none.
     """
 
     texts: PackedTexts
     sample_mask: Float[Array, "B"]
     negative_mask: Float[Array, "B N"]
     in_batch_weight: Float[Array, ""]
+    passage_ids: Int[Array, "B"]
+    negative_ids: Int[Array, "B N"]
+    teacher: Float[Array, "B 2+N W"] | None = None
 
     @property
     def text_count(self) -> int:

@@ -101,9 +101,13 @@ def to_global(array: np.ndarray, mesh: jax.sharding.Mesh, value: P) -> jax.Array
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, value), lambda index: array[index])
 
 
+SAMPLE_FIELDS = ("sample_mask", "negative_mask", "passage_ids", "negative_ids", "teacher")  # of a Batch, split over samples
+
+
 def batch_to_devices(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     """A host batch as global arrays: rows of each chunk and samples split over `BATCH`."""
     if mesh is None:
         return jax.device_put(batch)
-    specs = Batch(PackedTexts(*[CHUNKS_RT] * 5, chunks=P()), sample_mask=P(BATCH), negative_mask=P(BATCH, None), in_batch_weight=P())
+    samples = {name: P(BATCH, *[None] * (getattr(batch, name).ndim - 1)) for name in SAMPLE_FIELDS if getattr(batch, name) is not None}
+    specs = Batch(PackedTexts(*[CHUNKS_RT] * 5, chunks=P()), in_batch_weight=P(), **samples)
     return jax.tree.map(lambda array, value: to_global(np.asarray(array), mesh, value), batch, specs)

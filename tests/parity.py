@@ -23,7 +23,7 @@ from f2llm_jax.model import hf_import
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode
 from f2llm_jax.model.weights import TABLE
-from f2llm_jax.objectives import Objective, matryoshka_dims
+from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import Teacher, TrainState, make_train_step
 
@@ -60,7 +60,9 @@ class Kit:
         packing = self.shape.pack([len(text) for text in texts])
         most = -(-len(texts) // self.shape.chunk_rows)
         packed = lay_out(packing, self.shape, lambda wanted: [np.array(texts[t], np.int32) for t in wanted], chunks=most)
-        batch = Batch(packed, sample_mask, negative_mask, np.float32(raw["task"] == "retrieval"))
+        passage_ids, negative_ids = np.arange(B, dtype=np.int32), np.arange(B, B + B * N, dtype=np.int32).reshape(B, N)
+        retrieval = np.float32(raw["task"] == "retrieval")
+        batch = Batch(packed, sample_mask, negative_mask, retrieval, passage_ids, negative_ids)
         return sharding.batch_to_devices(batch, self.mesh)
 
     def embedding_error(self, role: str) -> float:
@@ -81,12 +83,12 @@ class Kit:
         encode_chunk, params = self.model("student")
         teacher, teacher_params = self.model("teacher") if config["kd_weight"] else (None, None)
         width = params["norm"].get_value().shape[0]
-        objective = Objective(
+        contrastive = ContrastiveConfig(
             temperature=config["temperature"],
             dims=matryoshka_dims(width) if config["use_mrl"] else (),
             in_batch_passage_grad=config["in_batch_passage_grad"],
-            distillation_weight=config["kd_weight"],
         )
+        objective = Objective(contrastive=contrastive, distillation_weight=config["kd_weight"])
         optimizer = OptimizerConfig(
             learning_rate=config["learning_rate"],
             warmup_steps=config["warmup_steps"],
@@ -104,7 +106,7 @@ class Kit:
         for want in expected["steps"]:
             state, metrics = step(state, teacher_params, self.batch(want["step"]))
             got = {key: float(mean.value) for key, mean in metrics.items()}
-            parts = {"hard": "hard", "in_batch": "in_batch", "kd": "distillation"}
+            parts = {"hard": "hard", "in_batch": "in_batch", "kd": "weighted/distillation"}
             losses = [relative(got["loss"], want["loss"])] + [relative(got[ours], want[k]) for k, ours in parts.items() if k in want]
             worst["loss"] = max(worst["loss"], *losses)
             worst["grad_norm"] = max(worst["grad_norm"], relative(got["grad_norm"], want["grad_norm"]))

@@ -103,34 +103,43 @@ class Pipeline:
 
     def _host_arrays(self, step: int) -> tuple[Batch, StepPlan, int, int]:
         plan = self.plan.step(step)
-        lengths, read = self._texts(plan)
+        where = self._where(plan)
+        lengths, read = self._texts(plan, where)
         packing = self._shape.pack(lengths)
         # No two texts share a row in the worst case: arrays of that shape serve every step with one program.
         worst = -(-len(lengths) // self._shape.chunk_rows)
         texts = lay_out(packing, self._shape, read, chunks=worst, local_rows=self._local_rows)
-        b, n = plan.columns.shape
-        sample_mask = np.zeros(self._samples, np.float32)
-        negative_mask = np.zeros((self._samples, self.plan.max_negatives), np.float32)
-        sample_mask[:b], negative_mask[:b, :n] = 1, 1
-        batch = Batch(texts, sample_mask, negative_mask, np.float32(plan.kind == "retrieval"))
+        B = self._samples
+        documents = where[B:].reshape(-1)
+        batch = Batch(
+            texts,
+            sample_mask=(where[:B] >= 0).astype(np.float32),
+            negative_mask=(documents[B:].reshape(B, -1) >= 0).astype(np.float32),
+            in_batch_weight=np.float32(plan.kind == "retrieval"),
+            passage_ids=documents[:B].astype(np.int32),
+            negative_ids=documents[B:].reshape(B, -1).astype(np.int32),
+        )
         slots = int(texts.chunks) * self._config.microbatch_rows * self._config.row_tokens
         return batch, plan, int(packing.lengths.sum()), slots
 
-    def _texts(self, plan: StepPlan) -> tuple[np.ndarray, Callable[[np.ndarray], list[np.ndarray]]]:
-        """Lengths `[S]` of the batch's texts in `Batch` order, and a function that reads the token ids of some of them."""
+    def _where(self, plan: StepPlan) -> np.ndarray:
+        """int64 `[S]`: for each text in `Batch` order the row (a query) or document (otherwise) that it is; -1 if there is none."""
         B, N = self._samples, self.plan.max_negatives
         b, n = plan.columns.shape
-        tables = self._dataset.tables(plan.source, self._split)
-        documents = tables.documents[plan.rows]
-        chosen = np.take_along_axis(documents, 1 + plan.columns, axis=1)
-        # `where`: the row (for a query) or document (otherwise) that text s is; -1 if there is none.
+        documents = self._dataset.tables(plan.source, self._split).documents[plan.rows]
         where = np.full(B * (2 + N), -1, np.int64)
         where[:b], where[B : B + b] = plan.rows, documents[:, 0]
-        where[2 * B :].reshape(B, N)[:b, :n] = chosen
+        where[2 * B :].reshape(B, N)[:b, :n] = np.take_along_axis(documents, 1 + plan.columns, axis=1)
+        return where
+
+    def _texts(self, plan: StepPlan, where: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], list[np.ndarray]]]:
+        """Lengths `[S]` of the batch's texts, and a function that reads the token ids of some of them."""
+        B = self._samples
+        tables = self._dataset.tables(plan.source, self._split)
         lengths = np.zeros(len(where), np.int32)
-        lengths[:b] = tables.query_length[plan.rows]
-        present = where[B:] >= 0
-        lengths[B:][present] = tables.document_length[where[B:][present]]
+        for texts, table in ((slice(0, B), tables.query_length), (slice(B, None), tables.document_length)):
+            present = where[texts] >= 0
+            lengths[texts][present] = table[where[texts][present]]
         lengths = np.minimum(lengths, self._config.max_length)
 
         def read(texts: np.ndarray) -> list[np.ndarray]:

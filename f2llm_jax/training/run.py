@@ -22,7 +22,7 @@ from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.model.decoder import abstract_decoder, count_parameters
 from f2llm_jax.model.encoder import chunk_encoder
 from f2llm_jax.model.stored import absolute
-from f2llm_jax.objectives import Objective, matryoshka_dims
+from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
 from f2llm_jax.training import checkpoint, start
 from f2llm_jax.training.metrics import Recorder
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -60,13 +60,9 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     encode_chunk = _chunk_encoder(model.config, dtype, config.remat)
 
     # Objective and optimizer
-    dims = matryoshka_dims(model.config.hidden_size, config.objective.matryoshka_minimum) if config.objective.matryoshka else ()
-    objective = Objective(
-        temperature=config.objective.temperature,
-        dims=dims,
-        in_batch_passage_grad=config.objective.in_batch_passage_grad,
-        distillation_weight=config.objective.distillation_weight if teacher else 0.0,
-    )
+    dims = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.config.hidden_size, config.objective.matryoshka_minimum)
+    dims = dims if config.objective.matryoshka else ()
+    objective = _objective(config.objective, dims, distil=teacher is not None)
     optimizer = OptimizerConfig(total_steps=total, **config.optimizer)
 
     # State: from this run, else from the given weights, else random
@@ -122,6 +118,22 @@ def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epat
             "config.data.folder is empty; make one with `python -m f2llm_jax.prepare`, or pass :runlocal for the embedded corpus"
         )
     return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)
+
+
+def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], distil: bool) -> Objective:
+    contrastive = ContrastiveConfig(
+        temperature=config.temperature,
+        dims=dims,
+        weights=tuple(config.matryoshka_weights) if dims else (),
+        in_batch_pool=config.in_batch_pool,
+        in_batch_passage_grad=config.in_batch_passage_grad,
+        mask_false_negatives=config.mask_false_negatives,
+        false_negative_margin=config.false_negative_margin,
+    )
+    weight = config.distillation_weight if distil else 0.0
+    return Objective(
+        contrastive=contrastive, distillation=config.distillation, distillation_weight=weight, spread_out_weight=config.spread_out_weight
+    )
 
 
 def _chunk_encoder(config, dtype: jnp.dtype, remat: str):

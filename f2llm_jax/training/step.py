@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from f2llm_jax import objectives
 from f2llm_jax.batch import Batch
 from f2llm_jax.model import encoder
-from f2llm_jax.objectives import Embeddings, Mean, Objective
+from f2llm_jax.objectives import Embeddings, Mean, Objective, Samples
 from f2llm_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 
@@ -46,6 +46,21 @@ def by_role(embeddings: Float[Array, "S D"], negative_mask: Float[Array, "B N"])
     )
 
 
+def samples_of(batch: Batch) -> Samples:
+    """What the objectives need to know of a batch besides its embeddings."""
+    return Samples(batch.sample_mask, batch.negative_mask, batch.in_batch_weight, batch.passage_ids, batch.negative_ids)
+
+
+def teacher_embeddings(teacher: Teacher | None, teacher_params: Any, batch: Batch) -> Embeddings | None:
+    """What to distil from: the cached vectors that came with the batch, else the online teacher's, else nothing."""
+    if batch.teacher is not None:
+        return Embeddings(batch.teacher[:, 0], batch.teacher[:, 1], batch.teacher[:, 2:])
+    if teacher is None:
+        return None
+    with jax.named_scope("teacher"):
+        return by_role(encoder.encode(teacher.encode_chunk, teacher_params, batch.texts, batch.text_count), batch.negative_mask)
+
+
 def make_train_step(
     encode_chunk: encoder.EncodeChunk,
     objective: Objective,
@@ -59,20 +74,11 @@ def make_train_step(
     optimizer = make_optimizer(optimizer_config)
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        masks = batch.sample_mask, batch.negative_mask
-        target = None
-        if teacher is not None:
-            with jax.named_scope("teacher"):
-                target = by_role(encoder.encode(teacher.encode_chunk, teacher_params, batch.texts, batch.text_count), batch.negative_mask)
+        samples = samples_of(batch)
+        target = teacher_embeddings(teacher, teacher_params, batch)
 
         def loss(embeddings: Float[Array, "S D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
-            student = by_role(embeddings, batch.negative_mask)
-            total, parts = objectives.contrastive(student, *masks, batch.in_batch_weight, objective)
-            if target is not None:
-                distilled = objectives.distillation(student, target, *masks)
-                parts["distillation"] = Mean(objective.distillation_weight * distilled.sum, distilled.count)
-                total = total + parts["distillation"].value
-            return total, parts
+            return objectives.total(by_role(embeddings, batch.negative_mask), samples, objective, target)
 
         (total, parts), gradients = encoder.value_and_grad(loss, encode_chunk, state.params, batch.texts, batch.text_count)
         with jax.named_scope("update"):
@@ -87,11 +93,11 @@ def make_train_step(
 
 def make_eval_step(encode_chunk: encoder.EncodeChunk, objective: Objective) -> Callable[[Any, Batch], dict[str, Mean]]:
     """`(params, batch) -> metrics` at full width, as the published validation loss (no matryoshka)."""
-    plain = dataclasses.replace(objective, dims=())
+    plain = dataclasses.replace(objective.contrastive, dims=(), weights=())
 
     def eval_step(params: Any, batch: Batch) -> dict[str, Mean]:
         embeddings = by_role(encoder.encode(encode_chunk, params, batch.texts, batch.text_count), batch.negative_mask)
-        _, parts = objectives.contrastive(embeddings, batch.sample_mask, batch.negative_mask, batch.in_batch_weight, plain)
-        return parts
+        _, metrics = objectives.total(embeddings, samples_of(batch), Objective(contrastive=plain))
+        return metrics
 
     return eval_step

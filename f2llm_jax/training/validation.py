@@ -46,9 +46,9 @@ def _kinds(held_out: Mapping[str, Pipeline], dataset: Dataset) -> list[str]:
 
 
 def _total(batches: list[dict[str, Mean]]) -> float:
-    """Sum of the parts' means, each taken once over all batches."""
+    """Sum of the two softmaxes' means, each taken once over all batches."""
     total = 0.0
-    for part in batches[0]:
+    for part in ("in_batch", "hard"):
         summed = sum(float(batch[part].sum) for batch in batches)
         counted = sum(float(batch[part].count) for batch in batches)
         total += summed / max(counted, 1.0)

@@ -1,0 +1,76 @@
+"""Which terms are summed and how. Every default is the published recipe."""
+
+import dataclasses
+from typing import Literal
+
+from f2llm_jax.objectives.matryoshka import check_dims, matryoshka_weights
+
+PassageGrad = Literal["full", "none"]
+Pool = Literal["positives", "positives_and_negatives"]
+DistillationKind = Literal["mse", "cosine", "scores"]
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """The contrastive terms.
+
+    Attributes:
+      temperature: cosines are divided by it.
+      dims: matryoshka widths, ascending; empty for the full width alone.
+      weights: one a width; empty for the published `1 / (n * sqrt(D / d))`.
+      in_batch_pool: whom a query is compared with across the batch: "positives" (published) or also all hard negatives.
+      in_batch_passage_grad: "full" sends the in-batch loss's gradient to both sides; "none" to queries only, as the published
+        multi-GPU trainer does, whose gather carries no gradient.
+      mask_false_negatives: leave out candidates whose text is the positive's.
+      false_negative_margin: leave out candidates whose cosine exceeds the positive's by more than this; inf for never.
+    """
+
+    temperature: float = 0.05
+    dims: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    in_batch_pool: Pool = "positives"
+    in_batch_passage_grad: PassageGrad = "full"
+    mask_false_negatives: bool = False
+    false_negative_margin: float = float("inf")
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be positive; the published value is 0.05")
+        _one_of("in_batch_passage_grad", self.in_batch_passage_grad, ("full", "none"))
+        _one_of("in_batch_pool", self.in_batch_pool, ("positives", "positives_and_negatives"))
+        if self.weights and len(self.weights) != len(self.dims):
+            raise ValueError(f"{len(self.weights)} matryoshka weights for {len(self.dims)} dims; give one a dim, or none for the published")
+
+    def widths(self, width: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The dims and weights for embeddings of the given width."""
+        dims = self.dims or (width,)
+        check_dims(dims, width)
+        return dims, self.weights or matryoshka_weights(dims)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The whole objective.
+
+    Attributes:
+      contrastive: the two softmaxes.
+      distillation: how a teacher is followed: "mse" of raw embeddings (published), "cosine", or "scores" (see distillation.py).
+      distillation_weight: of that term; 0 without a teacher.
+      spread_out_weight: of the spread-out regulariser (EmbeddingGemma, arXiv 2509.20354); 0 for none.
+    """
+
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    distillation: DistillationKind = "mse"
+    distillation_weight: float = 0.0
+    spread_out_weight: float = 0.0
+
+    def __post_init__(self):
+        _one_of("distillation", self.distillation, ("mse", "cosine", "scores"))
+        for name in ("distillation_weight", "spread_out_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")

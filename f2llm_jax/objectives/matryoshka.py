@@ -1,0 +1,62 @@
+"""Matryoshka widths, their weights, and cosines at all widths for the price of one."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+TINY = 1e-24  # floor of a squared norm; torch's normalize floors the norm at 1e-12
+
+
+def matryoshka_dims(width: int, minimum: int = 8) -> tuple[int, ...]:
+    """The published widths, ascending: every power of two from `minimum` up to below `width`, then `width`."""
+    powers = (2**k for k in range(width.bit_length()))
+    return (*(d for d in powers if minimum <= d < width), width)
+
+
+def matryoshka_weights(dims: Sequence[int]) -> tuple[float, ...]:
+    """`1 / (n * sqrt(largest / d))` for the n-th largest d, in the order of `dims`; not normalised (F2LLM `utils.py`)."""
+    largest_first = sorted(dims, reverse=True)
+    return tuple(1.0 / ((largest_first.index(d) + 1) * math.sqrt(largest_first[0] / d)) for d in dims)
+
+
+def check_dims(dims: Sequence[int], width: int) -> None:
+    """Raises a ValueError unless `dims` ascend without repeats between 1 and `width`."""
+    if not dims or list(dims) != sorted(set(dims)) or not 0 < dims[0] <= dims[-1] <= width:
+        raise ValueError(f"matryoshka dims {tuple(dims)} must ascend without repeats between 1 and the width {width}")
+
+
+def prefix_cosines(
+    contract: str,
+    a: Float[Array, "... D"],
+    b: Float[Array, "... D"],
+    outer: Callable[[Array, Array], Array],
+    dims: Sequence[int],
+) -> Float[Array, "J ..."]:
+    """Cosines of `a[..., :d]` and `b[..., :d]` for each of the J ascending dims, in fp32.
+
+    Running sums over the bands between the dims: each component is multiplied and squared once, whatever J.
+
+    Args:
+      contract: einsum of the dot product over the last axes, e.g. "bd,cd->bc".
+      a, b: raw vectors.
+      outer: combines `[...]` norms of a and of b into the shape of the dot product.
+      dims: ascending, the last at most D.
+    """
+    check_dims(dims, a.shape[-1])
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    dot = squares_a = squares_b = 0.0
+    cosines = []
+    for low, high in zip((0, *dims[:-1]), dims, strict=True):
+        band_a, band_b = a[..., low:high], b[..., low:high]
+        dot = dot + jnp.einsum(contract, band_a, band_b, precision=jax.lax.Precision.HIGHEST)
+        squares_a = squares_a + jnp.sum(band_a * band_a, axis=-1)
+        squares_b = squares_b + jnp.sum(band_b * band_b, axis=-1)
+        cosines.append(dot * outer(_inverse_norm(squares_a), _inverse_norm(squares_b)))
+    return jnp.stack(cosines)
+
+
+def _inverse_norm(squares: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jax.lax.rsqrt(jnp.maximum(squares, TINY))

@@ -1,0 +1,29 @@
+"""The sum of all terms."""
+
+from jaxtyping import Array, Float
+
+from f2llm_jax.objectives.config import Objective
+from f2llm_jax.objectives.contrastive import Embeddings, Samples, contrastive
+from f2llm_jax.objectives.distillation import distillation
+from f2llm_jax.objectives.mean import Mean
+from f2llm_jax.objectives.spread_out import spread_out
+
+
+def total(
+    embeddings: Embeddings, samples: Samples, objective: Objective, teacher: Embeddings | None = None
+) -> tuple[Float[Array, ""], dict[str, Mean]]:
+    """The loss, and what to log of it.
+
+    Beside each optional term its weighted value is logged as `weighted/NAME`; the contrastive parts have weight 1.
+    """
+    loss, metrics = contrastive(embeddings, samples, objective.contrastive)
+    extra = {}
+    if teacher is not None:
+        term = distillation(embeddings, teacher, samples, objective.distillation, objective.contrastive.temperature)
+        extra["distillation"] = objective.distillation_weight, term
+    if objective.spread_out_weight:
+        extra["spread_out"] = objective.spread_out_weight, spread_out(embeddings, samples.sample_mask)
+    for name, (weight, term) in extra.items():
+        loss = loss + weight * term.value
+        metrics |= {name: term, f"weighted/{name}": Mean(weight * term.sum, term.count)}
+    return loss, metrics
