@@ -1,0 +1,136 @@
+"""Chunks are memory and nothing else: gradients as without them, one program for any number of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from f2llm_jax import objectives, sharding
+from f2llm_jax.batch import PackedTexts
+from f2llm_jax.data.packing import RowShape, lay_out
+from f2llm_jax.model.decoder import abstract_decoder, init_decoder
+from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
+from f2llm_jax.objectives import Objective
+from f2llm_jax.training.step import by_role
+
+B, N = 6, 2
+TEXTS = B * (2 + N)
+SHAPE = RowShape(chunk_rows=2, row_tokens=16, row_texts=16)
+CHUNKS = 5
+# Chunks in use -> (long texts, their length, length of the others).
+LENGTHS = {1: (4, 3, 1), 2: (5, 8, 1), 5: (5, 16, 4)}
+OBJECTIVES = {
+    "plain": Objective(),
+    "matryoshka": Objective(dims=(8, 16, 32, 64)),
+    "no passage gradient": Objective(dims=(8, 64), in_batch_passage_grad="none"),
+}
+TERMS = [*OBJECTIVES, "distillation"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_decoder(tiny.CONFIG, 0)
+
+
+def packed(chunks):
+    """A batch that fills `chunks` of the `CHUNKS` there is room for; text 3 is absent."""
+    rng = np.random.default_rng(chunks)
+    long, longest, shortest = LENGTHS[chunks]
+    lengths = rng.permutation([longest] * long + [shortest] * (TEXTS - 1 - long))
+    lengths = np.insert(lengths, 3, 0)
+    packing = SHAPE.pack(lengths)
+    assert -(-packing.rows // SHAPE.chunk_rows) == chunks
+    ids = [rng.integers(0, tiny.CONFIG.vocab_size, length).astype(np.int32) for length in lengths]
+    return lay_out(packing, SHAPE, lambda wanted: [ids[i] for i in wanted], chunks=CHUNKS)
+
+
+def encode_chunk(dtype=jnp.float32, remat="full"):
+    return chunk_encoder(abstract_decoder(tiny.CONFIG)[0], dtype, remat)
+
+
+def objective(weights):
+    """The sum of all terms by traced weights, so that one program serves every one of them."""
+    teacher = by_role(jax.random.normal(jax.random.key(3), (TEXTS, 80)), jnp.ones((B, N)))
+    masks = jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0).at[1, 1].set(0)
+
+    def loss(embeddings):
+        student = by_role(embeddings, masks[1])
+        values = [objectives.contrastive(student, *masks, jnp.float32(1), o)[0] for o in OBJECTIVES.values()]
+        values.append(objectives.distillation(student, teacher, *masks).value)
+        return jnp.vdot(weights, jnp.stack(values)), embeddings
+
+    return loss
+
+
+@pytest.fixture(scope="module")
+def in_chunks():
+    return jax.jit(lambda params, texts, weights: value_and_grad(objective(weights), encode_chunk(), params, texts, TEXTS))
+
+
+@pytest.fixture(scope="module")
+def at_once():
+    """The same by nothing but automatic differentiation through all rows together."""
+
+    def loss(params, texts, weights):
+        rows = (a.reshape(-1, a.shape[-1]) for a in (texts.token_ids, texts.positions, texts.segment_ids, texts.last))
+        pooled = encode_chunk(remat="none")(params, *rows)
+        return objective(weights)(jnp.zeros((TEXTS, pooled.shape[-1])).at[texts.text.reshape(-1, texts.text.shape[-1])].set(pooled))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize("chunks", LENGTHS)
+@pytest.mark.parametrize("term", TERMS)
+def test_gradients_are_those_of_one_chunk(params, in_chunks, at_once, term, chunks):
+    weights = jnp.asarray([float(term == t) for t in TERMS])
+    texts = packed(chunks)
+    (got_loss, got_embeddings), got = in_chunks(params, texts, weights)
+    (want_loss, want_embeddings), want = at_once(params, texts, weights)
+    np.testing.assert_allclose(got_loss, want_loss, rtol=2e-6)
+    np.testing.assert_allclose(got_embeddings, want_embeddings, atol=1e-5)
+    np.testing.assert_array_equal(got_embeddings[3], 0)
+    for (path, leaf), ours in zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True):
+        largest = np.abs(leaf).max()
+        assert largest > 0, path
+        np.testing.assert_allclose(ours, leaf, atol=5e-6 * largest, rtol=0, err_msg=str(path))
+
+
+def test_one_program_serves_any_number_of_chunks(params, in_chunks):
+    for chunks in LENGTHS:
+        in_chunks(params, packed(chunks), jnp.ones(len(TERMS)))
+    assert in_chunks._cache_size() == 1
+
+
+def test_chunks_that_are_not_in_use_are_not_read(params, in_chunks):
+    """Whatever they hold, here the first chunk's texts once more under other tokens."""
+    clean, weights = packed(2), jnp.ones(len(TERMS))
+    parts = {name: np.array(getattr(clean, name)) for name in ("token_ids", "positions", "segment_ids", "last", "text")}
+    for array in parts.values():
+        array[2:] = array[0]
+    parts["token_ids"][2:] += 1
+    dirty = PackedTexts(**parts, chunks=clean.chunks)
+    for got, want in zip(*(jax.tree.leaves(in_chunks(params, texts, weights)) for texts in (dirty, clean)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_encoding_alone_gives_the_same_embeddings(params, in_chunks):
+    texts = packed(5)
+    (_, want), _ = in_chunks(params, texts, jnp.ones(len(TERMS)))
+    got = jax.jit(lambda params, texts: encode(encode_chunk(), params, texts, TEXTS))(params, texts)
+    assert got.shape == (TEXTS, 64) and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_gradients_come_back_where_the_parameters_are():
+    """On types alone: under a mesh every gradient has its parameter's sharding, so nothing is gathered to be kept."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    _, abstract = abstract_decoder(tiny.CONFIG, mesh)
+    row = lambda x: jax.ShapeDtypeStruct((CHUNKS, 4, x), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.CHUNKS_RT))  # noqa: E731
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.P()))
+    texts = PackedTexts(*[row(16)] * 5, count)
+    with jax.set_mesh(mesh):
+        step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(), p, t, TEXTS)  # noqa: E731
+        _, gradients = jax.eval_shape(step, abstract, texts)
+    for gradient, parameter in zip(jax.tree.leaves(gradients), jax.tree.leaves(abstract), strict=True):
+        assert gradient.sharding.spec == parameter.sharding.spec
