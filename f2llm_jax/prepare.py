@@ -1,4 +1,4 @@
-"""Turns raw parquet into a tokenised dataset: `python -m f2llm_jax.prepare --raw DIR --tokenizer DIR --out DIR`.
+"""Turns raw text into a tokenised dataset: `python -m f2llm_jax.prepare --raw DIR --tokenizer DIR --out DIR`.
 
 A run that was killed continues where it stopped when the same command is given again. On Dataflow, Flink or Spark, give the
 runner's options in one string, with `gs://` folders: `--beam "--runner=DataflowRunner --project=... --region=..."`.
@@ -9,11 +9,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 from tqdm import tqdm
 
-from f2llm_jax.data import records, writing
-from f2llm_jax.data.sources import RawDataError
+from f2llm_jax.data import records, summary, writing
+from f2llm_jax.data.catalogue import CAP, CatalogueError, load_catalogue
+from f2llm_jax.data.raw_files import RawDataError
+from f2llm_jax.data.selection import Recipe
+from f2llm_jax.data.sources import find_sources
 from f2llm_jax.text import TokenizerError
 
 
@@ -22,44 +24,102 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     bar = tqdm(unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty())
     try:
-        dataset = writing.prepare(
+        sources = find_sources(
             flags.raw,
-            flags.tokenizer,
-            flags.out,
+            stage=flags.stage,
             tasks=flags.tasks,
+            catalogue=load_catalogue(flags.catalogue) if flags.catalogue else None,
+            columns=dict(flags.columns),
+            instructions=dict(flags.instruction),
+            strict=flags.policy == "strict",
+        )
+        recipe = Recipe(
             stage=flags.stage,
             max_length=flags.max_length,
             seed=flags.seed,
+            cap=(CAP if flags.stage == 2 else 0) if flags.cap is None else flags.cap,
+            instruct_documents=flags.instruct_documents,
+            policy=flags.policy,
+        )
+        dataset = writing.prepare(
+            sources,
+            flags.tokenizer,
+            flags.out,
+            recipe,
             workers=flags.workers,
             overwrite=flags.overwrite,
             beam_flags=shlex.split(flags.beam),
             report=lambda progress: _show(progress, bar),
         )
-    except (RawDataError, TokenizerError, records.DatasetError) as error:
+    except (RawDataError, CatalogueError, TokenizerError, records.DatasetError) as error:
         bar.close()
         print(f"prepare: error: {error}", file=sys.stderr)
         return 1
     bar.close()
-    _print_table(dataset)
+    print(summary.table(dataset.folder))
     print(f"prepared {flags.out}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw", required=True, help="folder of parquet files, one a source")
+    parser.add_argument("--raw", required=True, help="folder of raw files: *.parquet, *.jsonl, *.jsonl.gz, *.jsonl.zst, *.csv")
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json and tokenizer_config.json")
     parser.add_argument("--out", required=True, help="folder to write; exists only when complete")
-    parser.add_argument("--tasks", help='JSON file {"source": "kind"} (default: tasks.json in --raw, if there)')
+    parser.add_argument("--catalogue", help="f2llm_v2, or a JSON file of that form: which files make which source (default: each one)")
+    parser.add_argument("--tasks", help='JSON file {"source": "kind"} (default: tasks.json in --raw, if there); not with --catalogue')
+    parser.add_argument("--columns", type=_pairs, default=[], help="columns of other names, as in query=question,passage=answer")
+    parser.add_argument(
+        "--instruction", type=_pair, action="append", default=[], metavar="SOURCE=TEXT", help="for queries that carry none; may be repeated"
+    )
     parser.add_argument(
         "--stage", type=int, choices=(1, 2), default=2, help="1: retrieval sources, instructions stripped; 2: all, kept (default)"
     )
+    parser.add_argument("--cap", type=int, help=f"queries a source at most, 0 for all (default: {CAP} in stage 2, all in stage 1)")
+    parser.add_argument(
+        "--instruct-documents",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the documents of symmetric sources that get the instruction of their queries in stage 2, where they have none "
+        "(published: 0.3; the released data comes with it, hence default 0)",
+    )
     parser.add_argument("--max-length", type=_positive, default=1024, help="tokens a text at most, EOS included (default 1024)")
-    parser.add_argument("--seed", type=int, default=0, help="of the train/validation split (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of split, cap and instructed documents (default 0)")
+    policy = parser.add_mutually_exclusive_group()
+    policy.add_argument(
+        "--set-aside",
+        dest="policy",
+        action="store_const",
+        const="set-aside",
+        help="leave out and count what has no valid text",
+    )
+    policy.add_argument(
+        "--strict", dest="policy", action="store_const", const="strict", help="also fail on negatives that are the positive or repeated"
+    )
+    parser.set_defaults(policy="default")
     parser.add_argument("--workers", type=_positive, help="sources built at a time (default: one a CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at --out")
     parser.add_argument("--beam", default="", metavar="OPTIONS", help='Beam options in one string, as in --beam="--runner=..."')
     return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return key, value
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    return [_pair(part) for part in text.split(",")]
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
 
 
 def _positive(text: str) -> int:
@@ -84,22 +144,6 @@ def _show(progress: writing.Progress, bar: tqdm) -> None:
         return
     left = (progress.rows_total - progress.rows) * seconds / progress.rows
     print(f"{counted}; {progress.rows / seconds:,.0f} rows/s, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
-
-
-def _print_table(dataset: records.Dataset) -> None:
-    """One line a source; token lengths are of its queries and distinct documents."""
-    header = ("source", "kind", "languages", "train", "validation", "documents", "tokens", "p50", "p95", "max")
-    lines = [header]
-    for info in dataset.sources.values():
-        tables = [dataset.tables(info.name, split) for split in records.QUERY_SPLITS]
-        lengths = np.concatenate([tables[0].document_length, *(table.query_length for table in tables)])
-        languages = ",".join(info.languages) if len(info.languages) <= 2 else str(len(info.languages))
-        counts = (*info.rows.values(), info.documents, sum(info.tokens.values()), *np.percentile(lengths, (50, 95)), lengths.max())
-        lines.append((info.name, info.kind, languages or "-", *(f"{count:,.0f}" for count in counts)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
-        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ def strip_instruction(text: str) -> str:
     return _INSTRUCTION.sub("", text, count=1)
 
 
+def leading_prompt(text: str) -> str:
+    """The `Instruct: ...\\nQuery: ` that `text` begins with, "" if it does not."""
+    found = _INSTRUCTION.match(text)
+    return found[0] if found else ""
+
+
 def truncate(ids: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
     """`ids` int32 `[length]` cut to `max_length`, EOS last whatever the length; uncut ids come back as they are."""
     return ids if len(ids) <= max_length else np.append(ids[: max_length - 1], np.int32(eos_id))

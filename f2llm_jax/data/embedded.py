@@ -3,6 +3,8 @@
 from etils import epath
 
 from f2llm_jax.data import demo_corpus, writing
+from f2llm_jax.data.selection import Recipe
+from f2llm_jax.data.sources import find_sources
 
 
 def prepare(folder: epath.Path, stage: int, max_length: int) -> epath.Path:
@@ -12,5 +14,6 @@ def prepare(folder: epath.Path, stage: int, max_length: int) -> epath.Path:
         demo_corpus.build(partial)
         partial.rename(corpus)
     out = folder / f"stage{stage}"
-    writing.prepare(corpus / "raw", corpus / "tokenizer", out, stage=stage, max_length=max_length)
+    recipe = Recipe(stage=stage, max_length=max_length, seed=0, cap=0, instruct_documents=0.0, policy="default")
+    writing.prepare(find_sources(corpus / "raw", stage=stage), corpus / "tokenizer", out, recipe)
     return out

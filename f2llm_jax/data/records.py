@@ -2,11 +2,13 @@
 
     OUT/dataset.json                      what the dataset is; written last, so its presence means complete
     OUT/settings.json                     what it was made from and how
+    OUT/summary.json, OUT/summary.png     sizes, cleaning and token lengths a source, for people
     OUT/tokenizer/                        the tokenizer it was made with
     OUT/f2llm/<source>/1.0.0/             ArrayRecord splits `train`, `validation` (none for a source of one row), `corpus`
     OUT/tables/<source>/source.json       the source's entry of dataset.json
     OUT/tables/<source>/<split>.query_length.npy    int32 [rows], tokens of each query
-    OUT/tables/<source>/<split>.documents.npy       int32 [rows, 1 + n], positions in `corpus`: the passage, then the negatives
+    OUT/tables/<source>/<split>.documents.npy       int32 [rows, 1 + n], positions in `corpus`: the passage, then the negatives;
+                                                    -1 for negatives that a row does not have, which come last
     OUT/tables/<source>/corpus.length.npy           int32 [documents], tokens of each document
 
 `train` and `validation` are in the order of the raw file. `corpus` holds each distinct document of the source once, in the order
@@ -32,8 +34,6 @@ VERSION = "1.0.0"
 CORPUS = "corpus"
 QUERY_SPLITS = ("train", "validation")
 SPLITS = (*QUERY_SPLITS, CORPUS)
-TOKEN_BYTES = 4
-SCAN_RECORDS = 4_096  # records a batched read when a whole split is read
 
 
 class DatasetError(ValueError):
@@ -43,7 +43,7 @@ class DatasetError(ValueError):
 def features() -> tfds.features.FeaturesDict:
     """Features of every split (TFDS gives a builder one set): arrays are stored as bytes, which decode without a copy.
 
-    tokens: int32 [length], EOS last. documents: int64 [1 + n] keys of passage and negatives; in `corpus` [1], its own.
+    tokens: int32 [length], EOS last. documents: int64 [1 + n] keys of passage and negatives, -1 for none; in `corpus` [1], its own.
     row: row number in the raw file; in `corpus` -1. language: "" where unknown and in `corpus`.
     """
     return tfds.features.FeaturesDict(
@@ -56,14 +56,15 @@ def features() -> tfds.features.FeaturesDict:
     )
 
 
-def query_record(tokens: np.ndarray, documents: np.ndarray, row: int, language: str) -> dict:
-    """A record of `train` or `validation`: int32 [length], int64 [1 + n]."""
-    return {"tokens": tokens, "documents": documents, "row": row, "language": language}
-
-
-def document_record(tokens: np.ndarray, key: int) -> dict:
-    """A record of `corpus`: int32 [length]."""
-    return {"tokens": tokens, "documents": np.array([key], np.int64), "row": -1, "language": ""}
+def encode_record(tokens: np.ndarray, documents: np.ndarray, row: int, language: str) -> bytes:
+    """A stored record, as TFDS would write it (its own encoder takes ten times as long): int32 [length], int64 [1 + n]."""
+    example = tf_example_pb2.Example()
+    fields = example.features.feature
+    fields["tokens"].bytes_list.value.append(tokens.tobytes())
+    fields["documents"].bytes_list.value.append(documents.tobytes())
+    fields["row"].int64_list.value.append(row)
+    fields["language"].bytes_list.value.append(language.encode())
+    return example.SerializeToString(deterministic=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +74,27 @@ class SourceInfo:
     Attributes:
       name: of the source.
       kind: "retrieval", "clustering" or "classification".
-      languages: sorted, without "".
+      languages: rows of each, without those where it is unknown.
       rows: of each of `QUERY_SPLITS`.
       documents: distinct ones.
-      negatives: n, a row.
+      negatives: n, a row; some rows may have fewer.
       tokens: of all "queries" and of all distinct "documents".
-      counters: "negatives_equal_positive", negatives whose text is their row's positive.
+      counters: what cleaning did, see `cleaning`; keys of rows that were set aside begin with "rows: ".
     """
 
     name: str
     kind: str
-    languages: list[str]
+    languages: dict[str, int]
     rows: dict[str, int]
     documents: int
     negatives: int
     tokens: dict[str, int]
     counters: dict[str, int]
+
+    @property
+    def set_aside(self) -> int:
+        """Rows that were left out because something was wrong with them."""
+        return sum(count for reason, count in self.counters.items() if reason.startswith("rows: "))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +152,9 @@ class Dataset:
 
     def tables(self, source: str, split: str) -> SplitTables:
         """The tables of "train" or "validation"; memory-mapped where the folder is local."""
-        folder = _tables_folder(self.folder, source)
+        folder = tables_folder(self.folder, source)
         names = (f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length")
-        return SplitTables(*(_load(folder / f"{name}.npy") for name in names))
+        return SplitTables(*(load_array(folder / f"{name}.npy") for name in names))
 
     def reader(self, source: str, split: str) -> Reader:
         """A reader of queries ("train", "validation") or of documents ("corpus")."""
@@ -193,48 +199,17 @@ def write_dataset(
         "vocab_size": tokenizer.vocab_size,
         "sources": [dataclasses.asdict(source) for source in sources],
     }
-    _write_json(epath.Path(folder) / "dataset.json", fields)
-
-
-def write_tables(folder: epath.PathLike, name: str, kind: str, negatives: int) -> SourceInfo:
-    """Writes the tables of a source from the records on disk, then source.json, which declares the source complete.
-
-    Raises:
-      DatasetError: the records are not in the order this format needs.
-    """
-    folder = epath.Path(folder)
-    target = _tables_folder(folder, name)
-    target.mkdir(parents=True, exist_ok=True)
-    builder = tfds.builder_from_directory(source_folder(folder, name) / VERSION)
-    keys, document_length, _ = _scan(builder, CORPUS, 1)
-    if not (np.diff(keys[:, 0]) > 0).all():
-        raise DatasetError(
-            f"{target}: TFDS did not write the corpus in the order of its keys; install the tested version of tensorflow-datasets"
-        )
-    _save(target / f"{CORPUS}.length.npy", document_length)
-    rows, query_tokens, equal, languages = {}, 0, 0, set()
-    for split in QUERY_SPLITS:
-        documents, query_length, spoken = _scan(builder, split, 1 + negatives)
-        _save(target / f"{split}.query_length.npy", query_length)
-        _save(target / f"{split}.documents.npy", _positions(keys[:, 0], documents, target))
-        rows[split] = len(documents)
-        query_tokens += int(query_length.sum())
-        equal += int((documents[:, 1:] == documents[:, :1]).sum())
-        languages |= spoken - {""}
-    tokens = {"queries": query_tokens, "documents": int(document_length.sum())}
-    info = SourceInfo(name, kind, sorted(languages), rows, len(keys), negatives, tokens, {"negatives_equal_positive": equal})
-    _write_json(target / "source.json", dataclasses.asdict(info))
-    return info
+    write_json(epath.Path(folder) / "dataset.json", fields)
 
 
 def finished_source(folder: epath.PathLike, name: str) -> SourceInfo | None:
     """What `write_tables` returned for a source that is complete in an unfinished dataset; None for any other."""
-    file = _tables_folder(epath.Path(folder), name) / "source.json"
+    file = tables_folder(epath.Path(folder), name) / "source.json"
     return SourceInfo(**json.loads(file.read_text())) if file.exists() else None
 
 
 def write_settings(folder: epath.PathLike, settings: dict) -> None:
-    _write_json(epath.Path(folder) / "settings.json", settings)
+    write_json(epath.Path(folder) / "settings.json", settings)
 
 
 def read_settings(folder: epath.PathLike) -> dict | None:
@@ -252,21 +227,8 @@ def source_folder(folder: epath.PathLike, name: str) -> epath.Path:
     return epath.Path(folder) / BUILDER / name
 
 
-def _tables_folder(folder: epath.Path, name: str) -> epath.Path:
+def tables_folder(folder: epath.Path, name: str) -> epath.Path:
     return folder / "tables" / name
-
-
-def _scan(builder: tfds.core.DatasetBuilder, split: str, documents: int) -> tuple[np.ndarray, np.ndarray, set[str]]:
-    """Reads a whole split once: keys int64 `[rows, documents]`, token counts int32 `[rows]`, languages."""
-    keys, lengths, languages = [np.empty((0, documents), np.int64)], [np.empty(0, np.int32)], set()
-    if split in builder.info.splits:
-        source = _open(builder, split)
-        for start in range(0, len(source), SCAN_RECORDS):
-            batch = [_fields(record) for record in source.__getitems__(list(range(start, min(start + SCAN_RECORDS, len(source)))))]
-            keys.append(np.frombuffer(b"".join(_bytes(fields, "documents") for fields in batch), np.int64).reshape(-1, documents))
-            lengths.append(np.array([len(_bytes(fields, "tokens")) // TOKEN_BYTES for fields in batch], np.int32))
-            languages |= {_bytes(fields, "language").decode() for fields in batch}
-    return np.concatenate(keys), np.concatenate(lengths), languages
 
 
 def _open(builder: tfds.core.DatasetBuilder, split: str):
@@ -282,27 +244,15 @@ def _bytes(fields: Mapping, name: str) -> bytes:
     return fields[name].bytes_list.value[0]
 
 
-def _positions(corpus: np.ndarray, keys: np.ndarray, target: epath.Path) -> np.ndarray:
-    """Ranks of `keys` among the sorted keys of the corpus, int32 of the same shape."""
-    positions = np.searchsorted(corpus, keys)
-    if not np.array_equal(corpus[np.minimum(positions, len(corpus) - 1)], keys):
-        raise DatasetError(f"{target}: a row points at a document that is not in the corpus; delete the folder and prepare again")
-    return positions.astype(np.int32)
-
-
-def _save(file: epath.Path, array: np.ndarray) -> None:
-    with file.open("wb") as handle:
-        np.save(handle, array)
-
-
-def _load(file: epath.Path) -> np.ndarray:
+def load_array(file: epath.Path) -> np.ndarray:
+    """A table; memory-mapped where it is local."""
     if "://" not in str(file):
         return np.load(file, mmap_mode="r")
     with file.open("rb") as handle:
         return np.load(handle)
 
 
-def _write_json(file: epath.Path, content: dict) -> None:
+def write_json(file: epath.Path, content: dict) -> None:
     """Writes beside the file and renames, so a file that exists is whole."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

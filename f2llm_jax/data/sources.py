@@ -1,165 +1,215 @@
-"""Raw parquet files, one a source: what they are, whether they can be used, and their rows in chunks.
+"""Which sources there are, and whether the files they are made of can be used.
 
-The layout is that of the released F2LLM data (dataset card of codefuse-ai/F2LLM): columns `query` (instruction included),
-`passage`, `negative_1` to `negative_n` without a gap, and optionally `lang`. Other columns are ignored.
+A source is what batches are drawn from: one raw file, or one unit of a catalogue. Its files have the columns of the released
+F2LLM data (dataset card of codefuse-ai/F2LLM: `query` with its instruction, `passage`, `negative_1` to `negative_n` without a
+gap, optionally `lang`) or of sentence-transformers (`anchor`, `positive`, `negative` and `negative_1` ...), or others that a
+mapping names. Further columns are ignored.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Mapping, Sequence
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from etils import epath
 
-from f2llm_jax.text import strip_instruction
+from f2llm_jax.data.catalogue import KINDS, Catalogue, FileRange
+from f2llm_jax.data.raw_files import SUFFIXES, RawDataError, RawFile, open_file, source_name
 
-KINDS = ("retrieval", "clustering", "classification")
 TASKS_FILE = "tasks.json"
-LANGUAGE = "lang"
-CHUNK_ROWS = 2_000  # a released file may be one row group of gigabytes, so rows are streamed inside row groups
+PART_ROWS = 100_000  # rows that one worker reads and writes at a time, where row groups allow it
+MAX_NEGATIVES = 64
+ALIASES = {"query": ("query", "anchor"), "passage": ("passage", "positive"), "lang": ("lang",)}
+_NEGATIVE = re.compile(r"negative_([1-9][0-9]*)\Z")
 
 
-class RawDataError(ValueError):
-    """Raw data that cannot be used; the message, one line a problem, names file, row, field and remedy."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows `start <= row < stop` of a file.
+
+    Attributes:
+      path: local or `gs://`.
+      start: first row.
+      stop: row after the last.
+      number: of the row `start` in its source, which counts rows over its files.
+      columns: from `query`, `passage`, `negative_1`, ..., `lang` to the columns of the file; only what it has.
+    """
+
+    path: str
+    start: int
+    stop: int
+    number: int
+    columns: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One parquet file whose schema has been checked.
+    """What batches are drawn from; its files exist and their schemas have been checked.
 
     Attributes:
-      name: file name without `.parquet`; the source's name everywhere.
+      name: file name without its suffix, or the catalogue's unit; the source's name everywhere.
       kind: one of `KINDS`.
-      path: the file, local or `gs://`.
-      rows: number of rows in it, at least 1.
-      negatives: n, the number of `negative_` columns, at least 1.
+      parts: its rows, in order.
+      rows: number of rows in them, at least 1.
+      negatives: n, the most `negative_` columns that a file of it has.
+      symmetric: query and document can change places.
+      instruction: given to queries that carry none; "" for none.
     """
 
     name: str
     kind: str
-    path: str
+    parts: tuple[Part, ...]
     rows: int
     negatives: int
+    symmetric: bool
+    instruction: str
 
-    @property
-    def document_columns(self) -> list[str]:
-        """`passage`, `negative_1`, ..., `negative_n`."""
-        return ["passage", *(f"negative_{i}" for i in range(1, self.negatives + 1))]
+
+def find_sources(
+    raw: epath.PathLike,
+    *,
+    stage: int,
+    tasks: epath.PathLike | None = None,
+    catalogue: Catalogue | None = None,
+    columns: Mapping[str, str] | None = None,
+    instructions: Mapping[str, str] | None = None,
+    strict: bool = False,
+) -> list[Source]:
+    """The sources of a stage, in order of name.
+
+    Without a catalogue each file is a source. Its kind is what the tasks file (JSON, `{"name": "kind"}`) says; a source it does
+    not name gets it from its columns: one F2LLM negative means classification (the opposite label), anything else retrieval.
+    Clustering looks like retrieval in its columns, so only a tasks file or a catalogue can tell it.
+
+    Stage 1 takes the sources that the catalogue marks, or all retrieval sources; stage 2 takes all (paper, section 3.2).
+
+    Args:
+      raw: folder of the files.
+      stage: 1 or 2.
+      tasks: the tasks file, where there is no catalogue; default `raw/tasks.json` if it exists.
+      catalogue: which files make which source.
+      columns: from `query`, `passage`, `negative_1`, ..., `lang` to columns of the files.
+      instructions: by source, for queries that carry none.
+      strict: files of one source may not differ in their number of negatives.
+
+    Raises:
+      RawDataError: no files, an unusable tasks file, or one or more unusable schemas, all of them in one message.
+    """
+    raw, columns, instructions = epath.Path(raw), columns or {}, instructions or {}
+    units = _catalogue_units(catalogue, stage) if catalogue else _folder_units(raw, tasks)
+    sources, problems = [], []
+    for unit in units:
+        try:
+            sources.append(_open_source(raw, unit, columns, instructions.get(unit.name, ""), strict))
+        except RawDataError as error:
+            problems.append(str(error))
+    unknown = sorted(set(instructions) - {unit.name for unit in units})
+    problems += [f"{raw}: --instruction names the source {name!r}, which is not there; drop it or add its file" for name in unknown]
+    if problems:
+        raise RawDataError("\n".join(problems))
+    chosen = [source for source in sources if catalogue or stage == 2 or source.kind == "retrieval"]
+    if not chosen:
+        raise RawDataError(f"{raw}: stage 1 trains on retrieval sources and there is none; add one or prepare stage 2")
+    return sorted(chosen, key=lambda source: source.name)
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Up to `CHUNK_ROWS` consecutive rows: `first_row`, 0-based in the file, and their checked columns as large strings."""
+class _Unit:
+    """A source whose files have not been opened; `kind` is None where its columns decide."""
 
-    first_row: int
-    columns: dict[str, pa.Array]
+    name: str
+    kind: str | None
+    files: tuple[FileRange, ...]
+    symmetric: bool
 
 
-def find_sources(raw: epath.PathLike, tasks: epath.PathLike | None = None) -> list[Source]:
-    """The sources of a folder of parquet files, sorted by name.
+def _catalogue_units(catalogue: Catalogue, stage: int) -> list[_Unit]:
+    taken = [source for source in catalogue.sources if stage == 2 or source.stage1]
+    if not taken:
+        raise RawDataError('the catalogue marks no source for stage 1; add "stage1": true to some, or prepare stage 2')
+    return [_Unit(unit.name, source.kind, unit.files, source.symmetric) for source in taken for unit in source.units]
 
-    The kind of a source is what the tasks file (JSON, `{"name": "kind"}`) says. A source it does not name, or every source
-    where there is no such file, gets it from its columns: one negative means classification (the opposite label), more
-    mean retrieval. Clustering looks like retrieval in its columns, so only a tasks file can tell it.
 
-    Args:
-      raw: folder that holds `*.parquet`.
-      tasks: the tasks file; default `raw/tasks.json` if it exists.
-
-    Raises:
-      RawDataError: no parquet file, an unusable tasks file, or one or more unusable schemas, all of them in one message.
-    """
-    raw = epath.Path(raw)
-    files = sorted(raw.glob("*.parquet")) if raw.exists() else []
+def _folder_units(raw: epath.Path, tasks: epath.PathLike | None) -> list[_Unit]:
+    files: dict[str, list[epath.Path]] = {}
+    for path in sorted(raw.iterdir()) if raw.exists() else []:
+        if (name := source_name(path)) is not None:
+            files.setdefault(name, []).append(path)
     if not files:
-        raise RawDataError(f"{raw} holds no *.parquet file; point --raw at a folder with one parquet file a source")
+        formats = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
+        raise RawDataError(f"{raw} holds no *.parquet file nor another of {formats}; point --raw at a folder with one file a source")
+    twice = [paths for paths in files.values() if len(paths) > 1]
+    if twice:
+        raise RawDataError("\n".join(f"{a} and {b.name} are one source by name; rename one of them" for a, b, *_ in twice))
     if tasks is None and (raw / TASKS_FILE).exists():
         tasks = raw / TASKS_FILE
-    kinds = _read_tasks(epath.Path(tasks), {file.stem for file in files}) if tasks is not None else {}
-    sources, problems = [], []
-    for file in files:
+    kinds = _read_tasks(epath.Path(tasks), set(files)) if tasks is not None else {}
+    return [_Unit(name, kinds.get(name), (FileRange(path.name),), False) for name, (path,) in files.items()]
+
+
+def _open_source(raw: epath.Path, unit: _Unit, columns: Mapping[str, str], instruction: str, strict: bool) -> Source:
+    """Checks the schema of each file; a RawDataError names everything that is wrong with them."""
+    opened, problems = [], []
+    for wanted in unit.files:
         try:
-            sources.append(_open_source(file, kinds.get(file.stem)))
+            file = open_file(raw / wanted.path)
+            opened.append((wanted, file, _match_columns(file, columns)))
+            if wanted.stop is not None and wanted.stop > file.rows:
+                problems.append(f"{file.path}: has {file.rows} rows, the catalogue asks for {wanted.stop}; fetch the file again or mend it")
         except RawDataError as error:
             problems.append(str(error))
     if problems:
         raise RawDataError("\n".join(problems))
-    return sources
+    parts: list[Part] = []
+    for wanted, file, matched in opened:
+        parts += _split_file(file, wanted, matched, parts[-1].number + parts[-1].stop - parts[-1].start if parts else 0)
+    counts = {sum(name.startswith("negative") for name in part.columns) for part in parts}
+    if strict and len(counts) > 1:
+        raise RawDataError(f"{unit.name}: its files have {sorted(counts)} negatives; give them the same number or leave out --strict")
+    negatives = max(counts)
+    f2llm = "query" in opened[0][1].names
+    kind = unit.kind or ("classification" if negatives == 1 and f2llm else "retrieval")
+    rows = sum(part.stop - part.start for part in parts)
+    return Source(unit.name, kind, tuple(parts), rows, negatives, unit.symmetric or kind == "clustering", instruction)
 
 
-def read_chunks(source: Source, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
-    """The rows of a source in order, checked.
-
-    Args:
-      source: where to read.
-      columns: text columns to read; default all of them, and `lang`, which is then always present ("" where unknown).
-
-    Raises:
-      RawDataError: a null, a text that is empty (for a query: once its instruction is gone), or bytes that do not decode.
-    """
-    texts = ["query", *source.document_columns] if columns is None else list(columns)
-    first_row = 0
-    with epath.Path(source.path).open("rb") as file:
-        try:
-            parquet = pq.ParquetFile(file)
-            present = parquet.schema_arrow.names
-            wanted = texts + [LANGUAGE] * (columns is None and LANGUAGE in present)
-            for batch in parquet.iter_batches(CHUNK_ROWS, columns=wanted):
-                read = {name: batch.column(name).cast(pa.large_string()) for name in wanted}
-                for name in texts:
-                    _check_texts(source, name, read[name], first_row)
-                if columns is None:
-                    read[LANGUAGE] = read[LANGUAGE].fill_null("") if LANGUAGE in present else pa.array([""] * len(batch), pa.large_string())
-                yield Chunk(first_row, read)
-                first_row += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            message = " ".join(str(error).split())
-            raise RawDataError(
-                f"{source.path}: rows from {first_row} on cannot be read ({message}); the file is damaged, fetch or write it again"
-            ) from error
-
-
-def _check_texts(source: Source, name: str, texts: pa.Array, first_row: int) -> None:
-    """Raises a RawDataError for the first of `texts` that is null or empty, if any."""
-    if texts.null_count:
-        row = first_row + pc.index(texts.is_null(), True).as_py()
-        raise RawDataError(f"{source.path}: row {row}, column {name!r} is null; give it a text or drop the row")
-    empty = pc.index(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).as_py()
-    if empty < 0 and name == "query":
-        empty = next((i for i, text in enumerate(texts.to_pylist()) if not strip_instruction(text).strip()), -1)
-    if empty >= 0:
-        raise RawDataError(f"{source.path}: row {first_row + empty}, column {name!r} is empty; give it a text or drop the row")
-
-
-def _open_source(file: epath.Path, kind: str | None) -> Source:
-    """Checks the schema of one file; a RawDataError names everything that is wrong with it."""
-    try:
-        with file.open("rb") as handle:
-            metadata = pq.ParquetFile(handle)
-            schema, rows = metadata.schema_arrow, metadata.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        message = " ".join(str(error).split())
-        raise RawDataError(f"{file}: not a readable parquet file ({message}); it may be truncated, fetch or write it again") from error
-    numbers = {int(name[9:]) for name in schema.names if name.startswith("negative_") and name[9:].isdecimal()}
-    negatives = max(numbers, default=1)
-    required = ["query", "passage", *(f"negative_{i}" for i in range(1, negatives + 1))]
+def _match_columns(file: RawFile, given: Mapping[str, str]) -> dict[str, str]:
+    """Which column of the file is which; raises a RawDataError that lists what is missing or of another type."""
+    matched = {name: next((alias for alias in aliases if alias in file.names), name) for name, aliases in ALIASES.items()}
+    if "lang" not in file.names:
+        del matched["lang"]
+    numbers = {int(found[1]) for name in file.names if (found := _NEGATIVE.match(name))}
+    listed = (["negative"] if "negative" in file.names else []) + [f"negative_{i}" for i in range(1, max(numbers, default=0) + 1)]
+    matched |= {f"negative_{i}": name for i, name in enumerate(listed, 1)} | dict(given)
     problems = [
-        f"{file}: column {name!r} is missing; add it or rename the column that holds it" for name in required if name not in schema.names
+        f"{file.path}: column {column!r} is missing; add it, or name the column that holds it with --columns {name}=..."
+        for name, column in matched.items()
+        if column not in file.names
     ]
-    for name in (*required, LANGUAGE):
-        if name in schema.names and not _is_text(schema.field(name).type):
-            problems.append(f"{file}: column {name!r} is {schema.field(name).type}, not string; cast it to string")
-    if not rows:
-        problems.append(f"{file}: no rows; fill the file or remove it")
+    problems += [
+        f"{file.path}: column {column!r} is {file.types[column]}, not string; cast it to string"
+        for column in matched.values()
+        if column in file.types
+    ]
+    if len(matched) > MAX_NEGATIVES + len(ALIASES):
+        problems.append(f"{file.path}: has {len(listed)} negatives a row; keep {MAX_NEGATIVES} at most")
+    if not file.rows:
+        problems.append(f"{file.path}: no rows; fill the file or remove it")
     if problems:
         raise RawDataError("\n".join(problems))
-    return Source(file.stem, kind or ("classification" if negatives == 1 else "retrieval"), str(file), rows, negatives)
+    return matched
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _split_file(file: RawFile, wanted: FileRange, columns: dict[str, str], number: int) -> list[Part]:
+    """Parts of about `PART_ROWS` rows, cut between row groups: what one worker reads it need not skip to."""
+    stop = file.rows if wanted.stop is None else wanted.stop
+    cuts, row = [wanted.start], 0
+    for rows in file.groups:
+        row += rows
+        if cuts[-1] + PART_ROWS <= row < stop:
+            cuts.append(row)
+    ends = [*cuts[1:], stop]
+    return [Part(file.path, begin, end, number + begin - wanted.start, columns) for begin, end in zip(cuts, ends, strict=True)]
 
 
 def _read_tasks(file: epath.Path, names: set[str]) -> dict[str, str]:
@@ -181,3 +231,8 @@ def _read_tasks(file: epath.Path, names: set[str]) -> dict[str, str]:
     if problems:
         raise RawDataError("\n".join(problems))
     return kinds
+
+
+def total_rows(sources: Sequence[Source], cap: int) -> int:
+    """Rows that are prepared; `cap` of 0 is none."""
+    return sum(min(source.rows, cap or source.rows) for source in sources)

@@ -1,4 +1,4 @@
-"""From a folder of raw parquet to a complete dataset: which sources, several at a time, resumable, all or nothing.
+"""From sources to a complete dataset: which sources, several at a time, resumable, all or nothing.
 
 A local dataset is written to `OUT.partial` and renamed when complete. An object store has no rename of folders, so there it is
 written in place, and dataset.json, written last, is what makes it complete.
@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -18,8 +19,9 @@ from multiprocessing import connection
 
 from etils import epath
 
-from f2llm_jax.data import records
-from f2llm_jax.data.sources import RawDataError, Source, find_sources
+from f2llm_jax.data import records, summary
+from f2llm_jax.data.selection import Recipe
+from f2llm_jax.data.sources import Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 
@@ -54,21 +56,21 @@ class _Job:
 
     folder: str
     source: Source
-    max_length: int
-    stage: int
-    seed: int
+    recipe: Recipe
     beam_flags: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """That it takes, before cleaning."""
+        return min(self.source.rows, self.recipe.cap or self.source.rows)
 
 
 def prepare(
-    raw: epath.PathLike,
+    sources: Sequence[Source],
     tokenizer: epath.PathLike,
     out: epath.PathLike,
+    recipe: Recipe,
     *,
-    tasks: epath.PathLike | None = None,
-    stage: int = 2,
-    max_length: int = 1024,
-    seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
     beam_flags: Sequence[str] = (),
@@ -76,17 +78,11 @@ def prepare(
 ) -> records.Dataset:
     """Writes the dataset `out`, or returns it if it is there with the same settings and raw files.
 
-    Stage 1 takes the retrieval sources and strips the instruction from queries, stage 2 takes all and keeps it (paper,
-    section 3.2).
-
     Args:
-      raw: folder of parquet files.
+      sources: to write, from `sources.find_sources`.
       tokenizer: folder of the tokenizer.
       out: folder to write.
-      tasks: file that says which source is of which kind; default `raw/tasks.json` if it exists.
-      stage: 1 or 2.
-      max_length: tokens a text at most, EOS included.
-      seed: of the train/validation split.
+      recipe: what is made of the sources.
       workers: processes, each building one source at a time; default one a CPU.
       overwrite: replace another dataset at `out`; a local one only once the new one is complete.
       beam_flags: Beam pipeline options; without a `--runner` pipelines run on this machine.
@@ -98,20 +94,20 @@ def prepare(
       DatasetError: `out` holds something else, or a dataset of other settings and `overwrite` is not set.
     """
     out = epath.Path(out)
-    sources = [source for source in find_sources(raw, tasks) if stage == 2 or source.kind == "retrieval"]
-    if not sources:
-        raise RawDataError(f"{raw}: stage 1 trains on retrieval sources and there is none; add one or prepare stage 2")
     loaded = load_tokenizer(tokenizer)
-    settings = _settings(sources, loaded, stage=stage, max_length=max_length, seed=seed)
+    settings = _settings(sources, loaded, recipe)
     _check_ours(out)
     if records.read_settings(out) and not overwrite and (same := _existing(out, settings)):
         return same
     folder = _begin(out, settings)
     loaded.save(records.tokenizer_folder(folder))
-    jobs = [_Job(str(folder), source, max_length, stage, seed, tuple(beam_flags)) for source in sources]
+    jobs = [_Job(str(folder), source, recipe, tuple(beam_flags)) for source in sources]
     finished = _build_all(jobs, workers or os.cpu_count() or 1, report)
     entries = [finished[source.name] for source in sources]
-    records.write_dataset(folder, loaded, stage=stage, max_length=max_length, seed=seed, sources=entries)
+    summary.write(folder, entries)
+    if (folder / "work").exists():
+        (folder / "work").rmtree()
+    records.write_dataset(folder, loaded, stage=recipe.stage, max_length=recipe.max_length, seed=recipe.seed, sources=entries)
     if folder != out:
         if out.exists():
             out.rmtree()
@@ -119,13 +115,17 @@ def prepare(
     return records.load_dataset(out)
 
 
-def _settings(sources: Sequence[Source], tokenizer: Tokenizer, **values: int) -> dict:
+def _settings(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe) -> dict:
     """All that the records depend on; raw files are known by size and time of change."""
-    files = []
-    for source in sources:
-        stat = epath.Path(source.path).stat()
-        files.append({"name": source.name, "kind": source.kind, "bytes": stat.length, "modified": stat.mtime})
-    return {"format_version": records.FORMAT_VERSION, **values, "tokenizer_fingerprint": tokenizer.fingerprint, "sources": files}
+    files = {part.path: epath.Path(part.path).stat() for source in sources for part in source.parts}
+    settings = {
+        "format_version": records.FORMAT_VERSION,
+        **dataclasses.asdict(recipe),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "files": {path: {"bytes": stat.length, "modified": stat.mtime} for path, stat in files.items()},
+        "sources": [dataclasses.asdict(source) for source in sources],
+    }
+    return json.loads(json.dumps(settings))  # as it will be read again: no tuples
 
 
 def _check_ours(folder: epath.Path) -> None:
@@ -171,8 +171,8 @@ def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[Progress], 
             report(Progress(info, True, len(finished), len(jobs), 0, 0, 0, 0.0))
         else:
             pending.append(job)
-    pending.sort(key=lambda job: job.source.rows * (2 + job.source.negatives), reverse=True)
-    total, rows, texts, start = sum(job.source.rows for job in pending), 0, 0, time.monotonic()
+    pending.sort(key=lambda job: job.rows * (2 + job.source.negatives), reverse=True)
+    total, rows, texts, start = sum(job.rows for job in pending), 0, 0, time.monotonic()
     for info in _results(pending, min(workers, len(pending))):
         finished[info.name] = info
         built = sum(info.rows.values())
@@ -212,16 +212,7 @@ def _build(job: _Job) -> records.SourceInfo:
     with contextlib.nullcontext() if job.beam_flags else _quiet():
         from f2llm_jax.data import builder  # takes seconds, and warns of Google libraries nobody asked for
 
-        config = builder.SourceConfig(
-            name=job.source.name,
-            source=job.source,
-            tokenizer=str(records.tokenizer_folder(job.folder)),
-            max_length=job.max_length,
-            stage=job.stage,
-            seed=job.seed,
-        )
-        builder.build_source(job.folder, config, job.beam_flags)
-        return records.write_tables(job.folder, job.source.name, job.source.kind, job.source.negatives)
+        return builder.build_source(job.folder, job.source, job.recipe, records.tokenizer_folder(job.folder), job.beam_flags)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,94 @@
+"""What a prepared dataset holds, for people: a table, the same as JSON, and a picture of token lengths and languages."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from f2llm_jax.data import records
+
+PERCENTILES = (50, 95, 99)
+SHOWN_LANGUAGES = 40
+
+
+def write(folder: epath.PathLike, sources: Sequence[records.SourceInfo]) -> None:
+    """Writes `summary.json` and `summary.png` to a dataset whose sources are complete."""
+    folder = epath.Path(folder)
+    histograms = {source.name: _token_lengths(folder, source) for source in sources}
+    entries = [
+        dataclasses.asdict(source) | {"set_aside": source.set_aside, "token_lengths": _percentiles(histograms[source.name])}
+        for source in sources
+    ]
+    records.write_json(folder / "summary.json", {"sources": entries})
+    with (folder / "summary.png").open("wb") as file:
+        _draw(sources, histograms).savefig(file, format="png", dpi=100)
+
+
+def table(folder: epath.PathLike) -> str:
+    """`summary.json` as a table, one line a source and one for all, then what cleaning did."""
+    sources = json.loads((epath.Path(folder) / "summary.json").read_text())["sources"]
+    names = [f"p{percent}" for percent in PERCENTILES] + ["max"]
+    lines = [("source", "kind", "languages", "train", "validation", "set aside", "documents", "tokens", *names)]
+    for entry in sources:
+        languages = ",".join(entry["languages"]) if len(entry["languages"]) <= 2 else str(len(entry["languages"]))
+        counts = (*entry["rows"].values(), entry["set_aside"], entry["documents"], sum(entry["tokens"].values()))
+        lengths = entry["token_lengths"]
+        lines.append((entry["name"], entry["kind"], languages or "-", *(f"{n:,}" for n in (*counts, *(lengths[name] for name in names)))))
+    totals = [sum(int(line[column].replace(",", "")) for line in lines[1:]) for column in range(3, 8)]
+    every = {language for entry in sources for language in entry["languages"]}
+    lines.append((f"{len(sources)} sources", "", str(len(every)), *(f"{total:,}" for total in totals), *[""] * len(names)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    cleaned = Counter()
+    for entry in sources:
+        cleaned.update(entry["counters"])
+    return "\n".join([*(row.rstrip() for row in rows), *(f"{reason}: {count:,}" for reason, count in sorted(cleaned.items()))])
+
+
+def _token_lengths(folder: epath.Path, source: records.SourceInfo) -> np.ndarray:
+    """Number of texts (queries, distinct documents) of each length, int64 `[longest + 1]`."""
+    target = records.tables_folder(folder, source.name)
+    files = [target / f"{split}.query_length.npy" for split in records.QUERY_SPLITS] + [target / f"{records.CORPUS}.length.npy"]
+    counts = [np.bincount(records.load_array(file)) for file in files]
+    total = np.zeros(max(map(len, counts)), np.int64)
+    for count in counts:
+        total[: len(count)] += count
+    return total
+
+
+def _percentiles(histogram: np.ndarray) -> dict[str, int]:
+    """By name, the shortest length that so many percent of the texts do not exceed."""
+    reached = np.cumsum(histogram)
+    found = {f"p{percent}": int(np.searchsorted(reached, percent / 100 * reached[-1])) for percent in PERCENTILES}
+    return found | {"max": len(histogram) - 1}
+
+
+def _draw(sources: Sequence[records.SourceInfo], histograms: dict[str, np.ndarray]) -> Figure:
+    """Token lengths by kind of task, and the languages with the most rows."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    longest = max(map(len, histograms.values()))
+    bins = np.unique(np.geomspace(1, longest, 60).astype(int))
+    for kind in sorted({source.kind for source in sources}):
+        total = np.zeros(longest, np.int64)
+        for source in sources:
+            if source.kind == kind:
+                total[: len(histograms[source.name])] += histograms[source.name]
+        left.hist(np.arange(longest), bins, weights=total, histtype="step", label=kind)
+    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="texts", title="Lengths of queries and distinct documents")
+    left.legend()
+    languages = Counter()
+    for source in sources:
+        languages.update(source.languages)
+    most = languages.most_common(SHOWN_LANGUAGES)
+    right.bar([name for name, _ in most], [count for _, count in most])
+    right.tick_params(axis="x", rotation=90)
+    right.set(yscale="log", ylabel="rows", title=f"Languages: the {len(most)} with most rows of {len(languages)}")
+    return figure
