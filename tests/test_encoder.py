@@ -11,7 +11,7 @@ from f2llm_jax.batch import PackedTexts
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
-from f2llm_jax.objectives import Objective
+from f2llm_jax.objectives import ContrastiveConfig, Objective, Samples
 from f2llm_jax.training.step import by_role
 
 B, N = 6, 2
@@ -21,11 +21,18 @@ CHUNKS = 5
 # Chunks in use -> (long texts, their length, length of the others).
 LENGTHS = {1: (4, 3, 1), 2: (5, 8, 1), 5: (5, 16, 4)}
 OBJECTIVES = {
-    "plain": Objective(),
-    "matryoshka": Objective(dims=(8, 16, 32, 64)),
-    "no passage gradient": Objective(dims=(8, 64), in_batch_passage_grad="none"),
+    "published": Objective(contrastive=ContrastiveConfig(dims=(8, 64))),
+    "no passage gradient": Objective(contrastive=ContrastiveConfig(in_batch_passage_grad="none")),
+    "distillation": Objective(distillation_weight=2.0, spread_out_weight=1.0),
 }
-TERMS = [*OBJECTIVES, "distillation"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """All objectives in one program take XLA long to optimise and no time to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +57,13 @@ def encode_chunk(dtype=jnp.float32, remat="full"):
 
 
 def objective(weights):
-    """The sum of all terms by traced weights, so that one program serves every one of them."""
+    """All objectives added up by traced weights, so that one program serves every one of them."""
     teacher = by_role(jax.random.normal(jax.random.key(3), (TEXTS, 80)), jnp.ones((B, N)))
-    masks = jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0).at[1, 1].set(0)
+    sample_mask, negative_mask = jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0).at[1, 1].set(0)
+    samples = Samples(sample_mask, negative_mask, jnp.float32(1), jnp.arange(B), B + jnp.arange(B * N).reshape(B, N))
 
     def loss(embeddings):
-        student = by_role(embeddings, masks[1])
-        values = [objectives.contrastive(student, *masks, jnp.float32(1), o)[0] for o in OBJECTIVES.values()]
-        values.append(objectives.distillation(student, teacher, *masks).value)
+        values = [objectives.total(by_role(embeddings, negative_mask), samples, o, teacher)[0] for o in OBJECTIVES.values()]
         return jnp.vdot(weights, jnp.stack(values)), embeddings
 
     return loss
@@ -81,9 +87,9 @@ def at_once():
 
 
 @pytest.mark.parametrize("chunks", LENGTHS)
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", OBJECTIVES)
 def test_gradients_are_those_of_one_chunk(params, in_chunks, at_once, term, chunks):
-    weights = jnp.asarray([float(term == t) for t in TERMS])
+    weights = jnp.asarray([float(term == t) for t in OBJECTIVES])
     texts = packed(chunks)
     (got_loss, got_embeddings), got = in_chunks(params, texts, weights)
     (want_loss, want_embeddings), want = at_once(params, texts, weights)
@@ -98,13 +104,13 @@ def test_gradients_are_those_of_one_chunk(params, in_chunks, at_once, term, chun
 
 def test_one_program_serves_any_number_of_chunks(params, in_chunks):
     for chunks in LENGTHS:
-        in_chunks(params, packed(chunks), jnp.ones(len(TERMS)))
+        in_chunks(params, packed(chunks), jnp.ones(len(OBJECTIVES)))
     assert in_chunks._cache_size() == 1
 
 
 def test_chunks_that_are_not_in_use_are_not_read(params, in_chunks):
     """Whatever they hold, here the first chunk's texts once more under other tokens."""
-    clean, weights = packed(2), jnp.ones(len(TERMS))
+    clean, weights = packed(2), jnp.ones(len(OBJECTIVES))
     parts = {name: np.array(getattr(clean, name)) for name in ("token_ids", "positions", "segment_ids", "last", "text")}
     for array in parts.values():
         array[2:] = array[0]
@@ -116,7 +122,7 @@ def test_chunks_that_are_not_in_use_are_not_read(params, in_chunks):
 
 def test_encoding_alone_gives_the_same_embeddings(params, in_chunks):
     texts = packed(5)
-    (_, want), _ = in_chunks(params, texts, jnp.ones(len(TERMS)))
+    (_, want), _ = in_chunks(params, texts, jnp.ones(len(OBJECTIVES)))
     got = jax.jit(lambda params, texts: encode(encode_chunk(), params, texts, TEXTS))(params, texts)
     assert got.shape == (TEXTS, 64) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-6)
