@@ -16,6 +16,8 @@ from f2llm_jax.data.plan import Kind, NegativesPer, Plan, PlanSource, StepPlan
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.text import truncate
 
+OPEN_READERS = 256  # each holds the open shards of one split
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchConfig:
@@ -88,6 +90,9 @@ class Pipeline:
         self._samples = -(-config.size // ways) * ways  # B, rounded up so that it splits; the extra samples are masked
         self._shape = RowShape(config.microbatch_rows, config.row_tokens, config.row_texts)
         self._eos_id = dataset.eos_id
+        # A step opens one source; what it opened stays open for the next step of that source, within the limit on open files.
+        self._reader = functools.lru_cache(maxsize=OPEN_READERS)(dataset.reader)
+        self._tables = functools.cache(dataset.tables)
 
     def steps(self, start: int, stop: int, threads: int = 2, ahead: int = 4) -> Iterator[StepData]:
         """The steps `start <= step < stop` in order, read and packed by `threads` threads up to `ahead` steps early."""
@@ -126,16 +131,16 @@ class Pipeline:
         """int64 `[S]`: for each text in `Batch` order the row (a query) or document (otherwise) that it is; -1 if there is none."""
         B, N = self._samples, self.plan.max_negatives
         b, n = plan.columns.shape
-        documents = self._dataset.tables(plan.source, self._split).documents[plan.rows]
+        documents = self._tables(plan.source, self._split).documents[plan.rows]
         where = np.full(B * (2 + N), -1, np.int64)
         where[:b], where[B : B + b] = plan.rows, documents[:, 0]
-        where[2 * B :].reshape(B, N)[:b, :n] = np.take_along_axis(documents, 1 + plan.columns, axis=1)
+        where[2 * B :].reshape(B, N)[:b, :n] = draw_negatives(documents[:, 1:], plan.columns)
         return where
 
     def _texts(self, plan: StepPlan, where: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], list[np.ndarray]]]:
         """Lengths `[S]` of the batch's texts, and a function that reads the token ids of some of them."""
         B = self._samples
-        tables = self._dataset.tables(plan.source, self._split)
+        tables = self._tables(plan.source, self._split)
         lengths = np.zeros(len(where), np.int32)
         for texts, table in ((slice(0, B), tables.query_length), (slice(B, None), tables.document_length)):
             present = where[texts] >= 0
@@ -146,9 +151,13 @@ class Pipeline:
             query = texts < B
             ids: list[np.ndarray] = [np.empty(0, np.int32)] * len(texts)
             for split, mine in ((self._split, query), ("corpus", ~query)):
-                found = self._dataset.reader(plan.source, split).read(where[texts[mine]])
-                for i, tokens in zip(np.flatnonzero(mine), found, strict=True):
-                    ids[i] = truncate(tokens, self._config.max_length, self._eos_id)
+                # Labels and popular documents come many times a batch, and are read once.
+                distinct, place = np.unique(where[texts[mine]], return_inverse=True)
+                found = [
+                    truncate(tokens, self._config.max_length, self._eos_id) for tokens in self._reader(plan.source, split).read(distinct)
+                ]
+                for i, j in zip(np.flatnonzero(mine).tolist(), place.tolist(), strict=True):
+                    ids[i] = found[j]
             return ids
 
         return lengths, read
@@ -163,3 +172,23 @@ class Pipeline:
             for (rows,) in NamedSharding(self._mesh, sharding.P(sharding.BATCH)).addressable_devices_indices_map((M,)).values():
                 mine[rows] = True
         return mine
+
+
+def draw_negatives(stored: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The negatives that samples use.
+
+    Args:
+      stored: `[b, n]` documents of their rows; -1, in the last columns, for those that a row lacks.
+      columns: `[b, k]` distinct columns to use, k <= n.
+
+    Returns:
+      `[b, k]`. A column that a row lacks is replaced by one of its own that was not drawn, the first first; -1 once there is none.
+    """
+    drawn = np.take_along_axis(stored, columns, axis=1)
+    if (drawn >= 0).all():
+        return drawn
+    others = np.ones(stored.shape, bool)
+    np.put_along_axis(others, columns, False, axis=1)
+    every = np.concatenate([drawn, np.where(others, stored, -1)], axis=1)
+    first = np.argsort(every < 0, axis=1, kind="stable")[:, : columns.shape[1]]
+    return np.take_along_axis(every, first, axis=1)

@@ -1,7 +1,8 @@
 """Which rows make which step: a pure function of (seed, step), the same on any number of hosts.
 
 An epoch is a seeded permutation of all (source, batch) pairs, so every step draws from one source on every host and every row
-comes once an epoch. Inside a source, rows are shuffled anew each epoch by Grain's random-access shuffle. A source's last batch
+comes once an epoch. Inside a source, rows are shuffled anew each epoch by the function behind Grain's `MapDataset.shuffle`, a
+bijection that is computed index by index, so nothing is kept in memory and any step is planned alone. A source's last batch
 holds what is left: its missing samples are masked, nothing is dropped or repeated.
 
 The published trainer draws the source at random with weights equal to the number of batches until each is exhausted
@@ -13,14 +14,15 @@ import functools
 from collections.abc import Mapping
 from typing import Literal
 
-import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
 Kind = Literal["retrieval", "clustering", "classification"]
 NegativesPer = Literal["batch", "row"]
 
 # Hard negatives drawn a sample (F2LLM `configs/config.json` and `utils.py`).
 NEGATIVES = {"retrieval": 7, "clustering": 9, "classification": 1}
+SHUFFLE_ROUNDS = 4  # as in Grain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,8 @@ class StepPlan:
       source: name of the one source of this step.
       kind: its task kind.
       rows: int64 `[b]`, 1 <= b <= B, row numbers within the source's split.
-      columns: int64 `[b, n]`, which stored negatives (0-based) each sample uses.
+      columns: int64 `[b, n]`, which stored negatives (0-based) each sample uses; where a row has fewer than its source, others
+        of its own take the place of those it lacks.
     """
 
     epoch: int
@@ -85,6 +88,7 @@ class Plan:
         self._negatives = {**NEGATIVES, **(negatives or {})}
         self._per_row = negatives_per_sample == "row"
         self._names = list(self._sources)
+        self._shuffle_seeds = [int(np.random.default_rng((seed, index)).integers(2**31)) for index in range(len(self._names))]
         counts = [-(-source.rows // batch_size) for source in self._sources.values()]
         self._ends = np.cumsum(counts)
 
@@ -95,8 +99,8 @@ class Plan:
 
     @property
     def max_negatives(self) -> int:
-        """N: the most negatives that any sample of any source uses."""
-        return max(min(self._negatives[s.kind], s.negatives) for s in self._sources.values())
+        """N: the most negatives that any sample of any source uses; at least 1, so that pairs alone have the arrays of the rest."""
+        return max(1, *(min(self._negatives[s.kind], s.negatives) for s in self._sources.values()))
 
     def step(self, step: int) -> StepPlan:
         """The plan of one step, computed alone."""
@@ -112,15 +116,10 @@ class Plan:
         return np.random.default_rng((self._seed, epoch)).permutation(self.steps_per_epoch)
 
     def _rows(self, index: int, epoch: int, batch: int) -> np.ndarray:
-        shuffled, count = self._shuffled(index), self._sources[self._names[index]].rows
-        start, stop = batch * self._batch_size, min((batch + 1) * self._batch_size, count)
-        return np.array([shuffled[epoch * count + i] for i in range(start, stop)], np.int64)
-
-    @functools.cache  # noqa: B019
-    def _shuffled(self, index: int) -> grain.MapDataset:
-        # Grain shuffles again for each epoch of a repeated dataset, and reads any index of it directly.
         count = self._sources[self._names[index]].rows
-        return grain.MapDataset.range(count).seed(int(np.random.default_rng((self._seed, index)).integers(2**31))).shuffle().repeat()
+        start, stop = batch * self._batch_size, min((batch + 1) * self._batch_size, count)
+        seed = (self._shuffle_seeds[index] + epoch) % 2**32
+        return np.array([index_shuffle(i, max_index=count - 1, seed=seed, rounds=SHUFFLE_ROUNDS) for i in range(start, stop)], np.int64)
 
     def _columns(self, index: int, epoch: int, batch: int) -> np.ndarray:
         source = self._sources[self._names[index]]
