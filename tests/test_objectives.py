@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from f2llm_jax import objectives, sharding
-from f2llm_jax.objectives import Embeddings, Mean, Objective, contrastive, distillation, matryoshka_dims, matryoshka_weights
+from f2llm_jax.objectives import ContrastiveConfig, Embeddings, Mean, Objective, Samples, matryoshka_dims, matryoshka_weights
+from f2llm_jax.objectives.contrastive import contrastive
+from f2llm_jax.objectives.distillation import distillation
+from f2llm_jax.objectives.matryoshka import check_dims
 
 B, N, D = 8, 5, 20
 DIMS = (4, 8, 16, 20)
@@ -32,6 +35,17 @@ def masks(full=False):
         negatives[tuple(zip(*ABSENT_NEGATIVES, strict=True))] = 0
         negatives[list(ABSENT_SAMPLES)] = 0
     return jnp.asarray(samples), jnp.asarray(negatives)
+
+
+def of(sample_mask, negative_mask, weight=1.0, passage_ids=None, negative_ids=None):
+    """The `Samples` of these masks; all documents differ unless ids are given."""
+    passage_ids = jnp.arange(B) if passage_ids is None else jnp.asarray(passage_ids)
+    negative_ids = jnp.arange(B, B + B * N).reshape(B, N) if negative_ids is None else jnp.asarray(negative_ids)
+    return Samples(sample_mask, negative_mask, jnp.float32(weight), passage_ids, negative_ids)
+
+
+def mse(student, teacher, *masks):
+    return distillation(student, teacher, of(*masks), "mse", 0.05)
 
 
 def in_torch(embeddings):
@@ -66,8 +80,8 @@ def assert_same_gradients(ours, torch_embeddings, tolerance=2e-5):
 )
 def test_contrastive_is_the_published_one(dims, temperature, passage_grad, full, weight):
     embeddings, (samples, negatives) = random_embeddings(0), masks(full)
-    objective = Objective(temperature=temperature, dims=dims, in_batch_passage_grad=passage_grad)
-    loss = lambda e: contrastive(e, samples, negatives, jnp.float32(weight), objective)  # noqa: E731
+    objective = ContrastiveConfig(temperature=temperature, dims=dims, in_batch_passage_grad=passage_grad)
+    loss = lambda e: contrastive(e, of(samples, negatives, weight), objective)  # noqa: E731
     (got, parts), gradients = jax.value_and_grad(loss, has_aux=True)(embeddings)
     e = in_torch(embeddings)
     in_batch, hard = oracle(e, samples, negatives, dims or (D,), temperature, passage_grad == "none")
@@ -85,9 +99,9 @@ def test_passages_get_no_in_batch_gradient_with_none():
     embeddings, (samples, negatives) = random_embeddings(1), masks()
     results = {}
     for passage_grad in ("full", "none"):
-        objective = Objective(dims=DIMS, in_batch_passage_grad=passage_grad)
+        objective = ContrastiveConfig(dims=DIMS, in_batch_passage_grad=passage_grad)
         step = jax.value_and_grad(contrastive, has_aux=True)
-        (value, _), gradients = step(embeddings, samples, negatives, jnp.float32(1), objective)
+        (value, _), gradients = step(embeddings, of(samples, negatives), objective)
         results[passage_grad] = value, gradients
     assert results["full"][0] == results["none"][0]
     np.testing.assert_array_equal(results["full"][1].query, results["none"][1].query)
@@ -108,8 +122,8 @@ def test_what_does_not_exist_counts_for_nothing(filler):
     )
 
     def loss(e):
-        total, _ = contrastive(e, samples, negatives, jnp.float32(1), Objective(dims=DIMS))
-        return total + distillation(e, random_embeddings(3), samples, negatives).value
+        total, _ = contrastive(e, of(samples, negatives), ContrastiveConfig(dims=DIMS))
+        return total + mse(e, random_embeddings(3), samples, negatives).value
 
     (want, want_gradients), (got, gradients) = jax.value_and_grad(loss)(embeddings), jax.value_and_grad(loss)(blank)
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -121,8 +135,8 @@ def test_what_does_not_exist_counts_for_nothing(filler):
 
 def test_a_batch_of_nothing_has_loss_0():
     embeddings, nothing = random_embeddings(4), (jnp.zeros(B), jnp.zeros((B, N)))
-    total, _ = contrastive(embeddings, *nothing, jnp.float32(1), Objective())
-    assert total == 0 == distillation(embeddings, random_embeddings(5), *nothing).value
+    total, _ = contrastive(embeddings, of(*nothing), ContrastiveConfig())
+    assert total == 0 == mse(embeddings, random_embeddings(5), *nothing).value
 
 
 class Given(torch.nn.Module):
@@ -150,7 +164,7 @@ def test_terms_are_those_of_sentence_transformers(dims):
     (in_batch + hard / B).backward()
 
     def loss(x):
-        return contrastive(x, samples, negatives, jnp.float32(1), Objective(dims=dims))
+        return contrastive(x, of(samples, negatives), ContrastiveConfig(dims=dims))
 
     (_, parts), gradients = jax.value_and_grad(loss, has_aux=True)(embeddings)
     np.testing.assert_allclose(parts["in_batch"].value, in_batch.item(), rtol=2e-6)
@@ -162,9 +176,7 @@ def test_terms_are_those_of_sentence_transformers(dims):
 def test_distillation_is_the_mean_squared_error_of_raw_embeddings(full):
     """One mean each for queries, positives and negatives; a wider teacher is cut to the student's width and gets no gradient."""
     student, teacher, (samples, negatives) = random_embeddings(7), random_embeddings(8, width=D + 12), masks(full)
-    got, (gradients, to_teacher) = jax.value_and_grad(lambda s, t: distillation(s, t, samples, negatives).value, argnums=(0, 1))(
-        student, teacher
-    )
+    got, (gradients, to_teacher) = jax.value_and_grad(lambda s, t: mse(s, t, samples, negatives).value, argnums=(0, 1))(student, teacher)
     s, t = in_torch(student), in_torch(teacher)
     present = [torch.tensor(np.asarray(mask)) > 0 for mask in (samples, samples, negatives)]
     want = sum(F.mse_loss(a[mask], b[..., :D][mask].detach()) for a, b, mask in zip(s, t, present, strict=True))
@@ -176,11 +188,16 @@ def test_distillation_is_the_mean_squared_error_of_raw_embeddings(full):
 
 def test_eight_devices_compute_what_one_does():
     embeddings, teacher, (samples, negatives) = random_embeddings(9), random_embeddings(10), masks()
-    objective = Objective(dims=DIMS)
+    margin = ContrastiveConfig(dims=DIMS, in_batch_pool="positives_and_negatives", mask_false_negatives=True, false_negative_margin=0.2)
 
     def loss(e, samples, negatives):
-        total, parts = contrastive(e, samples, negatives, jnp.float32(1), objective)
-        return total + distillation(e, teacher, samples, negatives).value, parts
+        everything = [
+            objectives.total(
+                e, of(samples, negatives), Objective(contrastive=c, distillation=d, distillation_weight=2, spread_out_weight=3), teacher
+            )
+            for c, d in ((ContrastiveConfig(dims=DIMS), "mse"), (margin, "scores"), (ContrastiveConfig(), "cosine"))
+        ]
+        return sum(total for total, _ in everything), [parts for _, parts in everything]
 
     step = jax.value_and_grad(loss, has_aux=True)
     want = jax.jit(step)(embeddings, samples, negatives)
@@ -226,17 +243,30 @@ def test_matryoshka_widths_have_edges():
     ("wrong", "message"),
     [
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
-        ({"in_batch_passage_grad": "half"}, "'half' must be 'full' or 'none'"),
-        ({"distillation_weight": -1.0}, "distillation_weight=-1.0 must not be negative"),
+        ({"in_batch_passage_grad": "half"}, "'half' must be one of 'full', 'none'"),
+        ({"in_batch_pool": "all"}, "'all' must be one of 'positives'"),
+        ({"dims": (8, 16), "weights": (1.0,)}, "1 matryoshka weights for 2 dims"),
     ],
 )
 def test_an_objective_out_of_range_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ContrastiveConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"distillation": "kl"}, "'kl' must be one of 'mse', 'cosine', 'scores'"),
+        ({"distillation_weight": -1.0}, "distillation_weight=-1.0 must not be negative"),
+        ({"spread_out_weight": float("nan")}, "spread_out_weight=nan must not be negative"),
+    ],
+)
+def test_a_term_out_of_range_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Objective(**wrong)
 
 
 @pytest.mark.parametrize("dims", [(8, 4), (4, 4), (0, 8), (8, D + 1)])
 def test_widths_that_do_not_ascend_within_the_embedding_are_refused(dims):
-    embeddings = random_embeddings(11)
     with pytest.raises(ValueError, match="must ascend without repeats"):
-        list(objectives.hard_cosines(*embeddings, dims))
+        check_dims(dims, D)

@@ -1,9 +1,12 @@
 """The spread-out regulariser of EmbeddingGemma (arXiv 2509.20354; "global orthogonal regularisation", arXiv 1708.06320)."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from f2llm_jax import sharding
 from f2llm_jax.objectives.contrastive import Embeddings
+from f2llm_jax.objectives.matryoshka import TINY
 from f2llm_jax.objectives.mean import Mean
 
 
@@ -19,7 +22,10 @@ def spread_out(embeddings: Embeddings, sample_mask: Float[Array, "B"]) -> Mean:
 
 
 def _off_diagonal(x: Float[Array, "B D"], mask: Float[Array, "B"]) -> Float[Array, ""]:
-    unit = x * jnp.minimum(1e12, 1.0 / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))) * mask[:, None]
-    moment = jnp.einsum("bd,be->de", unit, unit, precision="highest")
+    x = sharding.shard(x, sharding.SAMPLES_D)
+    squares = jnp.sum(x * x, axis=-1, keepdims=True)
+    unit = x * jax.lax.rsqrt(jnp.maximum(squares, TINY)) * mask[:, None]
+    whole = sharding.spec(sharding.P(None, None))
+    moment = jnp.einsum("bd,be->de", unit, unit, precision=jax.lax.Precision.HIGHEST, out_sharding=whole)
     own = jnp.sum(jnp.square(jnp.sum(unit * unit, axis=-1)))
     return jnp.sum(moment * moment) - own

@@ -84,7 +84,7 @@ def make_train_step(
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        facts = {"loss": total, "grad_norm": optax.global_norm(gradients), "learning_rate": learning_rate(optimizer_config, state.step)}
+        facts = {"loss": total, "grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate(optimizer_config, state.step)}
         metrics = parts | {name: Mean(value, jnp.float32(1)) for name, value in facts.items()}
         return TrainState(state.step + 1, params, opt_state), metrics
 
