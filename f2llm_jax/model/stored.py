@@ -62,7 +62,7 @@ class SavedModel:
           CheckpointError: they do not have the shapes that the metadata names; all are listed at once.
         """
         folder = self.run_folder / "checkpoints" / str(self.step) / "params"
-        stored = {entry: open_array(folder, entry, read=True) for entry in parameter_shapes(self.config)}
+        stored = {entry: _open_array(folder, entry) for entry in parameter_shapes(self.config)}
         wrong = [
             f"{'/'.join(entry.path)} is {list(stored[entry].shape)}, must be {list(shape)}"
             for entry, shape in parameter_shapes(self.config).items()
@@ -88,27 +88,18 @@ class StoredParameters:
         return self._arrays[entry][start:stop].read().result()
 
 
-def open_array(folder: epath.Path, entry: Entry, metadata: dict[str, Any] | None = None, **how: Any) -> ts.TensorStore:
-    """A parameter of a checkpoint's `params` folder as Orbax lays it out (OCDBT, zarr 3).
-
-    Args:
-      folder: `STEP/params`.
-      entry: the parameter.
-      metadata: of zarr 3, to make it; None if it is there.
-      **how: for `tensorstore.open`.
-
-    Raises:
-      CheckpointError: it is not there.
-    """
-    path = "/".join(entry.path)
+def array_spec(folder: epath.Path, entry: Entry) -> dict[str, Any]:
+    """How tensorstore finds a parameter in a checkpoint's `params` folder: as Orbax lays it out, zarr 3 in OCDBT."""
     base = f"{folder}/" if "://" in str(folder) else f"file://{folder}/"
-    spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{path}/"}}
-    if metadata:
-        spec["metadata"] = metadata
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{'/'.join(entry.path)}/"}}
+
+
+def _open_array(folder: epath.Path, entry: Entry) -> ts.TensorStore:
     try:
-        return ts.open(spec, **how).result()
+        return ts.open(array_spec(folder, entry), read=True).result()
     except ValueError as error:
-        raise CheckpointError(f"{folder} holds no {path}; it is no checkpoint of this project, or an incomplete one ({error})") from error
+        name = "/".join(entry.path)
+        raise CheckpointError(f"{folder} holds no {name}; it is no checkpoint of this project, or an incomplete one ({error})") from error
 
 
 def find_checkpoint(path: epath.PathLike) -> SavedModel:

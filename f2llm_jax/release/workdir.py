@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from f2llm_jax.model.origin import ModelSource
 from f2llm_jax.model.parameters import Parameters, Shape, blocks, parameter_shapes
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.stored import absolute, open_array
+from f2llm_jax.model.stored import absolute, array_spec
 from f2llm_jax.model.weights import Entry
 from f2llm_jax.release.folder import complete_or_absent
 from f2llm_jax.release.progress import Progress
@@ -77,7 +78,7 @@ def _write_arrays(folder: epath.Path, config: DecoderConfig, parameters: Paramet
     report = Progress("importing", sum(4 * int(np.prod(shape)) for shape in shapes.values()))
     folder.mkdir(parents=True)
     for entry, shape in shapes.items():
-        array = open_array(folder, entry, create=True, metadata=_layout(entry, shape))
+        array = ts.open(array_spec(folder, entry) | {"metadata": _layout(entry, shape)}, create=True).result()
         for start, stop in blocks(parameters, entry, shape):
             block = parameters.read(entry, start, stop)
             array[start:stop].write(block).result()
