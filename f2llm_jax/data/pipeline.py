@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch
-from f2llm_jax.data.packing import RowShape, lay_out
+from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import Kind, NegativesPer, Plan, PlanSource, StepPlan
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.text import truncate
@@ -63,6 +63,23 @@ class StepData:
     slots: int
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """One step before its texts are read, for a look at it.
+
+    Attributes:
+      plan: which samples.
+      packing: of all its texts.
+      samples: B, masked ones included: texts 0 to B - 1 are queries, the next B positives, the rest negatives.
+      documents: `[b, 1 + n]` positive and negatives of each sample, positions in `corpus`; -1 for none.
+    """
+
+    plan: StepPlan
+    packing: Packing
+    samples: int
+    documents: np.ndarray
+
+
 class Pipeline:
     """Batches of one split of a prepared dataset."""
 
@@ -105,6 +122,14 @@ class Pipeline:
         """One step alone."""
         arrays, plan, tokens, slots = self._host_arrays(step)
         return StepData(sharding.batch_to_devices(arrays, self._mesh), plan, tokens, slots)
+
+    def planned(self, step: int) -> PlannedStep:
+        """The plan and the packing of one step; reads no record."""
+        plan = self.plan.step(step)
+        where = self._where(plan)
+        B, b = self._samples, len(plan.rows)
+        documents = np.concatenate([where[B : 2 * B, None], where[2 * B :].reshape(B, -1)], axis=1)[:b]
+        return PlannedStep(plan, self._shape.pack(self._texts(plan, where)[0]), B, documents)
 
     def _host_arrays(self, step: int) -> tuple[Batch, StepPlan, int, int]:
         plan = self.plan.step(step)

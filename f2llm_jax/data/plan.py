@@ -119,7 +119,7 @@ class Plan:
         count = self._sources[self._names[index]].rows
         start, stop = batch * self._batch_size, min((batch + 1) * self._batch_size, count)
         seed = (self._shuffle_seeds[index] + epoch) % 2**32
-        return np.array([index_shuffle(i, max_index=count - 1, seed=seed, rounds=SHUFFLE_ROUNDS) for i in range(start, stop)], np.int64)
+        return np.array([index_shuffle(i, count - 1, seed, SHUFFLE_ROUNDS) for i in range(start, stop)], np.int64)
 
     def _columns(self, index: int, epoch: int, batch: int) -> np.ndarray:
         source = self._sources[self._names[index]]

@@ -123,6 +123,10 @@ class Reader:
             return []
         return [np.frombuffer(_bytes(_fields(record), "tokens"), np.int32) for record in self._records.__getitems__(indices.tolist())]
 
+    def languages(self, indices: Sequence[int]) -> list[str]:
+        """The language of each row, "" where unknown."""
+        return [_bytes(_fields(record), "language").decode() for record in self._records.__getitems__([int(i) for i in indices])]
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
