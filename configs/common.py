@@ -41,6 +41,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.size = size  # a row of f2llm_jax/model/sizes.py
     config.init = ""  # weights to start from: HF folder, Hub id, workdir or checkpoint; empty for random
     config.teacher = ""  # model to distil from, named like init; empty for none
+    config.teacher_cache = ""  # folder of cached teacher vectors to distil from instead (f2llm_jax.cache_teacher)
     config.epochs = EPOCHS[size]
     config.steps = 0  # updates; 0 means `epochs` epochs
     config.dtype = "bfloat16"  # compute dtype; parameters and optimizer state are float32

@@ -96,6 +96,16 @@ def batch_ways(mesh: jax.sharding.Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH)
 
 
+def local_part(count: int, mesh: jax.sharding.Mesh | None) -> np.ndarray:
+    """bool `[count]`: which of `count` rows or samples, split over `BATCH`, live on this process's devices."""
+    mine = np.ones(count, bool)
+    if mesh is not None:
+        mine[:] = False
+        for (part,) in NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,)).values():
+            mine[part] = True
+    return mine
+
+
 def to_global(array: np.ndarray, mesh: jax.sharding.Mesh, value: P) -> jax.Array:
     """A global array from a host array of its full shape, of which only this process's part needs to be filled in."""
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, value), lambda index: array[index])

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import Kind, NegativesPer, Plan, PlanSource, StepPlan
 from f2llm_jax.data.records import Dataset
+from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.text import truncate
 
 OPEN_READERS = 256  # each holds the open shards of one split
@@ -84,14 +84,22 @@ class Pipeline:
     """Batches of one split of a prepared dataset."""
 
     def __init__(
-        self, dataset: Dataset, split: str, config: BatchConfig, seed: int, mesh: jax.sharding.Mesh | None, sources: list[str] | None = None
+        self,
+        dataset: Dataset,
+        split: str,
+        config: BatchConfig,
+        seed: int,
+        mesh: jax.sharding.Mesh | None,
+        sources: list[str] | None = None,
+        teacher: TeacherCache | None = None,
     ):
-        """Args as named; `sources` restricts to some of the dataset's.
+        """Args as named; `sources` restricts to some of the dataset's; with a `teacher` its vectors come with the texts.
 
         Raises:
           ValueError: `microbatch_rows` cannot be split over the mesh.
         """
         self._dataset, self._split, self._config, self._mesh = dataset, split, config, mesh
+        self._teacher = teacher
         ways = sharding.batch_ways(mesh)
         if config.microbatch_rows % ways:
             raise ValueError(f"microbatch_rows={config.microbatch_rows} must be a multiple of the {ways} ways that rows are split over")
@@ -138,7 +146,7 @@ class Pipeline:
         packing = self._shape.pack(lengths)
         # No two texts share a row in the worst case: arrays of that shape serve every step with one program.
         worst = -(-len(lengths) // self._shape.chunk_rows)
-        texts = lay_out(packing, self._shape, read, chunks=worst, local_rows=self._local_rows)
+        texts = lay_out(packing, self._shape, read, chunks=worst, local_rows=sharding.local_part(self._shape.chunk_rows, self._mesh))
         B = self._samples
         documents = where[B:].reshape(-1)
         batch = Batch(
@@ -148,9 +156,22 @@ class Pipeline:
             in_batch_weight=np.float32(plan.kind == "retrieval"),
             passage_ids=documents[:B].astype(np.int32),
             negative_ids=documents[B:].reshape(B, -1).astype(np.int32),
+            teacher=None if self._teacher is None else self._teacher_vectors(plan.source, where),
         )
         slots = int(texts.chunks) * self._config.microbatch_rows * self._config.row_tokens
         return batch, plan, int(packing.lengths.sum()), slots
+
+    def _teacher_vectors(self, source: str, where: np.ndarray) -> np.ndarray:
+        """float32 `[B, 2+N, W]`: of each sample's query, positive and negatives; 0 for what does not exist or lives elsewhere."""
+        B = self._samples
+        here = sharding.local_part(B, self._mesh)
+        vectors = np.zeros((B, len(where) // B, self._teacher.facts.width), np.float32)
+        queries = here & (where[:B] >= 0)
+        vectors[queries, 0] = self._teacher.read(source, self._split, where[:B][queries])
+        documents = np.concatenate([where[B : 2 * B, None], where[2 * B :].reshape(B, -1)], axis=1)
+        present = here[:, None] & (documents >= 0)
+        vectors[:, 1:][present] = self._teacher.read(source, "corpus", documents[present])
+        return vectors
 
     def _where(self, plan: StepPlan) -> np.ndarray:
         """int64 `[S]`: for each text in `Batch` order the row (a query) or document (otherwise) that it is; -1 if there is none."""
@@ -186,17 +207,6 @@ class Pipeline:
             return ids
 
         return lengths, read
-
-    @functools.cached_property
-    def _local_rows(self) -> np.ndarray:
-        """bool `[M]`: the rows of a chunk that live on this process's devices."""
-        M = self._config.microbatch_rows
-        mine = np.ones(M, bool)
-        if self._mesh is not None:
-            mine[:] = False
-            for (rows,) in NamedSharding(self._mesh, sharding.P(sharding.BATCH)).addressable_devices_indices_map((M,)).values():
-                mine[rows] = True
-        return mine
 
 
 def draw_negatives(stored: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -71,11 +71,18 @@ class TextEncoder:
         embeddings = np.empty((len(texts), self.width), np.float32)
         for start in range(0, len(texts), BLOCK_TEXTS):
             block = texts[start : start + BLOCK_TEXTS]
-            ids = self._tokenizer.encode([prompt + text for text in block], self.max_length)
-            for numbers, vectors in _one_late(self._encoded(ids)):
-                embeddings[start + numbers] = vectors()
+            embeddings[start : start + len(block)] = self.encode_ids(
+                self._tokenizer.encode([prompt + text for text in block], self.max_length)
+            )
             if report:
                 report(start + len(block), len(texts))
+        return embeddings
+
+    def encode_ids(self, ids: list[np.ndarray]) -> Float[np.ndarray, "S D"]:
+        """Raw embeddings, float32 `[S, D]`, of token ids (int32, EOS last, at most `max_length`), in the order given."""
+        embeddings = np.empty((len(ids), self.width), np.float32)
+        for numbers, vectors in _one_late(self._encoded(ids)):
+            embeddings[numbers] = vectors()
         return embeddings
 
     def _encoded(self, ids: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:

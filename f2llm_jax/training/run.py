@@ -19,6 +19,7 @@ from f2llm_jax import sharding
 from f2llm_jax.data import embedded
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import Dataset, load_dataset
+from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.model.decoder import abstract_decoder, count_parameters
 from f2llm_jax.model.encoder import chunk_encoder
 from f2llm_jax.model.stored import absolute
@@ -45,24 +46,28 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     # Data
     dataset = load_dataset(_data_folder(config, workdir))
     batch_config = BatchConfig(**config.batch.to_dict())
-    batches = Pipeline(dataset, "train", batch_config, config.seed, mesh)
     held_out = {
         name: Pipeline(dataset, "validation", batch_config, config.seed, mesh, [name])
         for name, source in dataset.sources.items()
         if source.rows["validation"]
     }
-    total = config.steps or config.epochs * batches.plan.steps_per_epoch
-
     # Model
     model = start.student(config.init, config.size, config.seed, dataset)
     teacher = start.teacher(config.teacher, model.config, dataset) if config.teacher else None
+    cached = None
+    if config.teacher_cache:
+        cached = TeacherCache(config.teacher_cache, dataset, batch_config.max_length, model.config.hidden_size)
+    if teacher and cached:
+        raise ValueError("config.teacher and config.teacher_cache are both set: one teacher at a time; clear one of them")
+    batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached)
+    total = config.steps or config.epochs * batches.plan.steps_per_epoch
     dtype = jnp.dtype(config.dtype)
     encode_chunk = _chunk_encoder(model.config, dtype, config.remat)
 
     # Objective and optimizer
     dims = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.config.hidden_size, config.objective.matryoshka_minimum)
     dims = dims if config.objective.matryoshka else ()
-    objective = _objective(config.objective, dims, distil=teacher is not None)
+    objective = _objective(config.objective, dims, distil=bool(teacher or cached))
     optimizer = OptimizerConfig(total_steps=total, **config.optimizer)
 
     # State: from this run, else from the given weights, else random

@@ -1,0 +1,49 @@
+"""Teacher vectors once and for all: `python -m f2llm_jax.cache_teacher --model M --data DIR --dims K --out DIR`.
+
+Training reads them with the texts (`--config.teacher_cache=DIR`) instead of running the teacher. Interrupted, the same command
+goes on where it stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from f2llm_jax.data import teacher_cache
+from f2llm_jax.data.records import load_dataset
+from f2llm_jax.evaluation.teacher import cache_teacher
+from f2llm_jax.model.origin import find_model
+from f2llm_jax.model.stored import absolute
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="cache_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="teacher: workdir, checkpoint, Hugging Face folder or Hub id")
+    parser.add_argument("--data", required=True, help="prepared dataset")
+    parser.add_argument("--out", required=True, help="folder of the cache")
+    parser.add_argument("--dims", type=int, required=True, help="components kept of each vector, at least the student's width")
+    parser.add_argument("--max-length", type=int, required=True, help="tokens at which texts are cut: the run's batch.max_length")
+    parser.add_argument("--dtype", choices=teacher_cache.DTYPES, default="float16", help="on disk (default float16)")
+    flags = parser.parse_args(arguments)
+    try:
+        dataset, out = load_dataset(flags.data), absolute(flags.out)
+        with tqdm(unit=" texts", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
+
+            def report(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            options = {"dims": flags.dims, "max_length": flags.max_length, "dtype": flags.dtype}
+            facts = cache_teacher(find_model(flags.model), dataset, out, **options, report=report)
+        teacher_cache.finish(out, dataset)
+    except (ValueError, OSError) as error:
+        print(f"cache_teacher: error: {error}", file=sys.stderr)
+        return 1
+    print(f"cached {facts.width} dims of {flags.model} for every text of {flags.data} in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
