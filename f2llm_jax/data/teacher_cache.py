@@ -101,7 +101,9 @@ def finish(folder: epath.Path, dataset: Dataset) -> None:
     """
     if missing := [shard for shard in shards(dataset) if not shard.path(folder).exists()]:
         raise TeacherCacheError(f"{folder} lacks {len(missing)} shards, the first is {missing[0].path(folder)}; run cache_teacher again")
-    (folder / "begun.json").copy(folder / "cache.json", overwrite=True)
+    partial = folder / "cache.json.partial"
+    partial.write_text((folder / "begun.json").read_text())
+    partial.replace(folder / "cache.json")
 
 
 class TeacherCache:
