@@ -77,8 +77,8 @@ def clean(
     kept &= judge.drop_rows("passage", codes[0] < 0, None)
     kept &= judge.drop_rows("passage", (codes[0] >= 0) & empty[codes[0]], EMPTY)
     judge.rows = kept
-    there = np.stack([judge.keep_negatives(name, codes[i], empty) for i, name in enumerate(names) if i] or [np.empty((0, len(queries)))])
-    there = there.astype(bool)
+    there = [judge.keep_negatives(name, codes[i], empty) for i, name in enumerate(names) if i]
+    there = np.array(there, bool).reshape(len(names) - 1, len(queries))
     there &= judge.keep_others(names[1:], there & (codes[1:] == codes[0]), "is the positive")
     there &= judge.keep_others(names[1:], _repeats(np.where(there, codes[1:], -1)), "repeats an earlier one")
     if needs_negatives:

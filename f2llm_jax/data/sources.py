@@ -191,8 +191,8 @@ def _match_columns(file: RawFile, given: Mapping[str, str]) -> dict[str, str]:
         for column in matched.values()
         if column in file.types
     ]
-    if len(matched) > MAX_NEGATIVES + len(ALIASES):
-        problems.append(f"{file.path}: has {len(listed)} negatives a row; keep {MAX_NEGATIVES} at most")
+    if (count := sum(name.startswith("negative") for name in matched)) > MAX_NEGATIVES:
+        problems.append(f"{file.path}: has {count} negatives a row; keep {MAX_NEGATIVES} at most")
     if not file.rows:
         problems.append(f"{file.path}: no rows; fill the file or remove it")
     if problems:
