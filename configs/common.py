@@ -71,6 +71,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.objective.matryoshka_minimum = 8  # smallest width; larger ones are powers of two, and the full width
     config.objective.matryoshka_dims = ()  # widths of your own, ascending, instead
     config.objective.matryoshka_weights = ()  # one a width; empty for the published 1 / (n sqrt(D / d))
+    config.objective.layer_matryoshka = False  # also train depths 1, 2, 4, 8, 16, ... to serve alone (ML-Embed)
     config.objective.in_batch_pool = "positives"  # or "positives_and_negatives": everybody's hard negatives too
     config.objective.in_batch_passage_grad = "full"  # "none" is what the published multi-GPU trainer computes
     config.objective.mask_false_negatives = False  # leave out candidates whose text is the positive's

@@ -19,25 +19,40 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import PackedTexts
+from f2llm_jax.model.decoder import rms_norm
 
 # (params, token_ids [M T], positions [M T], segment_ids [M T], last [M X]) -> embeddings [M X ...]
 EncodeChunk = Callable[..., Float[Array, "M X ..."]]
 
 
 def last_token(hidden: Float[Array, "R T D"], last: Int[Array, "R X"]) -> Float[Array, "R X D"]:
-    """The hidden states at the given positions, in fp32."""
+    """The hidden states at the given positions."""
     rows = jnp.arange(hidden.shape[0], out_sharding=sharding.spec(sharding.P(sharding.BATCH)))
-    return hidden.at[rows[:, None], last].get(out_sharding=sharding.spec(sharding.ROWS_TD)).astype(jnp.float32)
+    return hidden.at[rows[:, None], last].get(out_sharding=sharding.spec(sharding.ROWS_TD))
 
 
-def chunk_encoder(graphdef: nnx.GraphDef, dtype: jnp.dtype, remat: str) -> EncodeChunk:
-    """The pure function that encodes one chunk of rows with a decoder's parameters."""
+def chunk_encoder(graphdef: nnx.GraphDef, dtype: jnp.dtype, remat: str, layers: tuple[int, ...] = ()) -> EncodeChunk:
+    """The pure function that encodes one chunk of rows with a decoder's parameters, to fp32 `[M, X, D]`.
+
+    With `layers` it is `[M, X, J, D]`: what the decoder would give if it ended after each of these J layers (1-based), through
+    the final norm that they share (ML-Embed's layer matryoshka, arXiv 2605.15081).
+    """
 
     def encode_chunk(params, token_ids, positions, segment_ids, last):
         decoder = nnx.merge(graphdef, params)
-        return last_token(decoder(token_ids, positions, segment_ids, dtype=dtype, remat=remat), last)
+        rows = token_ids, positions, segment_ids
+        if not layers:
+            return last_token(decoder(*rows, dtype=dtype, remat=remat), last).astype(jnp.float32)
+        _, tapped = decoder(*rows, dtype=dtype, remat=remat, tap=lambda x: last_token(x, last))
+        ends = (rms_norm(tapped[layer - 1], decoder.norm[...], decoder.config.rms_norm_eps) for layer in layers)
+        return jnp.stack(list(ends), axis=2).astype(jnp.float32)
 
     return encode_chunk
+
+
+def layer_matryoshka(layers: int) -> tuple[int, ...]:
+    """The published depths, ascending: 1, 2, 4, 8, 16, 24, 32, 40, 48 below `layers`, then `layers` (ML-Embed `model.py`)."""
+    return (*(depth for depth in (1, 2, 4, 8, 16, 24, 32, 40, 48) if depth < layers), layers)
 
 
 def encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, text_count: int) -> Float[Array, "S ..."]:

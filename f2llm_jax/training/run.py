@@ -4,7 +4,6 @@ Re-running the same command resumes: the order of data is a function of the step
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 
@@ -21,10 +20,11 @@ from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.model.decoder import abstract_decoder, count_parameters
-from f2llm_jax.model.encoder import chunk_encoder
+from f2llm_jax.model.encoder import chunk_encoder, layer_matryoshka
 from f2llm_jax.model.stored import absolute
 from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
 from f2llm_jax.training import checkpoint, start
+from f2llm_jax.training.facts import write_facts
 from f2llm_jax.training.metrics import Recorder
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import Teacher, TrainState, make_eval_step, make_train_step
@@ -62,7 +62,9 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached)
     total = config.steps or config.epochs * batches.plan.steps_per_epoch
     dtype = jnp.dtype(config.dtype)
+    depths = layer_matryoshka(model.config.num_hidden_layers) if config.objective.layer_matryoshka else ()
     encode_chunk = _chunk_encoder(model.config, dtype, config.remat)
+    encode_depths = _chunk_encoder(model.config, dtype, config.remat, depths)
 
     # Objective and optimizer
     dims = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.config.hidden_size, config.objective.matryoshka_minimum)
@@ -71,7 +73,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     optimizer = OptimizerConfig(total_steps=total, **config.optimizer)
 
     # State: from this run, else from the given weights, else random
-    _write_facts(workdir, config, dataset)
+    write_facts(workdir, config, dataset)
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     if checkpoints.latest is not None:
         state = checkpoint.restore(checkpoints, checkpoints.latest.step, _abstract_state(model.config, optimizer, mesh))
@@ -81,7 +83,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
     # Step
     frozen = None if teacher is None else Teacher(_chunk_encoder(teacher.config, dtype, "none"))
-    train_step = jax.jit(make_train_step(encode_chunk, objective, optimizer, frozen), donate_argnums=0)
+    train_step = jax.jit(make_train_step(encode_depths, objective, optimizer, frozen), donate_argnums=0)
     eval_step = jax.jit(make_eval_step(encode_chunk, objective))
     metadata = {
         "decoder": dataclasses.asdict(model.config),
@@ -141,9 +143,9 @@ def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], distil:
     )
 
 
-def _chunk_encoder(config, dtype: jnp.dtype, remat: str):
+def _chunk_encoder(config, dtype: jnp.dtype, remat: str, depths: tuple[int, ...] = ()):
     graphdef, _ = abstract_decoder(config)
-    return chunk_encoder(graphdef, dtype, remat)
+    return chunk_encoder(graphdef, dtype, remat, depths)
 
 
 def _fresh_state(params: nnx.State, optimizer: OptimizerConfig) -> TrainState:
@@ -160,13 +162,6 @@ def _abstract_state(config, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, abstract)
-
-
-def _write_facts(workdir: epath.Path, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
-    """The resolved configuration and the tokenizer, beside the checkpoints they belong to."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
-    dataset.tokenizer().save(workdir / "tokenizer")
 
 
 def _banner(model: start.StartingPoint, dataset: Dataset, batches: Pipeline, mesh: jax.sharding.Mesh, total: int, first: int) -> str:

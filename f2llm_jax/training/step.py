@@ -69,6 +69,7 @@ def make_train_step(
 ) -> Step:
     """`(state, teacher_params, batch) -> (state, metrics)`; `teacher_params` is None without a teacher.
 
+    If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka).
     Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, and the `learning_rate` of this update.
     """
     optimizer = make_optimizer(optimizer_config)
@@ -77,8 +78,11 @@ def make_train_step(
         samples = samples_of(batch)
         target = teacher_embeddings(teacher, teacher_params, batch)
 
-        def loss(embeddings: Float[Array, "S D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
-            return objectives.total(by_role(embeddings, batch.negative_mask), samples, objective, target)
+        def loss(embeddings: Float[Array, "S D"] | Float[Array, "S J D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
+            depths = [embeddings] if embeddings.ndim == 2 else [embeddings[:, j] for j in range(embeddings.shape[1])]
+            losses = [objectives.total(by_role(e, batch.negative_mask), samples, objective, target) for e in depths]
+            # The mean over depths, as ML-Embed's `utils.py`; what is logged beside it is of the whole depth.
+            return sum(value for value, _ in losses) / len(losses), losses[-1][1]
 
         (total, parts), gradients = encoder.value_and_grad(loss, encode_chunk, state.params, batch.texts, batch.text_count)
         with jax.named_scope("update"):

@@ -1,0 +1,67 @@
+"""Every depth is the model that ends there, and the loss is the mean over depths."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from test_encoder import TEXTS, B, N, packed
+
+from f2llm_jax.batch import Batch
+from f2llm_jax.model.decoder import abstract_decoder, init_decoder
+from f2llm_jax.model.encoder import chunk_encoder, encode, layer_matryoshka
+from f2llm_jax.objectives import ContrastiveConfig, Objective
+from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from f2llm_jax.training.step import TrainState, make_train_step
+
+DEPTHS = (1, 2, 3)
+
+
+def shallow(params, depth):
+    """The decoder that consists of the first layers, and its parameters."""
+    config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=depth)
+    return config, nnx.map_state(lambda path, leaf: leaf.replace(leaf.get_value()[:depth]) if path[0] == "layers" else leaf, params)
+
+
+def encoder(config, layers=()):
+    return chunk_encoder(abstract_decoder(config)[0], jnp.float32, "full", layers)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_decoder(tiny.CONFIG, 0)
+
+
+def test_each_depth_is_the_shallower_model(params):
+    texts = packed(2)
+    deep = jax.jit(lambda p, t: encode(encoder(tiny.CONFIG, DEPTHS), p, t, TEXTS))(params, texts)
+    assert deep.shape == (TEXTS, len(DEPTHS), tiny.CONFIG.hidden_size)
+    for j, depth in enumerate(DEPTHS):
+        config, cut = shallow(params, depth)
+        alone = jax.jit(lambda p, t, config=config: encode(encoder(config), p, t, TEXTS))(cut, texts)
+        np.testing.assert_allclose(deep[:, j], alone, atol=2e-6)
+
+
+def test_the_loss_is_the_mean_over_depths(params):
+    ids = jnp.arange(B), jnp.arange(B, B + B * N).reshape(B, N)
+    batch = Batch(packed(2), jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids)
+    objective = Objective(contrastive=ContrastiveConfig(dims=(8, 64)))
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, total_steps=9)
+
+    def step(config, weights, layers=()):
+        state = TrainState(jnp.int32(0), weights, make_optimizer(optimizer).init(weights))
+        return jax.jit(make_train_step(encoder(config, layers), objective, optimizer))(state, None, batch)[1]
+
+    got = step(tiny.CONFIG, params, DEPTHS)
+    alone = [step(*shallow(params, depth)) for depth in DEPTHS]
+    np.testing.assert_allclose(got["loss"].value, np.mean([m["loss"].value for m in alone]), rtol=1e-6)
+    np.testing.assert_allclose(got["hard"].value, alone[-1]["hard"].value, rtol=1e-6)
+
+
+def test_published_depths():
+    assert layer_matryoshka(28) == (1, 2, 4, 8, 16, 24, 28)
+    assert layer_matryoshka(36) == (1, 2, 4, 8, 16, 24, 32, 36)
+    assert layer_matryoshka(1) == (1,) and layer_matryoshka(8) == (1, 2, 4, 8)
