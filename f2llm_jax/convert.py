@@ -1,26 +1,25 @@
-"""Models in and out of the Hugging Face layout: `python -m f2llm_jax.convert to-hf CKPT OUT`, `from-hf MODEL OUT`, `verify FOLDER`.
+"""Models in and out of the Hugging Face layout.
 
-`to-hf` turns a workdir, a checkpoint or a Hugging Face folder into a release, `from-hf` turns a Hugging Face folder or Hub id
-into a workdir with one checkpoint, and `verify` tells whether sentence-transformers and transformers give this project's
-vectors for a release.
+    python -m f2llm_jax.convert to-hf CKPT OUT         a workdir, a checkpoint or a Hugging Face folder as a release
+    python -m f2llm_jax.convert from-hf MODEL OUT      a Hugging Face folder or Hub id as a workdir with one checkpoint
+    python -m f2llm_jax.convert verify FOLDER          do sentence-transformers and transformers give this project's vectors?
+    python -m f2llm_jax.convert push FOLDER REPO_ID    what would be uploaded; with --yes, the upload
+
+Models are copied block by block: no device is needed, and memory is bounded by one layer's largest matrix. CKPT and OUT of
+`to-hf` may be `gs://` paths.
 """
 
 import argparse
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
 
 from f2llm_jax.evaluation.agreement import AgreementError, compare
-from f2llm_jax.model.hf_import import ModelFolderError
 from f2llm_jax.model.origin import find_model
-from f2llm_jax.model.stored import CheckpointError
+from f2llm_jax.model.stored import steps_of
 from f2llm_jax.release import hf_folder, workdir
-from f2llm_jax.release.folder import ReleaseError
-from f2llm_jax.release.safetensors import DTYPES
-from f2llm_jax.text import TokenizerError
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers' save_pretrained counts
+from f2llm_jax.release.flags import ERRORS, add_form_flags, form_of
+from f2llm_jax.release.push import TOKEN_VARIABLE, files_to_push, push
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,15 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         return flags.command(flags)
-    except (AgreementError, CheckpointError, ModelFolderError, ReleaseError, TokenizerError, OSError) as error:
+    except (*ERRORS, AgreementError) as error:
         print(f"convert: error: {error}", file=sys.stderr)
         return 1
 
 
 def _to_hf(flags: argparse.Namespace) -> int:
-    origin = find_model(flags.model)
-    hf_folder.export(origin, flags.out, dtype=flags.dtype, max_shard_bytes=flags.max_shard_size, overwrite=flags.overwrite)
-    print(f"released {flags.model} to {flags.out} in {flags.dtype}")
+    if flags.all_steps:
+        pairs = [(f"{flags.model}/checkpoints/{step}", f"{flags.out}/step-{step}") for step in steps_of(flags.model)]
+    else:
+        pairs = [(flags.model, flags.out)]
+    for _, out in pairs:
+        hf_folder.check_out(out, flags.overwrite)  # all of them before the first is written
+    for model, out in pairs:
+        hf_folder.export(find_model(model), out, form_of(flags), overwrite=flags.overwrite)
+        print(f"released {model} to {out} in {flags.dtype}")
     return 0
 
 
@@ -51,8 +56,18 @@ def _verify(flags: argparse.Namespace) -> int:
     results = compare(flags.folder, extra)
     for result in results:
         verdict = "ok" if result.holds else f"FAILED, must be at least {result.required}"
-        print(f"{result.peer:<24}{result.case:<20}worst cosine {result.cosine:.8f}  {verdict}")
+        print(f"{result.peer:<24}{result.case:<22}worst cosine {result.cosine:.8f}  {verdict}")
     return 0 if all(result.holds for result in results) else 1
+
+
+def _push(flags: argparse.Namespace) -> int:
+    for name, size in files_to_push(flags.folder):
+        print(f"{size:>16,}  {name}")
+    if not flags.yes:
+        print(f"nothing was sent; pass --yes to upload to {flags.repo_id} with the token in {TOKEN_VARIABLE}")
+        return 0
+    print(f"pushed to {push(flags.folder, flags.repo_id, private=flags.private)}")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,11 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     to_hf = commands.add_parser("to-hf", help="write a release")
     to_hf.add_argument("model", metavar="CKPT", help="workdir, WORKDIR/checkpoints/STEP, Hugging Face folder or Hub id")
     to_hf.add_argument("out", metavar="OUT", help="folder to write; exists only when complete")
-    to_hf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default float32, as trained)")
-    to_hf.add_argument(
-        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="most bytes of weights in a file: 500MB, 5GB (default)"
-    )
-    to_hf.add_argument("--overwrite", action="store_true", help="replace the release at OUT")
+    to_hf.add_argument("--all-steps", action="store_true", help="every checkpoint of the workdir CKPT, each to OUT/step-STEP")
+    add_form_flags(to_hf)
     to_hf.set_defaults(command=_to_hf)
 
     from_hf = commands.add_parser("from-hf", help="write a workdir")
@@ -79,14 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", metavar="FOLDER", help="a release")
     verify.add_argument("--texts", metavar="FILE", help="more texts to compare, one a line")
     verify.set_defaults(command=_verify)
+
+    push_command = commands.add_parser("push", help="list what would be uploaded to the Hugging Face Hub, or upload it")
+    push_command.add_argument("folder", metavar="FOLDER", help="a release")
+    push_command.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the Hub")
+    push_command.add_argument("--yes", action="store_true", help=f"upload, with the token in {TOKEN_VARIABLE}")
+    push_command.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    push_command.set_defaults(command=_push)
     return parser
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)(KB|MB|GB|)", text.upper())
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
-    return int(match[1]) * UNITS[match[2]]
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
-"""The model card: what the model is and how to use it."""
+"""The model card: what the model is, how to use it, and what the run that made it recorded."""
 
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import huggingface_hub
 from etils import epath
 
-from f2llm_jax import text
+from f2llm_jax import __version__, text
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.origin import ModelSource
+from f2llm_jax.release.record import RunRecord, loss_curve, read_record
 
-_CARD = """---
-library_name: sentence-transformers
-pipeline_tag: feature-extraction
-tags:
-- sentence-transformers
-- feature-extraction
-- sentence-similarity
-- transformers
-- text-embeddings-inference
----
+CURVE_FILE = "training_curve.png"
+TAGS = ["sentence-transformers", "feature-extraction", "sentence-similarity", "transformers", "text-embeddings-inference", "mteb"]
 
-# Text-embedding model
+_USAGE = """# {title}
 
 A Qwen3 decoder of {parameters:,} parameters whose embedding is the hidden state of the last token, `{eos}`, which the
 tokenizer appends by itself. Embeddings have {width} dimensions{matryoshka}. Texts are cut at {text_limit} tokens.
-Queries carry an instruction, documents do not.
+Queries carry an instruction, documents do not. Weights are stored in {dtype}.
+
+## Use
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -42,25 +42,123 @@ from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = AutoModel.from_pretrained("path/to/this/folder")
-inputs = tokenizer(["Photosynthesis turns light into sugar."], padding=True, truncation=True, return_tensors="pt")
+texts = [{query_prompt!r} + "how do plants make food", "Photosynthesis turns light into sugar."]
+inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():
     hidden = model(**inputs).last_hidden_state
 last = inputs.attention_mask.shape[1] - 1 - inputs.attention_mask.flip(1).argmax(1)  # right for padding on either side
 embeddings = torch.nn.functional.normalize(hidden[torch.arange(len(last)), last], dim=-1)
 ```
+
+With the project that trained it, on TPUs:
+
+```
+python -m f2llm_jax.embed --model path/to/this/folder --input texts.txt --output vectors.npy
+```
+
+`golden.json`, where it is here, holds texts and what they must become: compare a server's answers with it before trusting
+them, or run `python -m f2llm_jax.convert verify path/to/this/folder`.
 """
 
 
-def write_card(folder: epath.Path, source: ModelSource) -> None:
-    """Writes `README.md`."""
-    tokenizer, dims = source.matching_tokenizer(), source.matryoshka_dims
-    matryoshka = f" and may be cut to {', '.join(map(str, dims[:-1]))} (normalise after cutting)" if len(dims) > 1 else ""
-    card = _CARD.format(
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What only a person can say of a model.
+
+    Attributes:
+      license: as the Hub names it; it depends on the base model and on the data.
+      base_model: Hub id; empty for none. A run knows its starting weights by a path, which may be a folder of any name.
+    """
+
+    license: str = "apache-2.0"
+    base_model: str = ""
+
+
+def write_card(folder: epath.Path, source: ModelSource, dims: Sequence[int], dtype: str, labels: Labels) -> None:
+    """Writes `README.md`, and the training curve where the run left one."""
+    record = read_record(source.run_folder, source.step) if source.run_folder else RunRecord({}, [], {}, [])
+    curve = loss_curve(record)
+    if curve:
+        (folder / CURVE_FILE).write_bytes(curve)
+    sections = [_usage(source, dims, dtype), _training(source, record, bool(curve)), _data(record), _held_out(record), _made_with(record)]
+    header = huggingface_hub.ModelCardData(
+        language=record.languages or None,
+        license=labels.license,
+        library_name="sentence-transformers",
+        pipeline_tag="feature-extraction",
+        base_model=labels.base_model or None,
+        tags=TAGS,
+    ).to_yaml()
+    (folder / "README.md").write_text(f"---\n{header}\n---\n\n" + "\n".join(filter(None, sections)))
+
+
+def _usage(source: ModelSource, dims: Sequence[int], dtype: str) -> str:
+    tokenizer = source.matching_tokenizer()
+    cuts = [dim for dim in dims if dim < source.config.hidden_size]
+    return _USAGE.format(
+        title="Text-embedding model",
         parameters=count_parameters(source.config),
         eos=tokenizer.decode([tokenizer.eos_id]),
         width=source.config.hidden_size,
-        matryoshka=matryoshka,
+        matryoshka=f" and may be cut to {', '.join(map(str, cuts))} (normalise after cutting)" if cuts else "",
         text_limit=source.text_limit,
+        dtype=dtype,
         prompt=text.query_prompt("Your instruction."),
+        query_prompt=text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION),
     )
-    (folder / "README.md").write_text(card)
+
+
+def _training(source: ModelSource, record: RunRecord, curve: bool) -> str:
+    """Where the weights come from, every hyper-parameter, the curve."""
+    lines = [] if source.step is None else [f"Weights after {source.step:,} updates.\n"]
+    if " merge of " in source.name:
+        lines = [f"A {source.name}.\n"]
+    if curve:
+        lines.append(f"![Loss by update]({CURVE_FILE})\n")
+    if record.config:
+        lines.append(_table(("setting", "value"), [(f"`{name}`", f"`{value}`") for name, value in _flat(record.config)]))
+    return "## Training\n\n" + "\n".join(lines) if lines else ""
+
+
+def _data(record: RunRecord) -> str:
+    if not record.sources:
+        return ""
+    rows = [
+        (s["name"], s["kind"], f"{s['rows']['train']:,}", f"{s['documents']:,}", s["negatives"], _shortened(s["languages"]))
+        for s in record.sources
+    ]
+    return "## Data\n\n" + _table(("source", "kind", "rows", "documents", "negatives a row", "languages"), rows)
+
+
+def _held_out(record: RunRecord) -> str:
+    """Held-out losses before and after, and by source."""
+    if not record.validations:
+        return ""
+    first, last = record.validations[0], record.validations[-1]
+    names = [name for name in last if name.startswith("validation/")]
+    rows = [(name.removeprefix("validation/"), f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names if name in first]
+    return "## Held-out loss\n\n" + _table(("part", f"update {first['step']}", f"update {last['step']}"), rows)
+
+
+def _made_with(record: RunRecord) -> str:
+    facts = {**record.environment, "f2llm_jax": __version__}
+    return "## Made with\n\n" + _table(("what", "version"), [(name, value) for name, value in facts.items() if value is not None])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Settings by dotted name, without those that are places on the machine of the run."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif not (isinstance(value, str) and ("/" in value or not value)):
+            yield prefix + name, value
+
+
+def _shortened(languages: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(languages) - most} more" if len(languages) > most else ""
+    return ", ".join(languages[:most]) + more

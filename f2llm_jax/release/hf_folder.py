@@ -4,47 +4,91 @@ Everything is derived from the model at hand and nothing copied from a base mode
 the `layer_types` and the pooling width of another size (codefuse-ai/F2LLM-v2-80M and -160M, discussions on the Hub).
 """
 
+import dataclasses
 import json
 from typing import Any
 
 from etils import epath
 
+from f2llm_jax.evaluation.golden import GOLDEN_FILE, golden_vectors
 from f2llm_jax.model.decoder import INITIALIZER_RANGE
 from f2llm_jax.model.origin import ModelSource
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release import card, sentence_transformers
-from f2llm_jax.release.folder import complete_or_absent, write_json
+from f2llm_jax.release.folder import ReleaseError, check_free, complete_or_absent, write_json
 from f2llm_jax.release.progress import Progress
-from f2llm_jax.release.safetensors import stored_bytes, write_weights
+from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_weights
 from f2llm_jax.text import Tokenizer
 
 CONFIG_FILE = "config.json"  # every reader opens it first, so it is written last
 
 
-def export(source: ModelSource, out: epath.PathLike, *, dtype: str, max_shard_bytes: int, overwrite: bool) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a release is written.
+
+    Attributes:
+      dtype: a key of `safetensors.DTYPES`. float32 and, for weights that were imported from it, bfloat16 lose nothing.
+      max_shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
+      truncate_dim: width that sentence-transformers, text-embeddings-inference and vLLM give; None for all. The decoder
+        itself keeps its width, so transformers alone and llama.cpp give all dimensions, to be cut by hand.
+      golden: whether to write golden vectors, which reads the weights twice.
+      labels: what the model card is told.
+    """
+
+    dtype: str = "float32"
+    max_shard_bytes: int = 5 * 10**9
+    truncate_dim: int | None = None
+    golden: bool = True
+    labels: card.Labels = dataclasses.field(default_factory=card.Labels)
+
+
+def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: bool = False) -> None:
     """Writes the release of a model: every file that sentence-transformers, transformers, TEI, vLLM and llama.cpp read.
 
     Args:
       source: the model.
       out: folder to make, local or `gs://`; complete or absent.
-      dtype: a key of `safetensors.DTYPES`. float32 and, for weights that were imported from it, bfloat16 lose nothing.
-      max_shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
+      form: how.
       overwrite: replace an older release at `out`.
 
     Raises:
       CheckpointError, ModelFolderError: the weights are not those of the model's shape.
-      ReleaseError: `out` may not be written, or a weight is not finite in `dtype`.
+      ReleaseError: `out` may not be written, a weight is not finite in the dtype, or the model was not trained for the width.
       TokenizerError: the model has no tokenizer or one that does not fit it.
     """
     tokenizer = source.matching_tokenizer()
+    dims = served_dims(source, form.truncate_dim)
     with complete_or_absent(out, sentence_transformers.MODULES_FILE, CONFIG_FILE, overwrite) as folder:
         with source.open_params() as parameters:
-            report = Progress("releasing", stored_bytes(source.config, dtype))
-            write_weights(folder, source.config, parameters, dtype, max_shard_bytes, report)
+            report = Progress("releasing", stored_bytes(source.config, form.dtype))
+            write_weights(folder, source.config, parameters, form.dtype, form.max_shard_bytes, report)
+            if form.golden:
+                kind = DTYPES[form.dtype][0]
+                write_json(folder / GOLDEN_FILE, golden_vectors(source.config, parameters, kind, tokenizer, source.text_limit))
         write_tokenizer(folder, tokenizer, source.text_limit)
-        sentence_transformers.write_modules(folder, source.config.hidden_size, source.text_limit)
-        card.write_card(folder, source)
-        write_json(folder / CONFIG_FILE, model_config(source.config, tokenizer, dtype, source.matryoshka_dims))
+        sentence_transformers.write_modules(folder, source.config.hidden_size, source.text_limit, form.truncate_dim)
+        card.write_card(folder, source, dims, form.dtype, form.labels)
+        write_json(folder / CONFIG_FILE, model_config(source.config, tokenizer, form.dtype, dims))
+
+
+def check_out(out: epath.PathLike, overwrite: bool) -> None:
+    """Raises ReleaseError if `export` would refuse to write to `out`."""
+    check_free(out, sentence_transformers.MODULES_FILE, overwrite)
+
+
+def served_dims(source: ModelSource, truncate_dim: int | None) -> tuple[int, ...]:
+    """Widths, ascending, that the release declares; empty if nothing is known.
+
+    Raises:
+      ReleaseError: the model was not trained for `truncate_dim`.
+    """
+    known = source.matryoshka_dims or (source.config.hidden_size,)
+    if truncate_dim is None:
+        return source.matryoshka_dims
+    if truncate_dim not in known:
+        raise ReleaseError(f"{source.name} was not trained for {truncate_dim} dimensions, only for {', '.join(map(str, known))}")
+    return tuple(dim for dim in source.matryoshka_dims if dim <= truncate_dim)
 
 
 def model_config(config: DecoderConfig, tokenizer: Tokenizer, dtype: str, matryoshka_dims: tuple[int, ...]) -> dict[str, Any]:

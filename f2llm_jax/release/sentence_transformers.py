@@ -5,29 +5,39 @@ strings break sentence-transformers before 5.4, and the new pooling file breaks 
 default for `pooling_mode_cls_token` and `pooling_mode_mean_tokens` and requires `max_seq_length`.
 """
 
+import numpy as np
 from etils import epath
 
 from f2llm_jax import __version__, text
 from f2llm_jax.release.folder import write_json
+from f2llm_jax.release.safetensors import header
 
 MODULES_FILE = "modules.json"
 POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 FIRST_READER = "3.0.0"  # the first sentence-transformers with `similarity_fn_name`; an older format version never warns
 
 
-def write_modules(folder: epath.Path, hidden_size: int, text_limit: int) -> None:
-    """Transformer, last-token pooling over `hidden_size`, normalisation; texts cut at `text_limit` tokens; the query prompt."""
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+def write_modules(folder: epath.Path, hidden_size: int, text_limit: int, truncate_dim: int | None = None) -> None:
+    """Transformer, last-token pooling over `hidden_size`, normalisation; texts cut at `text_limit` tokens; the query prompt.
+
+    No file of sentence-transformers holds a `truncate_dim` (it is an argument of loading, up to 6.2). A release that is cut
+    for good therefore has a linear layer of ones on the diagonal, which every reader of modules.json applies.
+    """
+    cut = [("Dense", "2_Dense")] if truncate_dim else []
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), *cut, ("Normalize", f"{2 + len(cut)}_Normalize")]
     write_json(
         folder / MODULES_FILE,
         [
-            # 2_Normalize is not made: it would be empty, git and object stores keep no empty folder, and no reader misses it.
+            # The folder of Normalize is not made: it would be empty, git and object stores keep no empty folder, and no
+            # reader misses it.
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
             for i, (name, path) in enumerate(modules)
         ],
     )
     modes = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in POOLING_MODES}
     write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": hidden_size, **modes, "include_prompt": True})
+    if truncate_dim:
+        _write_cut(folder / cut[0][1], hidden_size, truncate_dim)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": text_limit, "do_lower_case": False})
     write_json(
         folder / "config_sentence_transformers.json",
@@ -38,3 +48,11 @@ def write_modules(folder: epath.Path, hidden_size: int, text_limit: int) -> None
             "similarity_fn_name": "cosine",
         },
     )
+
+
+def _write_cut(folder: epath.Path, hidden_size: int, dim: int) -> None:
+    """The layer that keeps the first `dim` components; multiplying by one and adding zeros is exact."""
+    identity = "torch.nn.modules.linear.Identity"
+    write_json(folder / "config.json", {"in_features": hidden_size, "out_features": dim, "bias": False, "activation_function": identity})
+    name, ones = "linear.weight", np.eye(dim, hidden_size, dtype=np.float32)
+    (folder / "model.safetensors").write_bytes(header({name: ones.shape}, "float32") + ones.tobytes())

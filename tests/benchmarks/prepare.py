@@ -26,9 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MAX_LENGTH = 1024
-SIZES = (20_000, 80_000, 320_000)
+SIZES = (20_000, 60_000, 180_000)
 NEGATIVES = 8
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.2
 
 
 def start_peer(folder: str) -> None:
@@ -67,32 +67,33 @@ def run_peer(raw: str, folder: str, out: str, processes: int, every: bool) -> No
             pd.DataFrame({f"{name}_input_ids": value for name, value in done.items()}).to_parquet(f"{out}/{file.name}", index=False)
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds and peak bytes of anonymous memory of a command, its children included."""
+def measure(command: list[str], sample: bool = False) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and, if asked to `sample`, peak bytes of unshared memory of a command, its children included."""
     before = psutil.Process().cpu_times()
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak = [0]
-
-    def watch() -> None:
-        while process.poll() is None:
-            total = 0
-            for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-                try:
-                    total += one.memory_full_info().uss
-                except psutil.Error:
-                    continue
-            peak[0] = max(peak[0], total)
-            time.sleep(SAMPLE_SECONDS)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    if sample:
+        threading.Thread(target=watch, args=(process, peak), daemon=True).start()
     error = process.stderr.read()
     if process.wait():
         sys.exit(error)
     after = psutil.Process().cpu_times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return time.monotonic() - begun, cpu, peak[0]
+
+
+def watch(process: subprocess.Popen, peak: list[int]) -> None:
+    """Keeps the largest sum of memory that the processes hold for themselves; mapped files are the kernel's to drop."""
+    while process.poll() is None:
+        total = 0
+        try:
+            for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                total += one.memory_full_info().uss
+        except psutil.Error:
+            continue
+        peak[0] = max(peak[0], total)
+        time.sleep(SAMPLE_SECONDS)
 
 
 def ours(raw: str, tokenizer: str, out: pathlib.Path, processes: int) -> list[str]:
@@ -137,7 +138,7 @@ def memory(tokenizer: str, scratch: pathlib.Path) -> None:
             for _ in range(size // 10_000):
                 columns = [[" ".join(row) for row in words[rng.integers(0, len(words), (10_000, 20))]] for _ in names]
                 writer.write_table(pa.table(columns, schema=schema))
-        wall, cpu, peak = measure([*ours(str(raw), tokenizer, scratch / "prepared", 1), "--cap", "0"])
+        wall, cpu, peak = measure([*ours(str(raw), tokenizer, scratch / "prepared", 1), "--cap", "0"], sample=True)
         texts = size * len(names)
         print(
             json.dumps({"rows": size, "peak_mib": round(peak / 2**20), "texts_per_s": round(texts / wall), "cpu_s": round(cpu, 1)}),

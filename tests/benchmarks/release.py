@@ -8,6 +8,7 @@ the process holds; pages of mapped files are the files' own cache, which the ker
 """
 
 import argparse
+import contextlib
 import dataclasses
 import filecmp
 import json
@@ -25,11 +26,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tiny
 
 from f2llm_jax.model.origin import ModelSource
+from f2llm_jax.model.parameters import parameter_shapes
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
 
-SHARD_BYTES = 5 * 10**9
 SAMPLE_SECONDS = 0.05
 
 
@@ -49,10 +50,6 @@ class RandomParameters:
 
 
 def write_random_folder(folder, size, scratch):
-    import contextlib
-
-    from f2llm_jax.model.parameters import parameter_shapes
-
     config = SIZES[size]
     source = ModelSource(
         name="random",
@@ -61,7 +58,7 @@ def write_random_folder(folder, size, scratch):
         tokenizer=load_tokenizer(tiny.write_tokenizer(scratch / "tokenizer")),
         max_length=1024,
     )
-    hf_folder.export(source, folder, dtype="bfloat16", max_shard_bytes=SHARD_BYTES, overwrite=False)
+    hf_folder.export(source, folder, hf_folder.Form(dtype="bfloat16", golden=False))
     return source
 
 
@@ -118,7 +115,7 @@ def main():
         tensors = folder_bytes(first)
         print(json.dumps(dataclasses.asdict(source.config)), flush=True)
         report("from-hf", *measured("from-hf", first, run), flags.size, tensors)
-        report("to-hf", *measured("to-hf", run, second, "--dtype", "bfloat16"), flags.size, tensors)
+        report("to-hf", *measured("to-hf", run, second, "--dtype", "bfloat16", "--no-golden"), flags.size, tensors)
         print(json.dumps({"checkpoint GB": folder_bytes(run) / 1e9, "release GB": tensors / 1e9, "equal bits": equal(first, second)}))
     finally:
         shutil.rmtree(flags.scratch)

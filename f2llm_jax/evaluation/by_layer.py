@@ -1,0 +1,59 @@
+"""A few texts through a model of any size: one layer's weights in memory at a time.
+
+Slower than `encode` for more than a few texts, since every layer is read from storage; but an 8B model needs 1 GiB so.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+
+from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
+from f2llm_jax.model.parameters import Parameters, blocks, parameter_shapes
+from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.model.weights import TABLE, Entry
+
+ENTRIES = {entry.path[-1]: entry for entry in TABLE}
+
+
+def encode_by_layer(config: DecoderConfig, parameters: Parameters, ids: Sequence[Int[np.ndarray, "T"]]) -> Float[np.ndarray, "S D"]:
+    """Raw embeddings, float32, of texts given as token ids, EOS last; one text a row."""
+    longest = max(map(len, ids))
+    token_ids = np.stack([np.pad(one, (0, longest - len(one))) for one in ids])
+    last = np.array([len(one) - 1 for one in ids])
+    positions = np.broadcast_to(np.arange(longest, dtype=np.int32), token_ids.shape)
+    segment_ids = (positions <= last[:, None]).astype(np.int32)
+    x = jnp.asarray(_lookup(config, parameters, token_ids.reshape(-1)))
+    layer = _layer(config)
+    with jax.default_matmul_precision("highest"):
+        for i in range(config.num_hidden_layers):
+            weights = {name: parameters.read(entry, i, i + 1)[0] for name, entry in ENTRIES.items() if entry.stacked}
+            x = layer(weights, x, positions, segment_ids)
+    hidden = np.asarray(x).reshape(*token_ids.shape, -1)[np.arange(len(ids)), last]
+    return np.asarray(rms_norm(jnp.asarray(hidden), parameters.read(ENTRIES["norm"], 0, config.hidden_size), config.rms_norm_eps))
+
+
+def _layer(config: DecoderConfig) -> Callable[..., jax.Array]:
+    """`(weights, x, positions, segment_ids) -> x`, one program for every layer."""
+    graphdef, state = nnx.split(jax.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
+
+    @jax.jit
+    def apply(weights, x, positions, segment_ids):
+        module = nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state))
+        rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+        return module(x, rotary, segment_ids, config.rms_norm_eps)
+
+    return apply
+
+
+def _lookup(config: DecoderConfig, parameters: Parameters, ids: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N D"]:
+    """Rows of the embedding table, which passes by in blocks."""
+    rows = np.empty((len(ids), config.hidden_size), np.float32)
+    table: Entry = ENTRIES["embedding"]
+    for start, stop in blocks(parameters, table, parameter_shapes(config)[table]):
+        block, here = parameters.read(table, start, stop), (start <= ids) & (ids < stop)
+        rows[here] = block[ids[here] - start]
+    return rows
