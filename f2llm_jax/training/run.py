@@ -51,7 +51,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
         for name, source in dataset.sources.items()
         if source.rows["validation"]
     }
-    # Model
+
+    # Model and teacher
     model = start.student(config.init, config.size, config.seed, dataset)
     teacher = start.teacher(config.teacher, model.config, dataset) if config.teacher else None
     cached = None
@@ -59,14 +60,14 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
         cached = TeacherCache(config.teacher_cache, dataset, batch_config.max_length, model.config.hidden_size)
     if teacher and cached:
         raise ValueError("config.teacher and config.teacher_cache are both set: one teacher at a time; clear one of them")
-    batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached)
-    total = config.steps or config.epochs * batches.plan.steps_per_epoch
     dtype = jnp.dtype(config.dtype)
     depths = layer_matryoshka(model.config.num_hidden_layers) if config.objective.layer_matryoshka else ()
     encode_chunk = _chunk_encoder(model.config, dtype, config.remat)
     encode_depths = _chunk_encoder(model.config, dtype, config.remat, depths)
 
-    # Objective and optimizer
+    # Order, objective and optimizer
+    batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached)
+    total = config.steps or config.epochs * batches.plan.steps_per_epoch
     dims = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.config.hidden_size, config.objective.matryoshka_minimum)
     dims = dims if config.objective.matryoshka else ()
     objective = _objective(config.objective, dims, distil=bool(teacher or cached))
@@ -100,10 +101,12 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
         for step in range(first, total + 1):
             done = step == total
             resumed = step == first and checkpoints.latest is not None
-            if not resumed and (done or step % config.eval.every == 0):
-                recorder.flush()
+            validating, saving = (not resumed and (done or step % every == 0) for every in (config.eval.every, config.checkpoint.every))
+            if validating or saving:
+                recorder.flush()  # a checkpoint never knows more than the metrics beside it
+            if validating:
                 recorder.write(step, validate(eval_step, state.params, held_out, dataset, config.eval.batches))
-            if not resumed and (done or step % config.checkpoint.every == 0):
+            if saving:
                 checkpoint.save(checkpoints, step, state, metadata)
             if done:
                 break
