@@ -1,0 +1,57 @@
+"""`prepare` killed again and again gives what it gives undisturbed."""
+
+import hashlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_prepare import command, rows, write
+from test_text import write_tokenizer
+
+from f2llm_jax.data import records
+
+KILLS = 10
+
+
+def digests(folder):
+    """Of every file but the settings, which name the raw files' times, and TFDS's own description, which names its folder."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "dataset_info.json"
+    }
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "bpe")
+    for i in range(6):
+        write(tmp_path / "raw", f"source{i}", rows(1_500, 4, start=10_000 * i))
+    run = [sys.executable, "-m", "f2llm_jax.prepare", *command(tmp_path / "raw", tokenizer, tmp_path / "killed"), "--workers", "2"]
+    whole = [part.replace(str(tmp_path / "killed"), str(tmp_path / "whole")) for part in run]
+    begun = time.monotonic()
+    assert subprocess.run(whole, capture_output=True, timeout=600).returncode == 0
+    took = time.monotonic() - begun
+    draw, kills = random.Random(0), 0
+    while kills < KILLS:
+        with subprocess.Popen(run, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+            try:
+                process.wait(took * draw.random())
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                assert not (tmp_path / "killed").exists()
+            else:
+                assert process.returncode == 0
+                break
+        if kills < KILLS and kills % 3 == 2:  # from nothing again, so that early moments are hit too
+            subprocess.run(["rm", "-rf", str(tmp_path / "killed.partial")], check=True)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert kills >= KILLS // 2
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    assert records.load_dataset(tmp_path / "killed").sources == records.load_dataset(tmp_path / "whole").sources
