@@ -73,6 +73,10 @@ def assert_same_gradients(ours, torch_embeddings, tolerance=2e-5):
         np.testing.assert_allclose(got, want, atol=tolerance * max(np.abs(want).max(), 1e-3), rtol=0, err_msg=role)
 
 
+# Compiled once a configuration, whatever exists.
+contrastive_and_gradients = jax.jit(jax.value_and_grad(contrastive, has_aux=True), static_argnums=2)
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 @pytest.mark.parametrize("full", [True, False], ids=["all present", "some absent"])
 @pytest.mark.parametrize(
@@ -81,8 +85,7 @@ def assert_same_gradients(ours, torch_embeddings, tolerance=2e-5):
 def test_contrastive_is_the_published_one(dims, temperature, passage_grad, full, weight):
     embeddings, (samples, negatives) = random_embeddings(0), masks(full)
     objective = ContrastiveConfig(temperature=temperature, dims=dims, in_batch_passage_grad=passage_grad)
-    loss = lambda e: contrastive(e, of(samples, negatives, weight), objective)  # noqa: E731
-    (got, parts), gradients = jax.value_and_grad(loss, has_aux=True)(embeddings)
+    (got, parts), gradients = contrastive_and_gradients(embeddings, of(samples, negatives, weight), objective)
     e = in_torch(embeddings)
     in_batch, hard = oracle(e, samples, negatives, dims or (D,), temperature, passage_grad == "none")
     want = weight * in_batch + hard
@@ -100,8 +103,7 @@ def test_passages_get_no_in_batch_gradient_with_none():
     results = {}
     for passage_grad in ("full", "none"):
         objective = ContrastiveConfig(dims=DIMS, in_batch_passage_grad=passage_grad)
-        step = jax.value_and_grad(contrastive, has_aux=True)
-        (value, _), gradients = step(embeddings, of(samples, negatives), objective)
+        (value, _), gradients = contrastive_and_gradients(embeddings, of(samples, negatives), objective)
         results[passage_grad] = value, gradients
     assert results["full"][0] == results["none"][0]
     np.testing.assert_array_equal(results["full"][1].query, results["none"][1].query)
@@ -121,11 +123,13 @@ def test_what_does_not_exist_counts_for_nothing(filler):
         *(jnp.where(mask[..., None] > 0, x, filler) for x, mask in zip(embeddings, (samples, samples, negatives), strict=True))
     )
 
-    def loss(e):
+    @jax.jit
+    @jax.value_and_grad
+    def step(e):
         total, _ = contrastive(e, of(samples, negatives), ContrastiveConfig(dims=DIMS))
         return total + mse(e, random_embeddings(3), samples, negatives).value
 
-    (want, want_gradients), (got, gradients) = jax.value_and_grad(loss)(embeddings), jax.value_and_grad(loss)(blank)
+    (want, want_gradients), (got, gradients) = step(embeddings), step(blank)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     for role, mask in zip(Embeddings._fields, (samples, samples, negatives), strict=True):
         gradient = getattr(gradients, role)
@@ -163,10 +167,7 @@ def test_terms_are_those_of_sentence_transformers(dims):
     )  # fmt: skip
     (in_batch + hard / B).backward()
 
-    def loss(x):
-        return contrastive(x, of(samples, negatives), ContrastiveConfig(dims=dims))
-
-    (_, parts), gradients = jax.value_and_grad(loss, has_aux=True)(embeddings)
+    (_, parts), gradients = contrastive_and_gradients(embeddings, of(samples, negatives), ContrastiveConfig(dims=dims))
     np.testing.assert_allclose(parts["in_batch"].value, in_batch.item(), rtol=2e-6)
     np.testing.assert_allclose(parts["hard"].value, hard.item() / B, rtol=2e-6)
     assert_same_gradients(gradients, e)
