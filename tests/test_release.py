@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
+import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentence_transformers
+import tensorstore as ts
 import tiny
 import torch
 import transformers
@@ -15,8 +19,12 @@ from f2llm_jax import convert, text
 from f2llm_jax.evaluation.agreement import compare
 from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model.origin import find_model
+from f2llm_jax.model.stored import array_spec
+from f2llm_jax.model.weights import TABLE
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.folder import ReleaseError
+from f2llm_jax.training import checkpoint
+from f2llm_jax.training.step import TrainState
 
 LIMIT = 96
 PROMPT = text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION)
@@ -214,3 +222,116 @@ def test_a_failed_export_leaves_the_older_release(origin, tmp_path, tmp_path_fac
         export(huge, out, "float16", overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_every_step_of_a_run(folder, tmp_path, capsys):
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "run")]) == 0
+    checkpoints = tmp_path / "run/checkpoints"
+    shutil.copytree(checkpoints / "0", checkpoints / "7")
+    assert convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "out"), "--all-steps"]) == 0
+    for step in (0, 7):
+        assert (tmp_path / f"out/step-{step}/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert "Weights after 7 updates" in (tmp_path / "out/step-7/README.md").read_text()
+    shutil.rmtree(tmp_path / "out/step-0")
+    assert convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "out"), "--all-steps"]) == 1  # step-7 stands
+    assert "pass --overwrite" in capsys.readouterr().err and not (tmp_path / "out/step-0").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(folder, tmp_path, capsys):
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "run")]) == 0
+    description = tmp_path / "run/checkpoints/0/_CHECKPOINT_METADATA"
+    right = description.read_text()
+    description.write_text(right.replace('"intermediate_size": 96', '"intermediate_size": 128'))
+    assert convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "layers/gate is [3, 64, 96], must be [3, 64, 128]" in error and "layers/down" in error
+    description.write_text(right.replace('"decoder"', '"encoder"'))
+    assert convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    assert "describes no Qwen3 decoder" in capsys.readouterr().err
+    description.write_text(right)
+    (tmp_path / "run/tokenizer/tokenizer.json").unlink()
+    assert convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    assert "tokenizer.json does not exist" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_width_that_was_not_trained_is_refused(origin, tmp_path):
+    with pytest.raises(ReleaseError, match="not trained for 24 dimensions, only for 16, 32, 64"):
+        hf_folder.export(origin, tmp_path / "out", hf_folder.Form(truncate_dim=24))
+
+
+def test_push_sends_nothing_unless_told(folder, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert convert.main(["push", str(folder), "owner/name"]) == 0
+    shown = capsys.readouterr().out
+    assert "model.safetensors" in shown and "nothing was sent" in shown
+    assert convert.main(["push", str(folder), "owner/name", "--yes"]) == 1
+    assert "set HF_TOKEN" in capsys.readouterr().err
+
+
+def test_push_hands_the_token_to_the_client_only(folder, capsys, monkeypatch):
+    calls = []
+
+    class Hub:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, folder_path))
+
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert convert.main(["push", str(folder), "owner/name", "--yes"]) == 0
+    assert calls == ["secret", ("owner/name", str(folder))]
+    assert "secret" not in "".join(capsys.readouterr())
+
+
+def test_the_card_tells_what_the_run_recorded(folder, tmp_path):
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "run")]) == 0
+    run = tmp_path / "run"
+    shutil.move(run / "checkpoints/0", run / "checkpoints/2")
+    source = {
+        "name": "pairs",
+        "kind": "retrieval",
+        "languages": ["de", "no", "sr_Latn"],
+        "rows": {"train": 1234},
+        "documents": 99,
+        "negatives": 3,
+    }
+    (run / "dataset.json").write_text(json.dumps({"sources": [source]}))
+    (run / "config.json").write_text(json.dumps({"init": "/home/me/base", "optimizer": {"learning_rate": 1e-5}}))
+    (run / "environment.json").write_text(json.dumps({"jax": "0.10.2", "commit": "abc", "hosts": None}))
+    lines = [{"step": 0, "validation/loss": 4.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "validation/loss": 1.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "loss": 9.0}]))
+    out = tmp_path / "out"
+    assert convert.main(["to-hf", str(run), str(out), "--base-model", "owner/base", "--license", "mit"]) == 0
+    card = huggingface_hub.ModelCard.load(out / "README.md")
+    assert card.data.language == ["de", "no", "sr"] and card.data.license == "mit" and card.data.base_model == "owner/base"
+    for part in (
+        "| pairs | retrieval | 1,234 | 99 | 3 |",
+        "| `optimizer.learning_rate` | `1e-05` |",
+        "| commit | abc |",
+        "| loss | 4.0000 | 1.5000 |",
+    ):
+        assert part in card.text
+    assert "/home/me" not in card.text and "hosts" not in card.text
+    assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_import_is_in_chunks_of_a_layer(folder, tmp_path):
+    """What is read at once bounds the memory of a later release."""
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "run")]) == 0
+    with find_model(str(tmp_path / "run")).open_params() as parameters:
+        assert {parameters.unit(entry) for entry in TABLE if entry.stacked} == {1}
+
+
+def test_training_checkpoints_are_in_chunks_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2**20)
+    state = TrainState(jnp.int32(1), {"layers/gate": jnp.ones((4, 512, 512))}, {"count": jnp.int32(1)})
+    checkpoints = checkpoint.open_checkpoints(tmp_path, 1)
+    checkpoint.save(checkpoints, 1, state, {})
+    checkpoints.close()
+    gate = next(entry for entry in TABLE if entry.path == ("layers", "gate"))
+    assert ts.open(array_spec(tmp_path / "1/params", gate)).result().chunk_layout.read_chunk.shape == (1, 512, 512)

@@ -78,7 +78,7 @@ def find_model(name: str) -> ModelOrigin:
       CheckpointError, ModelFolderError: there is none, or it is not one this project can read.
     """
     path = stored.absolute(name)
-    if path.name.isdigit() or (path / "checkpoints").exists():
+    if (path.name.isdigit() and not (path / "config.json").exists()) or (path / "checkpoints").exists():
         return _checkpoint(name, path)
     folder = hf_import.resolve(name)
     config = hf_import.read_config(folder)

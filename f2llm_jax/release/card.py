@@ -110,7 +110,7 @@ def _usage(source: ModelSource, dims: Sequence[int], dtype: str) -> str:
 
 def _training(source: ModelSource, record: RunRecord, curve: bool) -> str:
     """Where the weights come from, every hyper-parameter, the curve."""
-    lines = [] if source.step is None else [f"Weights after {source.step:,} updates.\n"]
+    lines = [] if not source.step else [f"Weights after {source.step:,} updates.\n"]
     if " merge of " in source.name:
         lines = [f"A {source.name}.\n"]
     if curve:

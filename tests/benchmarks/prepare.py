@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MAX_LENGTH = 1024
-SIZES = (20_000, 60_000, 180_000)
+SIZES = (20_000, 60_000)
 NEGATIVES = 8
 SAMPLE_SECONDS = 0.2
 

@@ -1,0 +1,49 @@
+"""A Google Cloud Storage on loopback, for tests of `gs://` paths."""
+
+import contextlib
+import os
+import socket
+
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported; the emulator knows no bucket layouts
+
+from gcp_storage_emulator.handlers import objects
+from gcp_storage_emulator.server import create_server
+
+BUCKET = "bucket"
+
+
+@contextlib.contextmanager
+def emulator():
+    """Starts the emulator and points gcsfs, Orbax and tensorstore to it, before any of them is first used."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    address = f"http://localhost:{port}"
+    settings = {
+        "STORAGE_EMULATOR_HOST": address,
+        "TENSORSTORE_GCS_HTTP_URL": address,
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    original, objects.download = objects.download, _with_generation(objects.download)
+    server = create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
+    server.start()
+    try:
+        yield f"gs://{BUCKET}"
+    finally:
+        server.stop()
+        objects.download = original
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _with_generation(download):
+    """The real service names an object's generation when it is read; tensorstore cannot replace a file without it."""
+
+    def answer(request, response, storage, *args, **kwargs):
+        download(request, response, storage, *args, **kwargs)
+        with contextlib.suppress(Exception):  # not found: `download` has answered that
+            held = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = held["generation"]
+
+    return answer

@@ -1,0 +1,98 @@
+"""From `gs://` to `gs://`: complete, identical, and never a folder that looks complete but is not."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+pytest.importorskip("gcp_storage_emulator", reason="the gs:// tests need the extra `test`")
+import gcs
+from etils import epath
+
+from f2llm_jax import convert
+from f2llm_jax.release import hf_folder
+from f2llm_jax.release.folder import INCOMPLETE
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with gcs.emulator() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("release") / "model"
+    hf_folder.export(tiny.origin(tmp_path_factory.mktemp("tokenizer")), out, hf_folder.Form(max_shard_bytes=100_000))
+    return out
+
+
+def held(folder):
+    """Every file of a folder: name to bytes."""
+    found = {}
+    for path in epath.Path(folder).iterdir():
+        inner = path.iterdir() if path.is_dir() else [path]
+        found |= {str(file).removeprefix(f"{folder}/"): file.read_bytes() for file in inner}
+    return found
+
+
+def test_a_bucket_holds_what_a_disk_holds(bucket, folder):
+    assert convert.main(["from-hf", str(folder), f"{bucket}/run"]) == 0
+    assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out", "--max-shard-size", "100KB"]) == 0
+    assert held(f"{bucket}/out") == held(folder)
+    assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out"]) == 1  # without --overwrite
+    assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out", "--overwrite", "--max-shard-size", "100KB"]) == 0
+    assert held(f"{bucket}/out") == held(folder)
+
+
+KILLED = """
+import os, signal, sys
+from f2llm_jax import convert
+from f2llm_jax.release import safetensors
+written, original = [], safetensors._write_file
+def write(*arguments):
+    original(*arguments)
+    written.append(1)
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+safetensors._write_file = write
+convert.main(sys.argv[1:])
+"""
+
+
+def test_killed_and_run_again(bucket, folder):
+    """SIGKILL after the second of many shards, over an older release: no reader loads what is there; the next run mends it."""
+    assert convert.main(["from-hf", str(folder), f"{bucket}/run", "--overwrite"]) == 0
+    command = ["to-hf", f"{bucket}/run", f"{bucket}/again", "--max-shard-size", "100KB"]
+    assert convert.main(command) == 0
+    root = pathlib.Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command, "--overwrite"], env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = held(f"{bucket}/again")
+    assert INCOMPLETE in left and "config.json" not in left and "modules.json" not in left
+    assert len([name for name in left if name.endswith(".safetensors")]) == 2
+    assert convert.main(command) == 0  # what was killed is replaced without --overwrite
+    assert held(f"{bucket}/again") == held(folder)
+
+
+def test_a_failure_leaves_nothing(bucket, folder, monkeypatch):
+    monkeypatch.setattr("f2llm_jax.release.card.write_card", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    assert convert.main(["to-hf", str(folder), f"{bucket}/failed"]) == 1
+    assert not epath.Path(f"{bucket}/failed").exists()  # an empty folder is no object
+
+
+def test_an_imported_bucket_checkpoint_is_one_that_training_restores(bucket, folder):
+    from f2llm_jax.model.origin import find_model
+
+    assert convert.main(["from-hf", str(folder), f"{bucket}/train", "--overwrite"]) == 0
+    origin = find_model(f"{bucket}/train")
+    assert origin.load(None) is not None  # Orbax's own restore
+    assert origin.config.hidden_size == json.loads((folder / "config.json").read_text())["hidden_size"]
