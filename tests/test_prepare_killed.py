@@ -1,4 +1,4 @@
-"""`prepare` killed again and again gives what it gives undisturbed."""
+"""`prepare` killed again and again, or on several Beam workers, gives what it gives undisturbed in one process."""
 
 import hashlib
 import random
@@ -55,3 +55,14 @@ def test_ten_kills_change_nothing(tmp_path):
     assert kills >= KILLS // 2
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     assert records.load_dataset(tmp_path / "killed").sources == records.load_dataset(tmp_path / "whole").sources
+
+
+@pytest.mark.slow
+def test_several_beam_workers_give_the_same(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "bpe")
+    write(tmp_path / "raw", "source", rows(1_500, 4))
+    for name, flags in {"one": [], "two": ["--beam", "--direct_num_workers=2 --direct_running_mode=multi_processing"]}.items():
+        run = [sys.executable, "-m", "f2llm_jax.prepare", *command(tmp_path / "raw", tokenizer, tmp_path / name), *flags]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")

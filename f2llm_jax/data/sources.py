@@ -9,7 +9,7 @@ mapping names. Further columns are ignored.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -231,8 +231,3 @@ def _read_tasks(file: epath.Path, names: set[str]) -> dict[str, str]:
     if problems:
         raise RawDataError("\n".join(problems))
     return kinds
-
-
-def total_rows(sources: Sequence[Source], cap: int) -> int:
-    """Rows that are prepared; `cap` of 0 is none."""
-    return sum(min(source.rows, cap or source.rows) for source in sources)
