@@ -116,13 +116,13 @@ def compare(raw: str, tokenizer: str, scratch: pathlib.Path, processes: int, rou
         for name, command in peers.items():
             found[name] = measure([*command, "--scratch", str(scratch / name)])
             shutil.rmtree(scratch / name)
-        result = {"round": number, "texts": texts, "processes": processes}
-        for name, (wall, cpu, _) in found.items():
-            result |= {f"{name}_texts_per_s": round(texts / wall), f"{name}_cpu_s": round(cpu, 1)}
-        for name in peers:
-            result[f"faster_than_{name}"] = round(found[name][0] / found["prepare"][0], 2)
-            result[f"less_cpu_than_{name}"] = round(found[name][1] / found["prepare"][1], 2)
-        print(json.dumps(result), flush=True)
+            result = {"round": number, "texts": texts, "processes": processes, "peer": name}
+            for who in ("prepare", name):
+                wall, cpu, _ = found[who]
+                result |= {f"{who}_texts_per_s": round(texts / wall), f"{who}_cpu_s": round(cpu, 1)}
+            result["times_as_fast"] = round(found[name][0] / found["prepare"][0], 2)
+            result["times_less_cpu"] = round(found[name][1] / found["prepare"][1], 2)
+            print(json.dumps(result), flush=True)
 
 
 def memory(tokenizer: str, scratch: pathlib.Path) -> None:
