@@ -18,6 +18,8 @@ from f2llm_jax import convert
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.folder import INCOMPLETE
 
+SHARDS = ("--max-shard-size", "100KB", "--no-golden")
+
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning")
 
 
@@ -30,7 +32,7 @@ def bucket():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("release") / "model"
-    hf_folder.export(tiny.origin(tmp_path_factory.mktemp("tokenizer")), out, hf_folder.Form(max_shard_bytes=100_000))
+    hf_folder.export(tiny.origin(tmp_path_factory.mktemp("tokenizer")), out, hf_folder.Form(max_shard_bytes=100_000, golden=False))
     return out
 
 
@@ -45,10 +47,10 @@ def held(folder):
 
 def test_a_bucket_holds_what_a_disk_holds(bucket, folder):
     assert convert.main(["from-hf", str(folder), f"{bucket}/run"]) == 0
-    assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out", "--max-shard-size", "100KB"]) == 0
+    assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out", *SHARDS]) == 0
     assert held(f"{bucket}/out") == held(folder)
     assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out"]) == 1  # without --overwrite
-    assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out", "--overwrite", "--max-shard-size", "100KB"]) == 0
+    assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out", "--overwrite", *SHARDS]) == 0
     assert held(f"{bucket}/out") == held(folder)
 
 
@@ -70,7 +72,7 @@ convert.main(sys.argv[1:])
 def test_killed_and_run_again(bucket, folder):
     """SIGKILL after the second of many shards, over an older release: no reader loads what is there; the next run mends it."""
     assert convert.main(["from-hf", str(folder), f"{bucket}/run", "--overwrite"]) == 0
-    command = ["to-hf", f"{bucket}/run", f"{bucket}/again", "--max-shard-size", "100KB"]
+    command = ["to-hf", f"{bucket}/run", f"{bucket}/again", *SHARDS]
     assert convert.main(command) == 0
     root = pathlib.Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}

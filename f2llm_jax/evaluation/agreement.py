@@ -64,10 +64,11 @@ def compare(folder: str, extra_texts: Sequence[str] = ()) -> list[Agreement]:
     here = _here(origin)
     results = []
     if golden:
+        # Where the EOS was lost an empty text is no token at all, on which peers crash instead of answering.
+        alone = [i for i, one in enumerate(golden.texts) if one]
         for name, encode in {"f2llm_jax": here, **peers}.items():
-            singly = zip(golden.texts, golden.prompts, strict=True)
-            theirs = np.concatenate([encode([one], prompt, origin.text_limit, 1) for one, prompt in singly])
-            results.append(Agreement(name, "golden, one by one", _worst_cosine(golden.vectors, theirs), required))
+            theirs = np.concatenate([encode([golden.texts[i]], golden.prompts[i], origin.text_limit, 1) for i in alone])
+            results.append(Agreement(name, "golden, one by one", _worst_cosine(golden.vectors[alone], theirs), required))
     texts = [*TEXTS, *extra_texts]
     for case, (prompt, limit, dim) in _cases(origin).items():
         ours = here(texts, prompt, limit, len(texts))
