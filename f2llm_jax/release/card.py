@@ -124,7 +124,7 @@ def _data(record: RunRecord) -> str:
     if not record.sources:
         return ""
     rows = [
-        (s["name"], s["kind"], f"{s['rows']['train']:,}", f"{s['documents']:,}", s["negatives"], _shortened(s["languages"]))
+        (s["name"], s["kind"], f"{s['rows']['train']:,}", f"{s['documents']:,}", s["negatives"], _shortened(sorted(s["languages"])))
         for s in record.sources
     ]
     return "## Data\n\n" + _table(("source", "kind", "rows", "documents", "negatives a row", "languages"), rows)
