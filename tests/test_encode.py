@@ -30,7 +30,7 @@ def encoder(origin):
 @pytest.fixture(scope="module")
 def folder(origin, tmp_path_factory):
     out = tmp_path_factory.mktemp("release") / "model"
-    hf_folder.export(origin, out, dtype="float32", max_shard_bytes=10**9, overwrite=False)
+    hf_folder.export(origin, out, hf_folder.Form(golden=False))
     return out
 
 

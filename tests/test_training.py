@@ -225,7 +225,6 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(data, undistur
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="run does not compare the checkpoint's tokenizer_fingerprint with the dataset's")
 def test_resuming_on_data_of_another_tokenizer_is_refused(data, undisturbed, in_process, tmp_path):
     """The weights would read other words; the shapes alone cannot tell."""
     workdir = tmp_path / "run"
@@ -234,7 +233,6 @@ def test_resuming_on_data_of_another_tokenizer_is_refused(data, undisturbed, in_
         in_process(of_another_tokenizer(data, tmp_path / "other"), workdir)
 
 
-@pytest.mark.xfail(strict=True, reason="run writes config.json and the tokenizer before the checkpoint is checked")
 def test_a_refused_run_leaves_the_workdir_as_it_was(data, undisturbed, in_process, tmp_path):
     """Else its configuration and tokenizer would be of another model than its checkpoints."""
     workdir = tmp_path / "run"

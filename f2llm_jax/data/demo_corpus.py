@@ -260,7 +260,11 @@ def _bitext(names: Sequence[Name], english: dict[tuple[str, str], str], rng: np.
         rows = same[to_english[same]]
         negatives[rows] = _others(rng, theirs[rows], hard[concept])
     query, passage = np.where(to_english, ours, theirs), np.where(to_english, theirs, ours)
-    return _raw_table("cldr_bitext", texts, query, passage, negatives, [name.language for name in names])
+    # "Nepali" is some language's name of Nepal, and "Nepal" another's of Nepali: the same pair in both directions.
+    pairs = [(texts[q], texts[p]) for q, p in zip(query, passage, strict=True)]
+    first = sorted({pair: row for row, pair in reversed(list(enumerate(pairs)))}.values())
+    languages = [names[row].language for row in first]
+    return _raw_table("cldr_bitext", texts, query[first], passage[first], negatives[first], languages)
 
 
 def _at_most(names: Sequence[Name], limit: int, rng: np.random.Generator) -> list[Name]:

@@ -43,6 +43,16 @@ def save(checkpoints: ocp.training.Checkpointer, step: int, state: TrainState, m
     checkpoints.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata)
 
 
+def check_tokenizer(checkpoints: ocp.training.Checkpointer, fingerprint: str) -> None:
+    """Raises a CheckpointError if the latest checkpoint was trained on other token ids than `fingerprint` stands for."""
+    metadata = checkpoints.checkpointables_metadata(checkpoints.latest).custom_metadata
+    if metadata["tokenizer_fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoints.directory} was trained with another tokenizer than the data was prepared with; "
+            "use another --workdir, or prepare the data with WORKDIR/tokenizer"
+        )
+
+
 def restore(checkpoints: ocp.training.Checkpointer, step: int, abstract: TrainState) -> TrainState:
     """The state saved at `step`, placed as `abstract` (shapes, dtypes, shardings) says.
 

@@ -74,12 +74,13 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     optimizer = OptimizerConfig(total_steps=total, **config.optimizer)
 
     # State: from this run, else from the given weights, else random
-    write_facts(workdir, config, dataset)
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     if checkpoints.latest is not None:
+        checkpoint.check_tokenizer(checkpoints, dataset.tokenizer_fingerprint)
         state = checkpoint.restore(checkpoints, checkpoints.latest.step, _abstract_state(model.config, optimizer, mesh))
     else:
         state = _fresh_state(model.load(mesh), optimizer)
+    write_facts(workdir, config, dataset)  # only now: a run that is refused leaves the workdir as it was
     teacher_params = None if teacher is None else jax.tree.map(lambda x: x.astype(dtype), teacher.load(mesh))
 
     # Step
