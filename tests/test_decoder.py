@@ -15,7 +15,7 @@ from f2llm_jax import sharding
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.model import hf_import
 from f2llm_jax.model.decoder import REMAT_POLICIES, abstract_decoder, count_parameters, init_decoder
-from f2llm_jax.model.encoder import last_token
+from f2llm_jax.model.encoder import chunk_encoder, last_token
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
 
 ROWS, TOKENS = 4, 24
@@ -224,7 +224,10 @@ def test_bfloat16_stays_near_float32():
     wide, narrow = (forward(tiny.CONFIG, dtype)(tiny_params(), *rows) for dtype in ("float32", "bfloat16"))
     assert (wide.dtype, narrow.dtype) == (jnp.float32, jnp.bfloat16)
     assert 1e-4 < worst_relative(narrow, np.asarray(wide)) < 0.03
-    assert last_token(narrow, np.array([[9, 18]] * ROWS)).dtype == jnp.bfloat16  # the encoder widens it
+    encode_chunk = chunk_encoder(abstract_decoder(tiny.CONFIG)[0], jnp.bfloat16, "full")
+    last = jnp.array([[9, 18]] * ROWS)
+    embeddings = jax.eval_shape(encode_chunk, tiny_params(), *rows, last)
+    assert (embeddings.shape, embeddings.dtype) == ((ROWS, 2, 64), jnp.float32)  # whoever compares them wants fp32
 
 
 def test_random_weights_are_the_same_on_any_mesh():
