@@ -4,6 +4,7 @@ torch, transformers and sentence-transformers are needed here and nowhere else i
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
@@ -90,10 +91,11 @@ def _cases(origin: ModelOrigin) -> dict[str, tuple[str, int, int | None]]:
 
 def _here(origin: ModelOrigin) -> Encode:
     tokenizer, params = origin.matching_tokenizer(), origin.load(None)
+    encoder = functools.cache(lambda limit: TextEncoder(origin.config, params, tokenizer, limit))
 
     def encode(texts: Sequence[str], prompt: str, limit: int, at_once: int) -> np.ndarray:
         del at_once  # rows are packed, so no text knows how many there are
-        return TextEncoder(origin.config, params, tokenizer, limit).encode(texts, prompt)
+        return encoder(limit).encode(texts, prompt)
 
     return encode
 
