@@ -8,7 +8,8 @@ Without a mesh in context `shard` is the identity and `spec` is None: the same m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,16 +32,17 @@ PARAMETER_SPECS = {
     "D": P(None),
     "E": P(None),
 }
-# The same parameters as a layer multiplies with them: gathered over fsdp, still split over tensor.
+# The same parameters as a layer multiplies with them: gathered over fsdp, still split over tensor. "Reduced" over an axis means
+# that every device there multiplies it with other positions; its gradient then is a sum that is still to be taken (see `lazy`).
 GATHERED_SPECS = {
-    "VD": P(None, None),
-    "DHE": P(None, "tensor", None),
-    "DKE": P(None, "tensor", None),
-    "HED": P("tensor", None, None),
-    "DF": P(None, "tensor"),
-    "FD": P("tensor", None),
-    "D": P(None),
-    "E": P(None),
+    "VD": P(None, None, reduced=set(BATCH)),
+    "DHE": P(None, "tensor", None, reduced=set(BATCH)),
+    "DKE": P(None, "tensor", None, reduced=set(BATCH)),
+    "HED": P("tensor", None, None, reduced=set(BATCH)),
+    "DF": P(None, "tensor", reduced=set(BATCH)),
+    "FD": P("tensor", None, reduced=set(BATCH)),
+    "D": P(None, reduced=set(BATCH)),
+    "E": P(None, reduced=set(AXES)),  # of heads, which are split over tensor
 }
 # Activations: R rows of T positions, P = R * T; B samples.
 ROWS_T = P(BATCH, None)
@@ -48,6 +50,7 @@ ROWS_TD = P(BATCH, None, None)
 ROWS_THE = P(BATCH, None, "tensor", None)
 POSITIONS_D = P(BATCH, None)
 POSITIONS_F = P(BATCH, "tensor")
+POSITIONS_HE = P(BATCH, "tensor", None)
 CHUNKS_RT = P(None, BATCH, None)  # a batch on its way in: chunks, rows of a chunk, positions
 SAMPLES_D = P(BATCH, None)
 
@@ -84,6 +87,22 @@ def spec(value: P) -> P | None:
 def shard(x: jax.Array, value: P) -> jax.Array:
     """Moves `x` to the sharding `value`: a collective if it differs from what `x` has. Identity without a mesh."""
     return jax.sharding.reshard(x, value) if in_mesh() else x
+
+
+def lazy(params: Any) -> Any:
+    """The same parameters, such that gradients with respect to them stay unsummed over `data`: `settle` sums them, once."""
+    return _each(params, lambda value: P(*value.partitions, reduced={"data"}))
+
+
+def settle(gradients: Any) -> Any:
+    """The gradients that `lazy` parameters got, summed over `data`. Over `fsdp` each was scattered as it came."""
+    return _each(gradients, lambda value: P(*value.partitions))
+
+
+def _each(tree: Any, change: Callable[[P], P]) -> Any:
+    if not in_mesh():
+        return tree
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, change(jax.typeof(x).sharding.spec)), tree)
 
 
 def stacked(value: P) -> P:

@@ -1,5 +1,8 @@
 """Chunks are memory and nothing else: gradients as without them, one program for any number of them."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,11 +135,42 @@ def test_gradients_come_back_where_the_parameters_are():
     """On types alone: under a mesh every gradient has its parameter's sharding, so nothing is gathered to be kept."""
     mesh = sharding.make_mesh(2, 2, 2)
     _, abstract = abstract_decoder(tiny.CONFIG, mesh)
-    row = lambda x: jax.ShapeDtypeStruct((CHUNKS, 4, x), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.CHUNKS_RT))  # noqa: E731
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.P()))
-    texts = PackedTexts(*[row(16)] * 5, count)
+    texts = abstract_texts(mesh, rows=4, slots=16)
     with jax.set_mesh(mesh):
         step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(), p, t, TEXTS)  # noqa: E731
         _, gradients = jax.eval_shape(step, abstract, texts)
     for gradient, parameter in zip(jax.tree.leaves(gradients), jax.tree.leaves(abstract), strict=True):
         assert gradient.sharding.spec == parameter.sharding.spec
+
+
+def test_gradients_are_summed_over_data_once():
+    """The compiled program: in its loops no sum crosses the `data` axis, after them one does; hidden states stay where they are."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    hidden_states = 12 * 16 * tiny.CONFIG.hidden_size  # of the rows of a chunk
+    with jax.set_mesh(mesh):
+        step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(), p, t, TEXTS)  # noqa: E731
+        lowered = jax.jit(step).lower(abstract_decoder(tiny.CONFIG, mesh)[1], abstract_texts(mesh, rows=12, slots=3))
+    crossing, computation = [], ""
+    for line in lowered.compile().as_text().splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            computation = line.split()[0]
+        if (sums := re.search(r"= (.*?) all-reduce(?:-start)?\(.*replica_groups=\{\{([0-9,]+)\}", line)) and spans_data(sums[2]):
+            crossing.append(computation)
+        if moved := re.search(r"= f32\[([0-9,]+)\]\S* all-gather", line):
+            assert math.prod(map(int, moved[1].split(","))) != hidden_states, line
+    assert crossing == ["ENTRY"]
+
+
+def spans_data(group):
+    """Whether a group of devices, "0,4", has members in both halves of the (2, 2, 2) mesh."""
+    return len({int(device) // 4 for device in group.split(",")}) == 2
+
+
+def abstract_texts(mesh, rows, slots):
+    """Types of the texts of a step, 16 tokens a row."""
+
+    def row(length):
+        return jax.ShapeDtypeStruct((CHUNKS, rows, length), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.CHUNKS_RT))
+
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.P()))
+    return PackedTexts(row(16), row(16), row(16), row(slots), row(slots), count)

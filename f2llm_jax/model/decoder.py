@@ -49,7 +49,9 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
     """`scale * x / rms(x)`, statistics in fp32, result in the dtype of x."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return scale.astype(x.dtype) * normed.astype(x.dtype)
+    # An einsum and not a product: its gradient may stay unsummed over devices, as that of every other weight.
+    out = jax.typeof(x).sharding.spec if sharding.in_mesh() else None
+    return jnp.einsum("d,...d->...d", scale.astype(x.dtype), normed.astype(x.dtype), out_sharding=out)
 
 
 def rotary_tables(positions: Int[Array, "R T"], head_dim: int, theta: float) -> tuple[Float[Array, "R T 1 E"], Float[Array, "R T 1 E"]]:
@@ -92,35 +94,31 @@ class Layer(nnx.Module):
         eps: float,
     ) -> Float[Array, "P D"]:
         """P = R * T positions: plain matrix products, which every backend runs at full speed, gradients included."""
-        x = x + self._attend(rms_norm(x, self.attention_norm[...], eps), rotary, segment_ids, eps)
-        return x + self._mlp(rms_norm(x, self.mlp_norm[...], eps))
+        x = x + self._attend(rms_norm(x, _at_use(self.attention_norm, x.dtype), eps), rotary, segment_ids, eps)
+        return x + self._mlp(rms_norm(x, _at_use(self.mlp_norm, x.dtype), eps))
 
     def _attend(self, x, rotary, segment_ids, eps):
         with jax.named_scope("attention"):
-            q = rotate(rms_norm(self._heads(x, self.query, segment_ids), self.query_norm[...], eps), *rotary)
-            k = rotate(rms_norm(self._heads(x, self.key, segment_ids), self.key_norm[...], eps), *rotary)
+            q = rotate(rms_norm(self._heads(x, self.query, segment_ids), _at_use(self.query_norm, x.dtype), eps), *rotary)
+            k = rotate(rms_norm(self._heads(x, self.key, segment_ids), _at_use(self.key_norm, x.dtype), eps), *rotary)
             v = self._heads(x, self.value, segment_ids)
             mixed = attention(q, k, v, segment_ids)
-            output = _at_use(self.output, x.dtype)
-            mixed = mixed.reshape(x.shape[0], -1, out_sharding=sharding.spec(sharding.POSITIONS_F))
-            return _project(mixed, output.reshape(-1, x.shape[1]), sharding.POSITIONS_D)
+            mixed = mixed.reshape(x.shape[0], *mixed.shape[2:], out_sharding=sharding.spec(sharding.POSITIONS_HE))
+            return _project("phe,hed->pd", mixed, self.output, sharding.POSITIONS_D)
 
     def _heads(self, x: Float[Array, "P D"], weight: Parameter, segment_ids: Int[Array, "R T"]) -> Float[Array, "R T H E"]:
-        """Projects to heads: a matrix product, then the axes come apart."""
-        matrix = _at_use(weight, x.dtype)
-        _, H, E = matrix.shape
-        flat = _project(x, matrix.reshape(x.shape[1], H * E), sharding.POSITIONS_F)
-        return flat.reshape(*segment_ids.shape, H, E, out_sharding=sharding.spec(sharding.ROWS_THE))
+        heads = _project("pd,dhe->phe", x, weight, sharding.POSITIONS_HE)
+        return heads.reshape(*segment_ids.shape, *heads.shape[1:], out_sharding=sharding.spec(sharding.ROWS_THE))
 
     def _mlp(self, x):
         with jax.named_scope("mlp"):
-            gate = _project(x, _at_use(self.gate, x.dtype), sharding.POSITIONS_F)
-            up = _project(x, _at_use(self.up, x.dtype), sharding.POSITIONS_F)
-            return _project(jax.nn.silu(gate) * up, _at_use(self.down, x.dtype), sharding.POSITIONS_D)
+            gate = _project("pd,df->pf", x, self.gate, sharding.POSITIONS_F)
+            up = _project("pd,df->pf", x, self.up, sharding.POSITIONS_F)
+            return _project("pf,fd->pd", jax.nn.silu(gate) * up, self.down, sharding.POSITIONS_D)
 
 
-def _project(x: Float[Array, "P A"], matrix: Float[Array, "A B"], out: sharding.P) -> Float[Array, "P B"]:
-    return jnp.einsum("pa,ab->pb", x, matrix, out_sharding=sharding.spec(out))
+def _project(dims: str, x: Array, weight: Parameter, out: sharding.P) -> Array:
+    return jnp.einsum(dims, x, _at_use(weight, x.dtype), out_sharding=sharding.spec(out))
 
 
 class Decoder(nnx.Module):
@@ -132,6 +130,10 @@ class Decoder(nnx.Module):
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)
         self.norm = _ones("D", config.hidden_size)
+
+    def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """What stands between the last layer, or an earlier one that serves as the last, and the embedding."""
+        return rms_norm(x, _at_use(self.norm, x.dtype), self.config.rms_norm_eps)
 
     def __call__(
         self,
@@ -169,7 +171,7 @@ class Decoder(nnx.Module):
         if (policy := REMAT_POLICIES[remat]) is not None:
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # scan already prevents CSE
         x, taps = jax.lax.scan(step, x, self.layers)
-        hidden = rows(rms_norm(x, self.norm[...], config.rms_norm_eps))
+        hidden = rows(self.final_norm(x))
         return (hidden, taps) if tap else hidden
 
 

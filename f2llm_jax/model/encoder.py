@@ -19,16 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import PackedTexts
-from f2llm_jax.model.decoder import rms_norm
 
 # (params, token_ids [M T], positions [M T], segment_ids [M T], last [M X]) -> embeddings [M X ...]
 EncodeChunk = Callable[..., Float[Array, "M X ..."]]
 
 
 def last_token(hidden: Float[Array, "R T D"], last: Int[Array, "R X"]) -> Float[Array, "R X D"]:
-    """The hidden states at the given positions."""
-    rows = jnp.arange(hidden.shape[0], out_sharding=sharding.spec(sharding.P(sharding.BATCH)))
-    return hidden.at[rows[:, None], last].get(out_sharding=sharding.spec(sharding.ROWS_TD))
+    """The hidden states at the given positions. Row by row, so that no device needs the rows of another."""
+    return jax.vmap(lambda row, at: row[at])(hidden, last)
 
 
 def chunk_encoder(graphdef: nnx.GraphDef, dtype: jnp.dtype, remat: str, layers: tuple[int, ...] = ()) -> EncodeChunk:
@@ -44,8 +42,7 @@ def chunk_encoder(graphdef: nnx.GraphDef, dtype: jnp.dtype, remat: str, layers: 
         if not layers:
             return last_token(decoder(*rows, dtype=dtype, remat=remat), last).astype(jnp.float32)
         _, tapped = decoder(*rows, dtype=dtype, remat=remat, tap=lambda x: last_token(x, last))
-        ends = (rms_norm(tapped[layer - 1], decoder.norm[...], decoder.config.rms_norm_eps) for layer in layers)
-        return jnp.stack(list(ends), axis=2).astype(jnp.float32)
+        return jnp.stack([decoder.final_norm(tapped[layer - 1]) for layer in layers], axis=2).astype(jnp.float32)
 
     return encode_chunk
 
@@ -71,7 +68,11 @@ def value_and_grad(
     texts: PackedTexts,
     text_count: int,
 ) -> tuple[tuple[Float[Array, ""], Any], Any]:
-    """`((loss, aux), gradients)` of `objective(embeddings)` with respect to `params`."""
+    """`((loss, aux), gradients)` of `objective(embeddings)` with respect to `params`.
+
+    Over the mesh's `data` axis gradients are summed once, after the last chunk; over `fsdp` with each chunk, as their shards need.
+    """
+    params = sharding.lazy(params)
     final = texts.chunks - 1
     embeddings = encode(encode_chunk, params, _first(texts, final), text_count)
     pooled, backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, final)), params)
@@ -85,7 +86,7 @@ def value_and_grad(
         return jax.tree.map(jnp.add, gradients, share)
 
     (gradients,) = backward(_pick(cotangents, texts.text[final]))
-    return (loss, aux), jax.lax.fori_loop(0, final, accumulate, gradients)
+    return (loss, aux), sharding.settle(jax.lax.fori_loop(0, final, accumulate, gradients))
 
 
 def _rows(texts: PackedTexts, chunk: Int[Array, ""]) -> tuple[Array, ...]:
