@@ -6,9 +6,11 @@ A kit is a folder with `student/` and `teacher/` (Hugging Face), `batches.json` 
 exceeds 1e-4.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ from f2llm_jax.model.encoder import chunk_encoder, encode
 from f2llm_jax.model.weights import TABLE
 from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from f2llm_jax.training.step import Teacher, TrainState, make_train_step
+from f2llm_jax.training.step import Teacher, TrainState, by_role, make_train_step
 
 TOLERANCE = 1e-4
 
@@ -33,8 +35,9 @@ TOLERANCE = 1e-4
 class Kit:
     """A parity kit, its batches packed into rows."""
 
-    def __init__(self, folder: pathlib.Path, shape: RowShape, mesh: jax.sharding.Mesh | None = None):
-        self.folder, self.shape, self.mesh = folder, shape, mesh
+    def __init__(self, folder: pathlib.Path, shape: RowShape, mesh: jax.sharding.Mesh | None = None, cached: bool = False):
+        """With `cached`, the teacher's vectors come with each batch instead of being made in the step."""
+        self.folder, self.shape, self.mesh, self.cached = folder, shape, mesh, cached
         self.batches = json.loads((folder / "batches.json").read_text())["batches"]
         self.expected = json.loads((folder / "expected.json").read_text())
         self.negatives = max(len(row) for batch in self.batches for row in batch["negatives"])
@@ -46,6 +49,16 @@ class Kit:
         config = hf_import.read_config(self.folder / role)
         graphdef, _ = abstract_decoder(config)
         return chunk_encoder(graphdef, jnp.float32, "full"), hf_import.load_params(self.folder / role, config, self.mesh)
+
+    def chunks(self) -> int:
+        """The most chunks that a batch takes."""
+        return max(int(self.batch(index).texts.chunks) for index in range(len(self.batches)))
+
+    def with_teacher(self, batch: Batch, vectors: Callable[[Any], jax.Array]) -> Batch:
+        """The batch with the vectors of its texts, `[B, 2 + N, W]`, as a cache of them would bring them."""
+        roles = by_role(jnp.asarray(np.asarray(vectors(batch.texts))), np.asarray(batch.negative_mask))
+        stacked = jnp.concatenate([roles.query[:, None], roles.passage[:, None], roles.negatives], axis=1)
+        return dataclasses.replace(batch, teacher=sharding.shard(stacked, sharding.P(sharding.BATCH, None, None)))
 
     def batch(self, index: int) -> Batch:
         """Batch `index` as the training step takes it, padded with masked samples and negatives."""
@@ -100,11 +113,16 @@ class Kit:
             weight_decay=config["weight_decay"],
             clip_norm=config["clip_norm"],
         )
-        step = jax.jit(make_train_step(encode_chunk, objective, optimizer, Teacher(teacher) if teacher else None))
+        online = teacher and not self.cached
+        step = jax.jit(make_train_step(encode_chunk, objective, optimizer, Teacher(teacher) if online else None))
+        texts = self.samples * (2 + self.negatives)
+        vectors = jax.jit(lambda rows: encode(teacher, teacher_params, rows, texts))
         state = TrainState(jnp.int32(0), params, jax.jit(make_optimizer(optimizer).init)(params))
         worst = {"loss": 0.0, "grad_norm": 0.0}
         for want in expected["steps"]:
-            state, metrics = step(state, teacher_params, self.batch(want["step"]))
+            batch = self.batch(want["step"])
+            batch = self.with_teacher(batch, vectors) if teacher and self.cached else batch
+            state, metrics = step(state, teacher_params if online else None, batch)
             got = {key: float(mean.value) for key, mean in metrics.items()}
             parts = {"hard": "hard", "in_batch": "in_batch", "kd": "weighted/distillation"}
             losses = [relative(got["loss"], want["loss"])] + [relative(got[ours], want[k]) for k, ours in parts.items() if k in want]

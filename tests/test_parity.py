@@ -10,14 +10,21 @@ import pytest
 from f2llm_jax import sharding
 from f2llm_jax.data.packing import RowShape
 
-# The amount of work at once differs from one to the next (many chunks, two sizes of few, a single one) and so does the
-# device count: none of it may show in the figures.
-REPLAYS = {
-    "mrl=False kd=0.0 passage_grad=full": (RowShape(chunk_rows=2, row_tokens=96), None),
-    "mrl=True kd=0.0 passage_grad=full": (RowShape(chunk_rows=32, row_tokens=64), None),
-    "mrl=True kd=0.0 passage_grad=none": (RowShape(chunk_rows=5, row_tokens=48, row_texts=3), None),
-    "mrl=True kd=1.0 passage_grad=full": (RowShape(chunk_rows=8, row_tokens=64), (2, 2, 2)),
+# Chunks that the longest batch takes -> rows. How much is encoded at once, on how many devices, and where the teacher's vectors
+# come from may not show in the figures.
+SHAPES = {
+    1: RowShape(chunk_rows=32, row_tokens=64),
+    2: RowShape(chunk_rows=8, row_tokens=96),
+    5: RowShape(chunk_rows=8, row_tokens=48, row_texts=3),
 }
+# Chunks, mesh, cached teacher.
+REPLAYS = {
+    "mrl=False kd=0.0 passage_grad=full": (5, None, False),
+    "mrl=True kd=0.0 passage_grad=full": (1, None, False),
+    "mrl=True kd=0.0 passage_grad=none": (2, None, False),
+    "mrl=True kd=1.0 passage_grad=full": (2, (2, 2, 2), True),
+}
+DISTILLED = "mrl=True kd=1.0 passage_grad=full"
 
 
 def test_the_kit_has_the_trajectories_that_are_replayed(parity_kit):
@@ -26,11 +33,25 @@ def test_the_kit_has_the_trajectories_that_are_replayed(parity_kit):
 
 @pytest.mark.parametrize("name", REPLAYS)
 def test_a_trajectory_is_the_published_recipes(parity_kit, name):
-    shape, axes = REPLAYS[name]
+    check(parity_kit, name, *REPLAYS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [None, (2, 2, 2), (1, 8, 1)], ids=["1 device", "2x2x2", "1x8x1"])
+@pytest.mark.parametrize("chunks", SHAPES)
+@pytest.mark.parametrize(("name", "cached"), [*((name, False) for name in REPLAYS), (DISTILLED, True)])
+def test_every_trajectory_in_any_number_of_chunks_on_any_mesh(parity_kit, name, chunks, axes, cached):
+    check(parity_kit, name, chunks, axes, cached)
+
+
+def check(folder, name, chunks, axes, cached):
     mesh = sharding.make_mesh(*axes) if axes else None
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        figures = parity.Kit(parity_kit, shape, mesh).replay(name)
+        kit = parity.Kit(folder, SHAPES[chunks], mesh, cached)
+        assert kit.chunks() == chunks
+        figures = kit.replay(name)
     assert set(figures) == {"max_rel_loss", "max_rel_grad_norm", "max_rel_param_norm", "max_rel_embedding"}
+    print(name, f"{chunks} chunks", axes, "cached" if cached else "", figures)
     assert max(figures.values()) <= 1e-4, figures
 
 
