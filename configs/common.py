@@ -40,6 +40,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.seed = 0
     config.size = size  # a row of f2llm_jax/model/sizes.py
     config.init = ""  # weights to start from: HF folder, Hub id, workdir or checkpoint; empty for random
+    config.table_rank = 0  # train the embedding table as two factors of this rank, any prefix of which serves (ML-Embed); 0 for one
     config.teacher = ""  # model to distil from, named like init; empty for none
     config.teacher_cache = ""  # folder of cached teacher vectors to distil from instead (f2llm_jax.cache_teacher)
     config.epochs = EPOCHS[size]

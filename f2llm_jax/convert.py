@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.evaluation.agreement import AgreementError, compare
+from f2llm_jax.model.cut import Cut
 from f2llm_jax.model.origin import find_model
 from f2llm_jax.model.stored import steps_of
 from f2llm_jax.release import hf_folder, workdir
@@ -37,10 +38,11 @@ def _to_hf(flags: argparse.Namespace) -> int:
         pairs = [(f"{flags.model}/checkpoints/{step}", f"{flags.out}/step-{step}") for step in steps_of(flags.model)]
     else:
         pairs = [(flags.model, flags.out)]
+    cut = Cut(flags.layers, flags.table_rank)
     for _, out in pairs:
         hf_folder.check_out(out, flags.overwrite)  # all of them before the first is written
     for model, out in pairs:
-        hf_folder.export(find_model(model), out, form_of(flags), overwrite=flags.overwrite)
+        hf_folder.export(find_model(model, cut), out, form_of(flags), overwrite=flags.overwrite)
         print(f"released {model} to {out} in {flags.dtype}")
     return 0
 
@@ -78,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("model", metavar="CKPT", help="workdir, WORKDIR/checkpoints/STEP, Hugging Face folder or Hub id")
     to_hf.add_argument("out", metavar="OUT", help="folder to write; exists only when complete")
     to_hf.add_argument("--all-steps", action="store_true", help="every checkpoint of the workdir CKPT, each to OUT/step-STEP")
+    to_hf.add_argument("--layers", type=int, metavar="N", help="the first N layers alone, of a model trained with layer_matryoshka")
+    to_hf.add_argument("--table-rank", type=int, metavar="Z", help="an embedding table of rank Z, of a model trained with table_rank")
     add_form_flags(to_hf)
     to_hf.set_defaults(command=_to_hf)
 

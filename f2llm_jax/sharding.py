@@ -21,9 +21,11 @@ from f2llm_jax.batch import Batch, PackedTexts
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes over which rows and samples are split
 
-# Parameters: V vocab, D model, H query heads, K key/value heads, E head dim, F ffn. A leading L (layers) is never split.
+# Parameters: V vocab, Z rank of the table, D model, H query heads, K key/value heads, E head dim, F ffn. A leading L is never split.
 PARAMETER_SPECS = {
     "VD": P(None, ("fsdp", "tensor")),
+    "VZ": P(None, ("fsdp", "tensor")),
+    "ZD": P(None, ("fsdp", "tensor")),
     "DHE": P("fsdp", "tensor", None),
     "DKE": P("fsdp", "tensor", None),
     "HED": P("tensor", None, "fsdp"),
@@ -36,6 +38,8 @@ PARAMETER_SPECS = {
 # that every device there multiplies it with other positions; its gradient then is a sum that is still to be taken (see `lazy`).
 GATHERED_SPECS = {
     "VD": P(None, None, reduced=set(BATCH)),
+    "VZ": P(None, None, reduced=set(BATCH)),
+    "ZD": P(None, None, reduced=set(BATCH)),
     "DHE": P(None, "tensor", None, reduced=set(BATCH)),
     "DKE": P(None, "tensor", None, reduced=set(BATCH)),
     "HED": P("tensor", None, None, reduced=set(BATCH)),

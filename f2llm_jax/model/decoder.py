@@ -126,10 +126,20 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = _normal(rngs, "VD", config.vocab_size, config.hidden_size)
+        if config.table_rank:
+            self.embedding_left = _normal(rngs, "VZ", config.vocab_size, config.table_rank)
+            self.embedding_right = _normal(rngs, "ZD", config.table_rank, config.hidden_size)
+        else:
+            self.embedding = _normal(rngs, "VD", config.vocab_size, config.hidden_size)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)
         self.norm = _ones("D", config.hidden_size)
+
+    def _embed(self, ids: Int[Array, " P"], dtype: jnp.dtype) -> Float[Array, "P D"]:
+        """The tokens' rows of the table. Of a table in factors only these rows are ever multiplied out."""
+        table = self.embedding_left if self.config.table_rank else self.embedding
+        rows = _at_use(table, dtype).at[ids].get(out_sharding=sharding.spec(sharding.POSITIONS_D))
+        return _project("pz,zd->pd", rows, self.embedding_right, sharding.POSITIONS_D) if self.config.table_rank else rows
 
     def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """What stands between the last layer, or an earlier one that serves as the last, and the embedding."""
@@ -158,7 +168,7 @@ class Decoder(nnx.Module):
         """
         config = self.config
         ids = token_ids.reshape(-1, out_sharding=sharding.spec(sharding.P(sharding.BATCH)))
-        x = _at_use(self.embedding, dtype).at[ids].get(out_sharding=sharding.spec(sharding.POSITIONS_D))
+        x = self._embed(ids, dtype)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
 
         def rows(x):

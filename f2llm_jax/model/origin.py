@@ -8,10 +8,12 @@ from etils import epath
 from flax import nnx
 
 from f2llm_jax.model import hf_import, stored
+from f2llm_jax.model.cut import Cut
 from f2llm_jax.model.parameters import OpenParameters
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer, TokenizerError, load_tokenizer
 
+WHOLE = Cut()
 DEFAULT_TEXT_LIMIT = 8192  # where training left no word of it: mteb's `codefuse_models.py`, for every F2LLM model
 
 
@@ -28,6 +30,7 @@ class ModelSource:
       max_length: longest text in tokens it was trained on; None if unknown.
       run_folder: the workdir of the run that made it, which holds what the run recorded; None if unknown.
       step: the updates it has had in that run; None if unknown.
+      depths: numbers of layers it was trained to serve with, ascending; empty if unknown.
     """
 
     name: str
@@ -38,6 +41,7 @@ class ModelSource:
     max_length: int | None = None
     run_folder: epath.Path | None = None
     step: int | None = None
+    depths: tuple[int, ...] = ()
 
     @property
     def text_limit(self) -> int:
@@ -71,19 +75,21 @@ class ModelOrigin(ModelSource):
     load: Callable[[jax.sharding.Mesh | None], nnx.State]
 
 
-def find_model(name: str) -> ModelOrigin:
-    """The model that `name` means: a checkpoint if it looks like one, else a Hugging Face folder or Hub id.
+def find_model(name: str, cut: Cut = WHOLE) -> ModelOrigin:
+    """The model that `name` means, as it is served: a checkpoint if it looks like one, else a Hugging Face folder or Hub id.
 
     Raises:
       CheckpointError, ModelFolderError: there is none, or it is not one this project can read.
+      CutError: it was not trained to be cut so.
     """
     path = stored.absolute(name)
     if (path.name.isdigit() and not (path / "config.json").exists()) or (path / "checkpoints").exists():
-        return _checkpoint(name, path)
+        return _checkpoint(name, path, cut)
     folder = hf_import.resolve(name)
     config = hf_import.read_config(folder)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     dims, max_length = hf_import.read_training_facts(folder)
+    cut.check(name, config, (config.num_hidden_layers,))
     return ModelOrigin(
         name=name,
         config=config,
@@ -95,16 +101,18 @@ def find_model(name: str) -> ModelOrigin:
     )
 
 
-def _checkpoint(name: str, path: epath.Path) -> ModelOrigin:
+def _checkpoint(name: str, path: epath.Path, cut: Cut) -> ModelOrigin:
     saved = stored.find_checkpoint(path)
+    cut.check(name, saved.config, saved.depths)
     return ModelOrigin(
         name=name,
-        config=saved.config,
-        open_params=saved.open_params,
-        load=saved.load,
+        config=cut.config(saved.config),
+        open_params=cut.open(saved.config, saved.open_params),
+        load=lambda mesh: cut.state(saved.config, saved.load(mesh)),
         tokenizer=load_tokenizer(saved.run_folder / "tokenizer"),
         matryoshka_dims=tuple(saved.metadata["matryoshka_dims"]),
         max_length=saved.metadata["max_length"],
         run_folder=saved.run_folder,
         step=saved.step,
+        depths=tuple(depth for depth in saved.depths if depth <= cut.config(saved.config).num_hidden_layers),
     )

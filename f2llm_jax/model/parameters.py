@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.weights import TABLE, Entry
+from f2llm_jax.model.weights import LEFT, RIGHT, TABLE, Entry
 
 BLOCK_BYTES = 2**28  # in float32; one layer's largest matrix of the 14B model is 340 MiB and is then a block of its own
 
@@ -41,7 +41,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[Entry, Shape]:
     """The shape of each of our parameters, in the order of the weight table."""
     _, abstract = abstract_decoder(config)
     shapes = {}
-    for entry in TABLE:
+    for entry in (LEFT, RIGHT, *TABLE[1:]) if config.table_rank else TABLE:
         leaf = abstract
         for key in entry.path:
             leaf = leaf[key]
@@ -50,7 +50,10 @@ def parameter_shapes(config: DecoderConfig) -> dict[Entry, Shape]:
 
 
 def hf_tensors(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:
-    """Name and shape of every tensor of a `Qwen3Model` of this shape, `11 L + 2` in all, in the order of the weight table."""
+    """Name and shape of every tensor of a `Qwen3Model` of this shape, `11 L + 2` in all, in the order of the weight table.
+
+    The shape is one of a plain table: see `cut.plain`.
+    """
     for entry, shape in parameter_shapes(config).items():
         if entry.stacked:
             yield from ((entry.name.format(i=i), entry.hf_shape(shape[1:])) for i in range(shape[0]))

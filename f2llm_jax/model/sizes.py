@@ -18,6 +18,7 @@ class DecoderConfig:
       rope_theta: base of the rotary frequencies.
       rms_norm_eps: added to the mean square.
       max_position_embeddings: longest text in tokens that a release declares.
+      table_rank: Z, if the embedding table is a product of two factors (see low_rank.py); 0 for a plain table, as Qwen3 has it.
     """
 
     vocab_size: int = 151_936
@@ -30,12 +31,15 @@ class DecoderConfig:
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 40_960
+    table_rank: int = 0
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary position embedding turns pairs")
+        if not 0 <= self.table_rank <= self.hidden_size:
+            raise ValueError(f"table_rank={self.table_rank} must be at most the width {self.hidden_size}, or 0 for a plain table")
 
 
 def _size(hidden: int, ffn: int, layers: int, heads: int) -> DecoderConfig:

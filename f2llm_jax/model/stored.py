@@ -47,6 +47,11 @@ class SavedModel:
     metadata: dict[str, Any]
     run_folder: epath.Path
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Numbers of layers that it was trained to serve with, ascending."""
+        return tuple(self.metadata.get("depths") or (self.config.num_hidden_layers,))
+
     def load(self, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
         """The parameters, fp32, on the mesh or on this machine's first device."""
         abstract = _placed(abstract_decoder(self.config, mesh)[1])

@@ -80,3 +80,6 @@ TABLE = (
     _layer("down", "mlp.down_proj", (1, 0), (1, 1)),
     Entry(("norm",), "norm.weight", (0,), (1,)),
 )
+EMBEDDING = TABLE[0]
+# What stands for the embedding table where it is a product (low_rank.py), by ML-Embed's names. Qwen3 knows no such tensors.
+LEFT, RIGHT = Entry(("embedding_left",), "U", (0, 1), (1, 1)), Entry(("embedding_right",), "V", (0, 1), (1, 1))

@@ -3,6 +3,7 @@
 import argparse
 import re
 
+from f2llm_jax.model.cut import CutError
 from f2llm_jax.model.hf_import import ModelFolderError
 from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.release.card import Labels
@@ -11,7 +12,7 @@ from f2llm_jax.release.hf_folder import Form
 from f2llm_jax.release.safetensors import DTYPES
 from f2llm_jax.text import TokenizerError
 
-ERRORS = (CheckpointError, ModelFolderError, ReleaseError, TokenizerError, OSError)
+ERRORS = (CheckpointError, CutError, ModelFolderError, ReleaseError, TokenizerError, OSError)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers' save_pretrained counts
 
 

@@ -27,7 +27,7 @@ from f2llm_jax.training import checkpoint, start
 from f2llm_jax.training.facts import write_facts
 from f2llm_jax.training.metrics import Recorder
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from f2llm_jax.training.step import Teacher, TrainState, make_eval_step, make_train_step
+from f2llm_jax.training.step import TableRanks, Teacher, TrainState, make_eval_step, make_train_step
 from f2llm_jax.training.validation import validate
 
 
@@ -53,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     }
 
     # Model and teacher
-    model = start.student(config.init, config.size, config.seed, dataset)
+    model = start.student(config.init, config.size, config.seed, dataset, config.table_rank)
     teacher = start.teacher(config.teacher, model.config, dataset) if config.teacher else None
     cached = None
     if config.teacher_cache:
@@ -85,11 +85,12 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
     # Step
     frozen = None if teacher is None else Teacher(_chunk_encoder(teacher.config, dtype, "none"))
-    train_step = jax.jit(make_train_step(encode_depths, objective, optimizer, frozen), donate_argnums=0)
+    train_step = jax.jit(make_train_step(encode_depths, objective, optimizer, frozen, _table_ranks(config)), donate_argnums=0)
     eval_step = jax.jit(make_eval_step(encode_chunk, objective))
     metadata = {
         "decoder": dataclasses.asdict(model.config),
         "matryoshka_dims": dims,
+        "depths": depths,
         "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
         "max_length": batch_config.max_length,
     }
@@ -150,6 +151,10 @@ def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], distil:
 def _chunk_encoder(config, dtype: jnp.dtype, remat: str, depths: tuple[int, ...] = ()):
     graphdef, _ = abstract_decoder(config)
     return chunk_encoder(graphdef, dtype, remat, depths)
+
+
+def _table_ranks(config: ml_collections.ConfigDict) -> TableRanks | None:
+    return TableRanks(config.table_rank, config.seed) if config.table_rank else None
 
 
 def _fresh_state(params: nnx.State, optimizer: OptimizerConfig) -> TrainState:

@@ -8,8 +8,10 @@ from flax import nnx
 
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.model.low_rank import factorised
 from f2llm_jax.model.origin import ModelOrigin, find_model
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
+from f2llm_jax.model.stored import find_checkpoint
 
 TOY_VOCAB_MULTIPLE = 64  # the toy size takes the tokenizer's vocabulary, rounded up so that it splits over devices
 
@@ -27,12 +29,25 @@ class StartingPoint:
     load: Callable[[jax.sharding.Mesh | None], nnx.State]
 
 
-def student(init: str, size: str, seed: int, dataset: Dataset) -> StartingPoint:
+def student(init: str, size: str, seed: int, dataset: Dataset, table_rank: int = 0) -> StartingPoint:
     """The model to train: the weights at `init` (see `find_model`), or random ones of `size` if it is empty.
+
+    With `table_rank` its embedding table is a product of two factors: those of `init` if it has them in this rank, else the
+    nearest to its table.
 
     Raises:
       StartError: unknown size, weights of another size, or a tokenizer or vocabulary other than the data's.
     """
+    plain = _plain_student(init, size, seed, dataset)
+    if not table_rank:
+        return plain
+    config = dataclasses.replace(plain.config, table_rank=table_rank)
+    if init and (origin := find_model(init)).run_folder and (saved := find_checkpoint(init)).config == config:
+        return StartingPoint(config, f"from {origin.name}, table in its factors", saved.load)
+    return StartingPoint(config, f"{plain.description}, table of rank {table_rank}", lambda mesh: factorised(plain.load(mesh), table_rank))
+
+
+def _plain_student(init: str, size: str, seed: int, dataset: Dataset) -> StartingPoint:
     if size not in SIZES:
         raise StartError(f"unknown size {size!r}; there are: {', '.join(SIZES)}")
     if not init:

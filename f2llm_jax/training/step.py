@@ -1,6 +1,7 @@
 """The training step and the evaluation step: pure functions of arrays, each on one screen."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import objectives
 from f2llm_jax.batch import Batch
-from f2llm_jax.model import encoder
+from f2llm_jax.model import encoder, low_rank
 from f2llm_jax.objectives import Embeddings, Mean, Objective, Samples
 from f2llm_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
@@ -31,6 +32,23 @@ class Teacher:
     """A frozen encoder of the same token rows; its parameters are an argument of the step, not part of this."""
 
     encode_chunk: encoder.EncodeChunk
+
+
+@dataclasses.dataclass(frozen=True)
+class TableRanks:
+    """A new rank of the embedding table for each step (see low_rank.py), a function of seed and step.
+
+    Attributes:
+      largest: Z, that of the factors.
+      seed: of the run.
+    """
+
+    largest: int
+    seed: int
+
+    def draw(self, step: Int[Array, ""]) -> Int[Array, ""]:
+        """The rank of the update `step` (0-based)."""
+        return low_rank.sample_rank(jax.random.fold_in(jax.random.key(self.seed), step), self.largest)
 
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
@@ -66,10 +84,12 @@ def make_train_step(
     objective: Objective,
     optimizer_config: OptimizerConfig,
     teacher: Teacher | None = None,
+    table_ranks: TableRanks | None = None,
 ) -> Step:
     """`(state, teacher_params, batch) -> (state, metrics)`; `teacher_params` is None without a teacher.
 
-    If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka).
+    If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka). With `table_ranks` only that many
+    columns of the factored embedding table take part in a step.
     Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, and the `learning_rate` of this update.
     """
     optimizer = make_optimizer(optimizer_config)
@@ -84,12 +104,18 @@ def make_train_step(
             # The mean over depths, as ML-Embed's `utils.py`; what is logged beside it is of the whole depth.
             return sum(value for value, _ in losses) / len(losses), losses[-1][1]
 
-        (total, parts), gradients = encoder.value_and_grad(loss, encode_chunk, state.params, batch.texts, batch.text_count)
+        narrowed, facts = (lambda params: params), {}
+        if table_ranks:
+            facts["table_rank"] = table_ranks.draw(state.step)
+            narrowed = functools.partial(low_rank.narrowed, rank=facts["table_rank"])
+        params = narrowed(state.params)
+        (total, parts), gradients = encoder.value_and_grad(loss, encode_chunk, params, batch.texts, batch.text_count)
+        gradients = narrowed(gradients)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        facts = {"loss": total, "grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate(optimizer_config, state.step)}
-        metrics = parts | {name: Mean(value, jnp.float32(1)) for name, value in facts.items()}
+        facts |= {"loss": total, "grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate(optimizer_config, state.step)}
+        metrics = parts | {name: Mean(jnp.float32(value), jnp.float32(1)) for name, value in facts.items()}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

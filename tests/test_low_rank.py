@@ -1,0 +1,188 @@
+"""The embedding table in two factors: numpy's SVD to start from, a rank a step, and plain Qwen3 models to serve."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentence_transformers
+import tiny
+from test_encoder import TEXTS, B, N, encode_chunk, packed
+from test_layer_matryoshka import shallow
+
+from f2llm_jax import convert, sharding
+from f2llm_jax.batch import Batch
+from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
+from f2llm_jax.model import low_rank
+from f2llm_jax.model.cut import Cut, CutError
+from f2llm_jax.model.decoder import abstract_decoder, init_decoder
+from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
+from f2llm_jax.model.origin import find_model
+from f2llm_jax.objectives import ContrastiveConfig, Objective
+from f2llm_jax.text import load_tokenizer
+from f2llm_jax.training import checkpoint
+from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from f2llm_jax.training.step import TableRanks, TrainState, make_train_step
+
+RANK = 16
+CONFIG = dataclasses.replace(tiny.CONFIG, table_rank=RANK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_decoder(tiny.CONFIG, 0)
+
+
+def table(params):
+    return np.asarray(params["embedding"].get_value())
+
+
+def nearest(table, rank):
+    """By numpy's SVD: no matrix of this rank is nearer."""
+    u, s, v = np.linalg.svd(table.astype(np.float64), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def test_the_ranks_are_the_published_ones():
+    assert low_rank.ranks(512) == (64, 128, 256, 512)
+    assert low_rank.ranks(96) == (64, 96) and low_rank.ranks(64) == (64,) and low_rank.ranks(16) == (16,)
+
+
+def test_a_rank_is_drawn_in_proportion_to_itself():
+    drawn = np.asarray(jax.jit(jax.vmap(TableRanks(512, seed=3).draw))(jnp.arange(20_000)))
+    shares = {rank: float((drawn == rank).mean()) for rank in (64, 128, 256, 512)}
+    assert shares == pytest.approx({64: 1 / 15, 128: 2 / 15, 256: 4 / 15, 512: 8 / 15}, abs=0.012)
+    np.testing.assert_array_equal(drawn[:9], [TableRanks(512, seed=3).draw(step) for step in range(9)])
+    assert (np.asarray(jax.vmap(TableRanks(512, seed=4).draw)(jnp.arange(100))) != drawn[:100]).any()
+
+
+@pytest.mark.parametrize("axes", [None, (2, 2, 2)])
+def test_factors_are_the_singular_value_decomposition(axes):
+    mesh = sharding.make_mesh(*axes) if axes else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        plain = init_decoder(tiny.CONFIG, 0, mesh)
+        factors = low_rank.factorised(plain, RANK)
+        _, expected = abstract_decoder(CONFIG, mesh)
+        assert jax.tree.structure(factors) == jax.tree.structure(expected)
+        for got, want in zip(jax.tree.leaves(factors), jax.tree.leaves(expected), strict=True):
+            assert (got.shape, got.dtype) == (want.shape, want.dtype) and (mesh is None or got.sharding == want.sharding)
+        for rank in (RANK, 5):  # the first columns are the decomposition of lower rank
+            narrowed = low_rank.narrowed(factors, jnp.int32(rank))
+            np.testing.assert_allclose(table(low_rank.multiplied(narrowed)), nearest(table(plain), rank), atol=1e-6)
+        whole = low_rank.multiplied(low_rank.factorised(plain, tiny.CONFIG.hidden_size))
+        assert jax.tree.structure(whole) == jax.tree.structure(plain)
+        np.testing.assert_allclose(table(whole), table(plain), atol=1e-6)
+
+
+def test_the_decoder_computes_with_the_product(params):
+    factors, texts = low_rank.factorised(params, RANK), jax.device_put(packed(2))
+    plain = jax.jit(lambda p: encode(encode_chunk(), p, texts, TEXTS))(low_rank.multiplied(factors))
+    factored = chunk_encoder(abstract_decoder(CONFIG)[0], jnp.float32, "full")
+    np.testing.assert_allclose(jax.jit(lambda p: encode(factored, p, texts, TEXTS))(factors), plain, atol=2e-6)
+
+
+def test_a_step_trains_the_columns_of_its_rank_alone(params):
+    """Against automatic differentiation through the plain table, whose gradient G gives the factors G V^T and U^T G."""
+    factors, texts, rank = low_rank.factorised(params, 64), jax.device_put(packed(2)), 24
+    config = dataclasses.replace(tiny.CONFIG, table_rank=64)
+    narrowed = low_rank.narrowed(factors, jnp.int32(rank))
+    loss = lambda e: (jnp.sum(jnp.sin(e)), None)  # noqa: E731
+    factored = chunk_encoder(abstract_decoder(config)[0], jnp.float32, "full")
+    _, got = jax.jit(lambda p: value_and_grad(loss, factored, p, texts, TEXTS))(narrowed)
+    got = low_rank.narrowed(got, jnp.int32(rank))
+    _, want = jax.jit(lambda p: value_and_grad(loss, encode_chunk(), p, texts, TEXTS))(low_rank.multiplied(narrowed))
+    left, right = (np.asarray(narrowed[name].get_value()) for name in ("embedding_left", "embedding_right"))
+    want_left, want_right = table(want) @ right.T, left.T @ table(want)
+    want_left[:, rank:] = 0
+    for name, expected in {"embedding_left": want_left, "embedding_right": want_right}.items():
+        np.testing.assert_allclose(got[name].get_value(), expected, atol=5e-6 * np.abs(expected).max())
+        assert np.abs(expected).max() > 0
+    assert not np.asarray(got["embedding_right"].get_value())[rank:].any()
+
+
+def test_a_step_draws_its_rank_and_trains_all_depths_together(params):
+    """Depths, widths and rank at once: the loss is that of a model with the narrowed plain table."""
+    ranks = TableRanks(96, seed=0)
+    config = dataclasses.replace(tiny.CONFIG, hidden_size=128, table_rank=96)
+    weights = low_rank.factorised(init_decoder(dataclasses.replace(config, table_rank=0), 0), 96)
+    ids = jnp.arange(B), jnp.arange(B, B + B * N).reshape(B, N)
+    batch = Batch(jax.device_put(packed(2)), jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids)
+    objective = Objective(contrastive=ContrastiveConfig(dims=(8, 128)))
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, total_steps=99)
+
+    def step(config, weights, number, ranks=None):
+        state = TrainState(jnp.int32(number), weights, make_optimizer(optimizer).init(weights))
+        encoder = chunk_encoder(abstract_decoder(config)[0], jnp.float32, "full", (1, 3))
+        return jax.jit(make_train_step(encoder, objective, optimizer, None, ranks))(state, None, batch)[1]
+
+    number = next(number for number in range(99) if int(ranks.draw(number)) == 64)
+    got = step(config, weights, number, ranks)
+    assert float(got["table_rank"].value) == 64
+    alone = low_rank.multiplied(low_rank.narrowed(weights, jnp.int32(64)))
+    want = step(dataclasses.replace(config, table_rank=0), alone, number)
+    np.testing.assert_allclose(got["loss"].value, want["loss"].value, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of 3 layers, all trained to serve, and a table of rank 96."""
+    folder = tmp_path_factory.mktemp("run")
+    config = dataclasses.replace(tiny.CONFIG, hidden_size=128, table_rank=96)
+    weights = low_rank.factorised(init_decoder(dataclasses.replace(config, table_rank=0), 0), 96)
+    tokenizer = load_tokenizer(tiny.write_tokenizer(folder / "tokenizer"))
+    checkpoints = checkpoint.open_checkpoints(folder / "checkpoints", 1)
+    facts = {"tokenizer_fingerprint": tokenizer.fingerprint, "max_length": 96, "matryoshka_dims": (8, 128), "depths": (1, 2, 3)}
+    state = TrainState(jnp.int32(0), weights, {"count": jnp.int32(0)})
+    checkpoint.save(checkpoints, 0, state, {"decoder": dataclasses.asdict(config), **facts})
+    checkpoints.close()
+    return folder, weights
+
+
+@pytest.mark.parametrize(("layers", "rank"), [(None, None), (2, None), (None, 64), (1, 64)])
+def test_every_cut_is_a_model_that_sentence_transformers_loads(trained, tmp_path, layers, rank):
+    folder, weights = trained
+    flags = [*(["--layers", str(layers)] if layers else []), *(["--table-rank", str(rank)] if rank else [])]
+    assert convert.main(["to-hf", str(folder), str(tmp_path / "out"), *flags]) == 0
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    ours = load_encoder(find_model(str(folder), Cut(layers, rank))).encode(tiny.TEXTS)
+    cosine = (truncate_and_normalize(ours, 128) * theirs.encode(tiny.TEXTS)).sum(1)
+    assert cosine.min() >= 0.99999
+    plain = nearest_table(weights, rank or 96)
+    np.testing.assert_allclose(theirs[0].auto_model.embed_tokens.weight.detach().numpy(), plain, atol=1e-6)
+    assert theirs[0].auto_model.config.num_hidden_layers == len(theirs[0].auto_model.layers) == (layers or 3)
+    _, cut = shallow(weights, layers or 3)
+    last = theirs[0].auto_model.layers[-1].mlp.down_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(last.T, cut["layers"]["down"].get_value()[-1])
+
+
+def nearest_table(weights, rank):
+    left, right = (np.asarray(weights[name].get_value()) for name in ("embedding_left", "embedding_right"))
+    return left[:, :rank] @ right[:rank]
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (Cut(layers=5), "was not trained to serve with 5 layers, only with 1, 2, 3"),
+        (Cut(table_rank=32), "was not trained for a table of rank 32, only for 64, 96"),
+    ],
+)
+def test_other_cuts_are_refused(trained, cut, message):
+    with pytest.raises(CutError, match=message):
+        find_model(str(trained[0]), cut)
+
+
+def test_a_plain_table_has_no_other_rank(tmp_path):
+    tiny_model = tiny.origin(tmp_path / "tokenizer")
+    assert tiny_model.config.table_rank == 0
+    with pytest.raises(CutError, match="plain embedding table"):
+        Cut(table_rank=64).check("it", tiny_model.config, (3,))
