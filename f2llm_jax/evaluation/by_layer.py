@@ -26,7 +26,7 @@ def encode_by_layer(config: DecoderConfig, parameters: Parameters, ids: Sequence
     last = np.array([len(one) - 1 for one in ids])
     positions = np.broadcast_to(np.arange(longest, dtype=np.int32), token_ids.shape)
     segment_ids = (positions <= last[:, None]).astype(np.int32)
-    x = jnp.asarray(_lookup(config, parameters, token_ids.reshape(-1)))
+    x = jnp.asarray(lookup(config, parameters, token_ids.reshape(-1)))
     layer = _layer(config)
     with jax.default_matmul_precision("highest"):
         for i in range(config.num_hidden_layers):
@@ -49,7 +49,7 @@ def _layer(config: DecoderConfig) -> Callable[..., jax.Array]:
     return apply
 
 
-def _lookup(config: DecoderConfig, parameters: Parameters, ids: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N D"]:
+def lookup(config: DecoderConfig, parameters: Parameters, ids: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N D"]:
     """Rows of the embedding table, which passes by in blocks."""
     rows = np.empty((len(ids), config.hidden_size), np.float32)
     table: Entry = ENTRIES["embedding"]

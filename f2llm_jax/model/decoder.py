@@ -28,6 +28,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
+LayerTap = Callable[[str, Array], None]  # called while the layer is traced: what it keeps, the caller must return
+
+
 class Parameter(nnx.Param):
     """An fp32 parameter that knows its dims ("DHE", a key of `sharding.PARAMETER_SPECS`)."""
 
@@ -92,10 +95,19 @@ class Layer(nnx.Module):
         rotary: tuple[Float[Array, "R T 1 E"], Float[Array, "R T 1 E"]],
         segment_ids: Int[Array, "R T"],
         eps: float,
+        tap: LayerTap = lambda name, value: None,
     ) -> Float[Array, "P D"]:
-        """P = R * T positions: plain matrix products, which every backend runs at full speed, gradients included."""
-        x = x + self._attend(rms_norm(x, _at_use(self.attention_norm, x.dtype), eps), rotary, segment_ids, eps)
-        return x + self._mlp(rms_norm(x, _at_use(self.mlp_norm, x.dtype), eps))
+        """P = R * T positions: plain matrix products, which every backend runs at full speed, gradients included.
+
+        `tap` is called on what weights are about to multiply: "attention" and "mlp", the two normed streams `[P, D]`, and
+        "down", the gated activations `[P, F]`.
+        """
+        normed = rms_norm(x, _at_use(self.attention_norm, x.dtype), eps)
+        tap("attention", normed)
+        x = x + self._attend(normed, rotary, segment_ids, eps)
+        normed = rms_norm(x, _at_use(self.mlp_norm, x.dtype), eps)
+        tap("mlp", normed)
+        return x + self._mlp(normed, tap)
 
     def _attend(self, x, rotary, segment_ids, eps):
         with jax.named_scope("attention"):
@@ -110,11 +122,13 @@ class Layer(nnx.Module):
         heads = _project("pd,dhe->phe", x, weight, sharding.POSITIONS_HE)
         return heads.reshape(*segment_ids.shape, *heads.shape[1:], out_sharding=sharding.spec(sharding.ROWS_THE))
 
-    def _mlp(self, x):
+    def _mlp(self, x, tap):
         with jax.named_scope("mlp"):
             gate = _project("pd,df->pf", x, self.gate, sharding.POSITIONS_F)
             up = _project("pd,df->pf", x, self.up, sharding.POSITIONS_F)
-            return _project("pf,fd->pd", jax.nn.silu(gate) * up, self.down, sharding.POSITIONS_D)
+            gated = jax.nn.silu(gate) * up
+            tap("down", gated)
+            return _project("pf,fd->pd", gated, self.down, sharding.POSITIONS_D)
 
 
 def _project(dims: str, x: Array, weight: Parameter, out: sharding.P) -> Array:

@@ -44,6 +44,11 @@ class ModelSource:
     depths: tuple[int, ...] = ()
 
     @property
+    def short_name(self) -> str:
+        """For a model card: `checkpoints/320` or `owner/model`, not where it stood on this machine."""
+        return "/".join(self.name.rstrip("/").split("/")[-2:])
+
+    @property
     def text_limit(self) -> int:
         """Tokens, EOS included, at which texts are cut: by this project's encoder and by every reader of its releases."""
         return min(self.max_length or DEFAULT_TEXT_LIMIT, self.config.max_position_embeddings)

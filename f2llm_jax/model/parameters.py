@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
+from f2llm_jax.model.decoder import Parameter as DecoderParameter
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.model.weights import LEFT, RIGHT, TABLE, Entry
@@ -39,14 +40,21 @@ OpenParameters = Callable[[], AbstractContextManager[Parameters]]
 
 def parameter_shapes(config: DecoderConfig) -> dict[Entry, Shape]:
     """The shape of each of our parameters, in the order of the weight table."""
+    return {entry: leaf.get_value().shape for entry, leaf in _leaves(config)}
+
+
+def parameter_dims(config: DecoderConfig) -> dict[Entry, str]:
+    """The letters of each of our parameters' axes (see `sharding.PARAMETER_SPECS`), without the leading L of stacked ones."""
+    return {entry: leaf.dims for entry, leaf in _leaves(config)}
+
+
+def _leaves(config: DecoderConfig) -> Iterator[tuple[Entry, DecoderParameter]]:
     _, abstract = abstract_decoder(config)
-    shapes = {}
     for entry in (LEFT, RIGHT, *TABLE[1:]) if config.table_rank else TABLE:
         leaf = abstract
         for key in entry.path:
             leaf = leaf[key]
-        shapes[entry] = leaf.get_value().shape
-    return shapes
+        yield entry, leaf
 
 
 def hf_tensors(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:

@@ -48,6 +48,19 @@ def _size(hidden: int, ffn: int, layers: int, heads: int) -> DecoderConfig:
     )
 
 
+def _in_small(size: DecoderConfig) -> DecoderConfig:
+    """About the shape of `size` at a sixteenth of its widths and an eighth of its depth and heads."""
+    return DecoderConfig(
+        vocab_size=8192,  # set to the tokenizer's, as for "toy"
+        hidden_size=size.hidden_size // 16,
+        intermediate_size=size.intermediate_size // 16,
+        num_hidden_layers=-(-size.num_hidden_layers // 8),
+        num_attention_heads=size.num_attention_heads // 8,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+
+
 SIZES = {
     "80m": _size(320, 2048, 8, 16),
     "160m": _size(640, 1536, 9, 16),  # a narrower MLP than 80m's: not a slip, the parameter count confirms it
@@ -68,3 +81,4 @@ SIZES = {
         head_dim=32,
     ),
 }
+SIZES |= {f"toy-{name}": _in_small(size) for name, size in SIZES.items() if name != "toy"}  # the family on a laptop

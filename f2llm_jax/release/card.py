@@ -111,7 +111,7 @@ def _usage(source: ModelSource, dims: Sequence[int], dtype: str) -> str:
 def _training(source: ModelSource, record: RunRecord, curve: bool) -> str:
     """Where the weights come from, every hyper-parameter, the curve."""
     lines = [] if not source.step else [f"Weights after {source.step:,} updates.\n"]
-    if " merge of " in source.name:
+    if " merge of " in source.name or " model pruned from " in source.name:
         lines = [f"A {source.name}.\n"]
     if curve:
         lines.append(f"![Loss by update]({CURVE_FILE})\n")

@@ -44,7 +44,7 @@ def merge(sources: Sequence[ModelSource], weights: Sequence[float] | None = None
 
     first = sources[0]
     kept = {field.name: getattr(first, field.name) for field in dataclasses.fields(ModelSource)}
-    listed = ", ".join(f"{_short(source.name)} ({share:.4g})" for source, share in zip(sources, shares, strict=True))
+    listed = ", ".join(f"{source.short_name} ({share:.4g})" for source, share in zip(sources, shares, strict=True))
     same_run = all(source.run_folder == first.run_folder for source in sources)
     return ModelSource(
         **{
@@ -55,11 +55,6 @@ def merge(sources: Sequence[ModelSource], weights: Sequence[float] | None = None
             "step": max(s.step for s in sources) if same_run and first.run_folder else None,
         }
     )
-
-
-def _short(name: str) -> str:
-    """A name for a model card: `checkpoints/320` or `owner/model`, not where it stood on this machine."""
-    return "/".join(name.rstrip("/").split("/")[-2:])
 
 
 def _check(sources: Sequence[ModelSource], weights: Sequence[float], method: str) -> None:

@@ -42,6 +42,17 @@ def write_workdir(source: ModelSource, out: epath.PathLike, *, overwrite: bool) 
       ReleaseError: `out` may not be written.
       TokenizerError: the model has no tokenizer or one that does not fit it.
     """
+    source.matching_tokenizer()
+    with complete_or_absent(absolute(out), "checkpoints", f"{STEP}/{COMMITTED}", overwrite) as folder:
+        fill(folder, source)
+
+
+def fill(folder: epath.Path, source: ModelSource) -> None:
+    """Writes the same into an empty folder that the caller keeps complete or absent.
+
+    Raises:
+      TokenizerError: as `write_workdir`.
+    """
     tokenizer = source.matching_tokenizer()
     metadata = {
         "decoder": dataclasses.asdict(source.config),
@@ -49,10 +60,7 @@ def write_workdir(source: ModelSource, out: epath.PathLike, *, overwrite: bool) 
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "max_length": source.max_length,
     }
-    with (
-        complete_or_absent(absolute(out), "checkpoints", f"{STEP}/{COMMITTED}", overwrite) as folder,
-        _description(source.config, metadata) as described,
-    ):
+    with _description(source.config, metadata) as described:
         tokenizer.save(folder / "tokenizer")
         with source.open_params() as parameters:
             _write_arrays(folder / STEP / "params", source.config, parameters)

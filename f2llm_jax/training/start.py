@@ -13,7 +13,7 @@ from f2llm_jax.model.origin import ModelOrigin, find_model
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
 from f2llm_jax.model.stored import find_checkpoint
 
-TOY_VOCAB_MULTIPLE = 64  # the toy size takes the tokenizer's vocabulary, rounded up so that it splits over devices
+TOY_VOCAB_MULTIPLE = 64  # toy sizes take the tokenizer's vocabulary, rounded up so that it splits over devices
 
 
 class StartError(ValueError):
@@ -52,7 +52,7 @@ def _plain_student(init: str, size: str, seed: int, dataset: Dataset) -> Startin
         raise StartError(f"unknown size {size!r}; there are: {', '.join(SIZES)}")
     if not init:
         config = SIZES[size]
-        if size == "toy":
+        if size.startswith("toy"):
             config = dataclasses.replace(config, vocab_size=-(-dataset.vocab_size // TOY_VOCAB_MULTIPLE) * TOY_VOCAB_MULTIPLE)
         _check_vocabulary(config, f"size {size}", dataset)
         return StartingPoint(config, "from random weights", lambda mesh: init_decoder(config, seed, mesh))

@@ -1,0 +1,44 @@
+"""A pruned model on disk: a workdir that training starts from, the same as a release, and how it was pruned.
+
+OUT/checkpoints/0, OUT/tokenizer/   the workdir
+OUT/model/                          the release
+OUT/pruning.json                    from what, to what, by which method, on how many texts
+OUT/pruning.npz                     what stays (layers, hidden, ffn) and every score
+OUT/pruning.png                     the importance spectrum
+"""
+
+import dataclasses
+import io
+
+import numpy as np
+from etils import epath
+
+from f2llm_jax.pruning.picture import spectrum
+from f2llm_jax.pruning.prune import Pruned
+from f2llm_jax.release import hf_folder, workdir
+from f2llm_jax.release.folder import check_free, complete_or_absent, write_json
+
+FACTS_FILE = "pruning.json"
+MODEL_FOLDER = "model"
+
+
+def check_out(out: epath.PathLike, overwrite: bool) -> None:
+    """Raises ReleaseError if `write_pruned` would refuse to write to `out`."""
+    check_free(out, FACTS_FILE, overwrite)
+
+
+def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, overwrite: bool) -> None:
+    """Writes all of the above; `out` is complete or absent.
+
+    Raises:
+      ReleaseError, TokenizerError: as `hf_folder.export`.
+    """
+    with complete_or_absent(out, FACTS_FILE, FACTS_FILE, overwrite) as folder:
+        workdir.fill(folder, pruned.model)
+        hf_folder.export(pruned.model, folder / MODEL_FOLDER, form)
+        arrays = {field.name: getattr(pruned.choice, field.name) for field in dataclasses.fields(pruned.choice)}
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        (folder / "pruning.npz").write_bytes(packed.getvalue())
+        (folder / "pruning.png").write_bytes(spectrum(pruned))
+        write_json(folder / FACTS_FILE, pruned.facts())
