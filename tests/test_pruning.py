@@ -88,7 +88,20 @@ def folder(source, tmp_path_factory):
 
 
 def run(folder, dataset, out, *flags, target=TARGET, rows=ROWS):
-    flags = ["--model", folder, "--target", target, "--data", dataset.folder, "--calibration-rows", rows, "--out", out, "--no-golden", *flags]
+    flags = [
+        "--model",
+        folder,
+        "--target",
+        target,
+        "--data",
+        dataset.folder,
+        "--calibration-rows",
+        rows,
+        "--out",
+        out,
+        "--no-golden",
+        *flags,
+    ]
     return command.main(list(map(str, flags)))
 
 
@@ -237,7 +250,14 @@ def test_what_is_written(folder, dataset, tmp_path):
     """The workdir and the release are one model, which sentence-transformers loads at the right width; the choice is beside it."""
     out = tmp_path / "out"
     assert run(folder, dataset, out, "--hidden-by", "mean-abs") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "model", "pruning.json", "pruning.npz", "pruning.png", "tokenizer"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints",
+        "model",
+        "pruning.json",
+        "pruning.npz",
+        "pruning.png",
+        "tokenizer",
+    ]
     facts, kept = json.loads((out / "pruning.json").read_text()), np.load(out / "pruning.npz")
     assert facts["hidden_size"] == [64, 40] and facts["hidden_by"] == "mean-abs" and facts["calibration_rows"] == ROWS
     assert kept["hidden"].shape == (40,) and kept["ffn"].shape == (2, 56) and kept["hidden_scores"].shape == (64,)
