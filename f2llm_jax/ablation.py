@@ -1,0 +1,42 @@
+"""Where does a small model's quality come from? `python -m f2llm_jax.ablation --root RUNS --config.data=DATA`.
+
+Trains every arm of `configs/ablation.py` for the same number of steps, one after the other, and writes RUNS/starts.md and
+RUNS/starts.png. Run again, it goes on where it stopped. `--plan` prints the commands instead.
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/ablation.py", "The sweep.", lock_config=True)
+ROOT = flags.DEFINE_string("root", None, "Folder of every workdir of the sweep.", required=True)
+PLAN = flags.DEFINE_bool("plan", False, "Print the commands and do nothing.")
+
+
+def main(argv: list[str]) -> int | None:
+    """Prints or runs the sweep; an error is one line on stderr and exit code 1."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
+    from etils import epath
+
+    from f2llm_jax.chain import links, sweep
+
+    config, root = CONFIG.value, epath.Path(ROOT.value)
+    try:
+        chain = sweep.sweep_links(config, root)
+        if PLAN.value:
+            print(links.describe(chain, root))
+            return
+        links.run(chain, root)
+        found = sweep.scores(config, root, lambda name: print(f"scored {name}", file=sys.stderr, flush=True))
+        (root / f"{config.name}.md").write_text(sweep.table(config, found))
+        (root / f"{config.name}.png").write_bytes(sweep.picture(config, found))
+    except (ValueError, OSError) as error:
+        print(f"f2llm_jax.ablation: error: {error}", file=sys.stderr)
+        return 1
+    print(sweep.table(config, found))
+
+
+if __name__ == "__main__":
+    app.run(main)
