@@ -62,10 +62,10 @@ def write_random_folder(folder, size, scratch):
     return source
 
 
-def measured(*arguments):
-    """Runs a command of convert; seconds, and the peak of anonymous and of all resident memory in GiB."""
+def measured(module, *arguments):
+    """Runs a command; seconds, and the peak of anonymous and of all resident memory in GiB."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "f2llm_jax.convert", *map(str, arguments)])
+    process = subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)])
     peaks = {"RssAnon": 0, "VmRSS": 0}
 
     def sample():
@@ -114,8 +114,8 @@ def main():
         source = write_random_folder(first, flags.size, flags.scratch)
         tensors = folder_bytes(first)
         print(json.dumps(dataclasses.asdict(source.config)), flush=True)
-        report("from-hf", *measured("from-hf", first, run), flags.size, tensors)
-        report("to-hf", *measured("to-hf", run, second, "--dtype", "bfloat16", "--no-golden"), flags.size, tensors)
+        report("from-hf", *measured("f2llm_jax.convert", "from-hf", first, run), flags.size, tensors)
+        report("to-hf", *measured("f2llm_jax.convert", "to-hf", run, second, "--dtype", "bfloat16", "--no-golden"), flags.size, tensors)
         print(json.dumps({"checkpoint GB": folder_bytes(run) / 1e9, "release GB": tensors / 1e9, "equal bits": equal(first, second)}))
     finally:
         shutil.rmtree(flags.scratch)
