@@ -18,24 +18,16 @@ def main(argv: list[str]) -> int | None:
     """Prints or runs the sweep; an error is one line on stderr and exit code 1."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
-    from etils import epath
-
     from f2llm_jax.chain import links, sweep
 
-    config, root = CONFIG.value, epath.Path(ROOT.value)
     try:
-        chain = sweep.sweep_links(config, root)
         if PLAN.value:
-            print(links.describe(chain, root))
-            return
-        links.run(chain, root)
-        found = sweep.scores(config, root, lambda name: print(f"scored {name}", file=sys.stderr, flush=True))
-        (root / f"{config.name}.md").write_text(sweep.table(config, found))
-        (root / f"{config.name}.png").write_bytes(sweep.picture(config, found))
+            print(links.describe(sweep.sweep_links(CONFIG.value, ROOT.value), ROOT.value))
+        else:
+            print(sweep.run_sweep(CONFIG.value, ROOT.value, lambda name: print(f"scored {name}", file=sys.stderr, flush=True)))
     except (ValueError, OSError) as error:
         print(f"f2llm_jax.ablation: error: {error}", file=sys.stderr)
         return 1
-    print(sweep.table(config, found))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job, end to end, with the commands a user would type: corpus, prepare, stage 1, stage 2, release, check.
+# The main job, end to end, with the commands a user would type: corpus, prepare, stage 1, stage 2, prune, distil, release, check.
 # Usage: launch/demo.sh [FOLDER]   (default runs/demo; it is made anew)
 set -euo pipefail
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
@@ -32,11 +32,21 @@ say "Stage 2: all task kinds with instructions, from stage 1"
 python -m f2llm_jax.main --config configs/stage2.py:runlocal --workdir "$folder/stage2" --config.init="$folder/stage1" \
   --config.data.folder="$folder/stage2-data" --config.steps=320 --config.checkpoint.every=1000 --config.eval.every=160 --config.optimizer.learning_rate=8e-3
 
-say "Release: a folder that sentence-transformers loads"
+say "Prune: half of stage 1's width, by what its channels do on real texts"
+python -m f2llm_jax.prune --model "$folder/stage1" --target hidden=64,ffn=128 --data "$folder/stage2-data" --calibration-rows 512 \
+  --out "$folder/pruned"
+
+say "Stage 2 of the pruned model, distilled from the whole one"
+python -m f2llm_jax.main --config configs/stage2.py:runlocal --workdir "$folder/small" --config.init="$folder/pruned" \
+  --config.teacher="$folder/stage2" --config.data.folder="$folder/stage2-data" \
+  --config.steps=160 --config.checkpoint.every=1000 --config.eval.every=160 --config.optimizer.learning_rate=8e-3
+
+say "Release: folders that sentence-transformers loads"
 python -m f2llm_jax.convert to-hf "$folder/stage2" "$folder/model"
+python -m f2llm_jax.convert to-hf "$folder/small" "$folder/model-small"
 python -m f2llm_jax.convert verify "$folder/model"
 
-say "Held-out retrieval, before [1] and after [2] training"
-python -m f2llm_jax.evaluate --model "$folder/stage1/checkpoints/0" --model "$folder/model" --dims 32,full \
+say "Held-out retrieval, before training [1], of the small model [2] and of the whole one [3]"
+python -m f2llm_jax.evaluate --model "$folder/stage1/checkpoints/0" --model "$folder/model-small" --model "$folder/model" --dims 32,full \
   --pairs "$folder/corpus/heldout/bitext.parquet" "$folder/corpus/heldout/zero_shot.parquet" "$folder/corpus/heldout/code.parquet"
-say "Done: $folder/model"
+say "Done: $folder/model, $folder/model-small"

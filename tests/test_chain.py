@@ -117,6 +117,19 @@ def test_a_killed_chain_waits_for_the_command_it_left_behind(root):
     assert started(root) == ["a", "b", "c"]
 
 
+def test_a_bucket_is_no_place_to_run_in(root):
+    with pytest.raises(ChainError, match="runs in a local folder, not in gs://bucket/runs"):
+        links.run(chain(root), "gs://bucket/runs")
+    assert started(root) == []
+
+
+def test_an_ablation_without_data_is_refused_before_any_work(tmp_path):
+    command = [sys.executable, "-m", "f2llm_jax.ablation", "--root", str(tmp_path / "runs"), f"--config.data={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "has no dataset.json" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def flags_of(link):
     return dict(part.removeprefix("--config.").split("=", 1) for part in link.arguments if part.startswith("--config."))
 

@@ -80,9 +80,11 @@ def run(links: Sequence[Link], root: epath.PathLike) -> None:
     """Runs what is not done, in order, each in a process of its own whose output passes through.
 
     Raises:
-      ChainError: a command fails, or what a link stands for was made by another command.
+      ChainError: a command fails, what a link stands for was made by another command, or `root` is not on this machine.
     """
     root = epath.Path(root)
+    if "://" in str(root):
+        raise ChainError(f"a chain runs in a local folder, not in {root}; there, type the commands of the plan yourself")
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root) as lock:
         found = statuses(links, root)

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from f2llm_jax.chain.links import Link
+from f2llm_jax.chain.links import Link, run
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.held_out import accuracies
@@ -103,9 +103,30 @@ def _flat(flags: dict[str, object]) -> tuple[str, ...]:
     return tuple(str(part) for flag in flags.items() for part in flag)
 
 
-def scores(config: ml_collections.ConfigDict, root: epath.PathLike, report: Callable[[str], None]) -> dict[str, tuple[Score, Score]]:
-    """Before and after training, by the name of teacher or arm; `report` hears of each."""
+def run_sweep(config: ml_collections.ConfigDict, root: epath.PathLike, report: Callable[[str], None]) -> str:
+    """Runs what is not done, scores it, writes `ROOT/NAME.md` and `ROOT/NAME.png`, and returns the table.
+
+    Args:
+      config: see configs/ablation.py.
+      root: folder of the sweep.
+      report: hears of each model that has been scored.
+
+    Raises:
+      DatasetError: `config.data` is no prepared dataset.
+      ChainError: see `links.run`.
+    """
     root, dataset = epath.Path(root), load_dataset(config.data)
+    run(sweep_links(config, root), root)
+    found = _scores(config, root, dataset, report)
+    (root / f"{config.name}.md").write_text(table(config, found))
+    (root / f"{config.name}.png").write_bytes(picture(config, found))
+    return table(config, found)
+
+
+def _scores(
+    config: ml_collections.ConfigDict, root: epath.Path, dataset: Dataset, report: Callable[[str], None]
+) -> dict[str, tuple[Score, Score]]:
+    """Before and after training, by the name of teacher or arm."""
     found = {}
     for name in (TEACHER, *(arm.name for arm in arms(config))):
         steps = config.teacher_steps if name == TEACHER else config.steps
