@@ -91,7 +91,8 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.eval = ml_collections.ConfigDict({"every": 1000, "batches": 4})  # steps between validations; batches a source
-    config.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 3})  # steps between; how many stay
+    config.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 3})  # steps between; how many of the last stay
+    config.checkpoint.best = ""  # also keep the best by this metric of a validation, as "validation/accuracy"; empty for none
     return _runlocal(config, stage) if runlocal else config
 
 

@@ -32,11 +32,15 @@ def raw(source):
     return table
 
 
-def write(folder):
-    """Prepares the dataset in `folder` by the command and opens it."""
+LANGUAGES = ("de", "en", "sr_Latn")
+
+
+def write(folder, languages=False):
+    """Prepares the dataset in `folder` by the command and opens it; with `languages`, row i is in the i-th of `LANGUAGES`, in turn."""
     (folder / "raw").mkdir(parents=True)
     for source in ROWS:
-        pq.write_table(pa.table(raw(source)), folder / "raw" / f"{source}.parquet")
+        lang = {"lang": [LANGUAGES[i % len(LANGUAGES)] for i in range(ROWS[source])]} if languages else {}
+        pq.write_table(pa.table(raw(source) | lang), folder / "raw" / f"{source}.parquet")
     (folder / "raw" / "tasks.json").write_text(json.dumps(KINDS))
     tiny.write_tokenizer(folder / "tokenizer")
     flags = {

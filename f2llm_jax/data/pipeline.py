@@ -131,6 +131,11 @@ class Pipeline:
         arrays, plan, tokens, slots = self._host_arrays(step)
         return StepData(sharding.batch_to_devices(arrays, self._mesh), plan, tokens, slots)
 
+    def languages(self, step: int) -> list[str]:
+        """Of each of the step's samples, in order; "" where unknown."""
+        plan = self.plan.step(step)
+        return self._reader(plan.source, self._split).languages(plan.rows)
+
     def planned(self, step: int) -> PlannedStep:
         """The plan and the packing of one step; reads no record."""
         plan = self.plan.step(step)

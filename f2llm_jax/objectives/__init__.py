@@ -1,9 +1,20 @@
 """What is learned, as pure functions of raw embeddings; no model, no data, no configuration file is known here."""
 
+from f2llm_jax.objectives.accuracy import ranked_first
 from f2llm_jax.objectives.config import ContrastiveConfig, Objective
 from f2llm_jax.objectives.contrastive import Embeddings, Samples
 from f2llm_jax.objectives.matryoshka import matryoshka_dims, matryoshka_weights
 from f2llm_jax.objectives.mean import Mean
 from f2llm_jax.objectives.total import total
 
-__all__ = ["ContrastiveConfig", "Embeddings", "Mean", "Objective", "Samples", "matryoshka_dims", "matryoshka_weights", "total"]
+__all__ = [
+    "ContrastiveConfig",
+    "Embeddings",
+    "Mean",
+    "Objective",
+    "Samples",
+    "matryoshka_dims",
+    "matryoshka_weights",
+    "ranked_first",
+    "total",
+]

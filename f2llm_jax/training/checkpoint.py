@@ -5,6 +5,8 @@ not depend on module classes, and JSON metadata: the step, the decoder's shape a
 order of data follows from the step, so nothing of the input pipeline is stored.
 """
 
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,16 +20,24 @@ from f2llm_jax.training.step import TrainState
 # Arrays are stored in chunks of at most this size, cut along the first axis (layers, rows of the embedding table) where that is
 # possible: a chunk is the least that can be read, so a release of 8B takes 1.2 GiB of memory instead of a whole 7 GB parameter.
 CHUNK_BYTES = 2**28
+SCORE = "score"
 
 
-def open_checkpoints(folder: epath.PathLike, keep: int) -> ocp.training.Checkpointer:
-    """The checkpoints in `folder` (made if absent), of which the last `keep` stay. Remains of a killed save are removed."""
+def open_checkpoints(folder: epath.PathLike, keep: int, *, best: bool = False) -> ocp.training.Checkpointer:
+    """The checkpoints in `folder` (made if absent), of which the last `keep` stay, and with `best` the one of the highest score.
+
+    Remains of a killed save are removed.
+    """
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(keep)]
+    if best:
+        kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False))
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _in_chunks
     return ocp.training.Checkpointer(
         absolute(folder),
         context=context,
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        preservation_policy=policies.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=True,
     )
 
@@ -37,10 +47,26 @@ def _in_chunks(keypath: Any, value: jax.Array) -> ocp.options.ArrayOptions.Savin
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if value.ndim else ())
 
 
-def save(checkpoints: ocp.training.Checkpointer, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
-    """Starts saving `state`; its arrays are copied off the device before this returns, so they may be donated after it."""
+def score(name: str, found: Mapping[str, float]) -> dict[str, float] | None:
+    """What a checkpoint is ranked by: the metric `name`, negated if it is a loss, so that higher is better; None without name or metrics.
+
+    Raises:
+      ValueError: there is no such metric.
+    """
+    if not name or not found:
+        return None
+    if name not in found:
+        offered = difflib.get_close_matches(name, found, n=3) or ["validation/accuracy", "validation/loss"]
+        raise ValueError(f"config.checkpoint.best={name!r} is no metric of a validation; take for example {', '.join(offered)}")
+    return {SCORE: found[name] if "/accuracy" in name else -found[name]}
+
+
+def save(
+    checkpoints: ocp.training.Checkpointer, step: int, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None
+) -> None:
+    """Starts saving `state`, with its `score`; its arrays are copied off the device before this returns and may be donated then."""
     trees = {"params": flatten(state.params), "optimizer": flatten(state.opt_state)}
-    checkpoints.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata)
+    checkpoints.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata, metrics=metrics)
 
 
 def check_tokenizer(checkpoints: ocp.training.Checkpointer, fingerprint: str) -> None:

@@ -80,6 +80,12 @@ class Recorder:
             self._board.add_scalar(f"timing/{name}", value, step)
         self._show(step, values, timing)
 
+    def validation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Writes what `validate` found after update `step`, and how long it took."""
+        self.write(step, values)
+        _append(self._timings, {"step": step, "validation_seconds": seconds})
+        self.say(f"step {step}/{self._total}  held-out loss {values['validation/loss']:.4f}, accuracy {values['validation/accuracy']:.4f}")
+
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a line of metrics, and its numbers to TensorBoard."""
         _append(self._metrics, {"step": step, **values})

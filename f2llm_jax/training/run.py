@@ -68,13 +68,14 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     # Order, objective and optimizer
     batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached)
     total = config.steps or config.epochs * batches.plan.steps_per_epoch
-    dims = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.config.hidden_size, config.objective.matryoshka_minimum)
-    dims = dims if config.objective.matryoshka else ()
+    width = model.config.hidden_size
+    widths = tuple(config.objective.matryoshka_dims) or matryoshka_dims(width, config.objective.matryoshka_minimum)
+    dims = widths if config.objective.matryoshka else ()
     objective = _objective(config.objective, dims, distil=bool(teacher or cached))
     optimizer = OptimizerConfig(total_steps=total, **config.optimizer)
 
     # State: from this run, else from the given weights, else random
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", config.checkpoint.keep, best=bool(config.checkpoint.best))
     if checkpoints.latest is not None:
         checkpoint.check_tokenizer(checkpoints, dataset.tokenizer_fingerprint)
         state = checkpoint.restore(checkpoints, checkpoints.latest.step, _abstract_state(model.config, optimizer, mesh))
@@ -86,7 +87,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     # Step
     frozen = None if teacher is None else Teacher(_chunk_encoder(teacher.config, dtype, "none"))
     train_step = jax.jit(make_train_step(encode_depths, objective, optimizer, frozen, _table_ranks(config)), donate_argnums=0)
-    eval_step = jax.jit(make_eval_step(encode_chunk, objective))
+    scored = tuple(sorted({*widths, width}))
+    eval_step = jax.jit(make_eval_step(encode_chunk, objective, scored))
     metadata = {
         "decoder": dataclasses.asdict(model.config),
         "matryoshka_dims": dims,
@@ -101,15 +103,18 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
         recorder.say(_banner(model, dataset, batches, mesh, total, first))
         arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
         for step in range(first, total + 1):
-            done = step == total
+            done, found = step == total, {}
             resumed = step == first and checkpoints.latest is not None
             validating, saving = (not resumed and (done or step % every == 0) for every in (config.eval.every, config.checkpoint.every))
+            saving |= validating and bool(config.checkpoint.best)
             if validating or saving:
                 recorder.flush()  # a checkpoint never knows more than the metrics beside it
             if validating:
-                recorder.write(step, validate(eval_step, state.params, held_out, dataset, config.eval.batches))
+                begun = time.perf_counter()
+                found = validate(eval_step, state.params, held_out, dataset, config.eval.batches, scored)
+                recorder.validation(step, found, time.perf_counter() - begun)
             if saving:
-                checkpoint.save(checkpoints, step, state, metadata)
+                checkpoint.save(checkpoints, step, state, metadata, checkpoint.score(config.checkpoint.best, found))
             if done:
                 break
             waited = time.perf_counter()

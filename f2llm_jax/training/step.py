@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from f2llm_jax import objectives
+from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.model import encoder, low_rank
 from f2llm_jax.objectives import Embeddings, Mean, Objective, Samples
@@ -121,13 +121,20 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(encode_chunk: encoder.EncodeChunk, objective: Objective) -> Callable[[Any, Batch], dict[str, Mean]]:
-    """`(params, batch) -> metrics` at full width, as the published validation loss (no matryoshka)."""
+EvalStep = Callable[[Any, Batch], tuple[dict[str, Mean], Bool[Array, "J B"]]]
+
+
+def make_eval_step(encode_chunk: encoder.EncodeChunk, objective: Objective, dims: Sequence[int]) -> EvalStep:
+    """`(params, batch) -> (metrics, first)`, from one pass over the batch.
+
+    `metrics` are at full width, as the published validation loss (no matryoshka); `first` says for each of `dims` and each
+    sample whether its positive came first, on every device.
+    """
     plain = dataclasses.replace(objective.contrastive, dims=(), weights=())
 
-    def eval_step(params: Any, batch: Batch) -> dict[str, Mean]:
+    def eval_step(params: Any, batch: Batch) -> tuple[dict[str, Mean], Bool[Array, "J B"]]:
         embeddings = by_role(encoder.encode(encode_chunk, params, batch.texts, batch.text_count), batch.negative_mask)
         _, metrics = objectives.total(embeddings, samples_of(batch), Objective(contrastive=plain))
-        return metrics
+        return metrics, sharding.shard(objectives.ranked_first(embeddings, samples_of(batch), dims), sharding.P(None, None))
 
     return eval_step

@@ -1,51 +1,71 @@
-"""Validation losses on held-out rows: by source, by task kind and on average, at full width as published."""
+"""Held-out rows: losses as published, and how often the positive comes first, by source, task kind, language and width."""
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from f2llm_jax.batch import Batch
 from f2llm_jax.data.pipeline import Pipeline
 from f2llm_jax.data.records import Dataset
-from f2llm_jax.objectives import Mean
+from f2llm_jax.training.step import EvalStep
 
 
 def validate(
-    eval_step: Callable[[Any, Batch], dict[str, Mean]],
-    params: Any,
-    held_out: Mapping[str, Pipeline],
-    dataset: Dataset,
-    batches: int,
+    eval_step: EvalStep, params: Any, held_out: Mapping[str, Pipeline], dataset: Dataset, batches: int, dims: Sequence[int]
 ) -> dict[str, float]:
-    """Losses in nats a sample: `validation/source/NAME`, `validation/kind/KIND`, `validation/loss` (means over sources).
+    """Losses in nats a sample and accuracies in [0, 1], at full width unless said otherwise.
+
+    `validation/loss` and `validation/accuracy` are means over sources; `.../source/NAME`, `.../kind/KIND` and, of accuracy,
+    `.../language/CODE` (over that language's rows of all sources) and `.../dim/D` (mean over sources) take them apart.
+    What an accuracy counts is said in `objectives.ranked_first`.
 
     Args:
-      eval_step: from `make_eval_step`, jitted.
+      eval_step: from `make_eval_step` with these `dims`, jitted.
       params: of the model.
       held_out: one pipeline of validation rows a source.
       dataset: that they come from.
       batches: at most so many batches a source, always the same ones.
+      dims: widths, ascending; the last is the full one.
     """
-    sums = {
-        name: [eval_step(params, data.batch) for data in pipeline.steps(0, min(batches, pipeline.plan.steps_per_epoch))]
-        for name, pipeline in held_out.items()
-    }
-    losses = {name: _total(parts) for name, parts in jax.device_get(sums).items()}
-    kinds = {kind: [loss for name, loss in losses.items() if dataset.sources[name].kind == kind] for kind in _kinds(held_out, dataset)}
+    if not held_out:
+        return {}
+    losses, firsts, languages = {}, {}, defaultdict(list)
+    for name, pipeline in held_out.items():
+        steps = range(min(batches, pipeline.plan.steps_per_epoch))
+        metrics, first = zip(*jax.device_get([eval_step(params, data.batch) for data in pipeline.steps(0, len(steps))]), strict=True)
+        losses[name] = _loss(metrics)
+        of_rows = [pipeline.languages(step) for step in steps]
+        firsts[name] = np.concatenate([found[:, : len(rows)] for found, rows in zip(first, of_rows, strict=True)], axis=1)
+        for language, right in zip((language for rows in of_rows for language in rows), firsts[name][-1], strict=True):
+            languages[language].append(right)
+    accuracies = {name: float(first[-1].mean()) for name, first in firsts.items()}
+    kinds = {name: dataset.sources[name].kind for name in held_out}
+    by_dim = np.mean([first.mean(axis=1) for first in firsts.values()], axis=0)
     return {
-        **{f"validation/source/{name}": loss for name, loss in losses.items()},
-        **{f"validation/kind/{kind}": float(np.mean(of_kind)) for kind, of_kind in kinds.items()},
-        **({"validation/loss": float(np.mean(list(losses.values())))} if losses else {}),
+        **_by_source("validation", losses, kinds),
+        "validation/loss": _mean(losses.values()),
+        **_by_source("validation/accuracy", accuracies, kinds),
+        **{f"validation/accuracy/language/{code}": _mean(languages[code]) for code in sorted(languages) if code},
+        **{f"validation/accuracy/dim/{dim}": float(accuracy) for dim, accuracy in zip(dims, by_dim, strict=True)},
+        "validation/accuracy": _mean(accuracies.values()),
     }
 
 
-def _kinds(held_out: Mapping[str, Pipeline], dataset: Dataset) -> list[str]:
-    return sorted({dataset.sources[name].kind for name in held_out})
+def _by_source(prefix: str, values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
+    of_kind = {kind: _mean(value for name, value in values.items() if kinds[name] == kind) for kind in sorted(set(kinds.values()))}
+    return {
+        **{f"{prefix}/source/{name}": value for name, value in values.items()},
+        **{f"{prefix}/kind/{kind}": value for kind, value in of_kind.items()},
+    }
 
 
-def _total(batches: list[dict[str, Mean]]) -> float:
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _loss(batches: Sequence[Mapping[str, Any]]) -> float:
     """Sum of the two softmaxes' means, each taken once over all batches."""
     total = 0.0
     for part in ("in_batch", "hard"):

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MAX_LENGTH = 1024
-SIZES = (20_000, 60_000)
+SIZES = (60_000, 180_000)  # both beyond the 500,000 texts of a bucket, which is the largest thing held
 NEGATIVES = 8
 SAMPLE_SECONDS = 0.2
 
