@@ -28,13 +28,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data = ""  # prepared dataset, of stage 2
     config.train_config = "configs/stage2.py:runlocal"  # of every training
     config.max_length = 64  # tokens of a text and of a packed row
-    config.teacher_size = "toy-0.6b"
-    config.teacher_steps = 600
+    config.source_size = "toy-0.6b"  # of what is pruned
+    config.source_steps = 600
+    config.teacher_steps = 800  # that the teacher has more
     config.target = "toy-160m"  # a size by name, because a random start needs one
     config.calibration_rows = 512
     config.starts = ml_collections.ConfigDict(CHOICES if arg.choices else STARTS)
     config.distilled = (True,) if arg.choices else (False, True)
     config.seeds = (0, 1, 2)
-    config.steps = 200  # of every arm
+    config.steps = 150  # of every arm
     config.train_flags = ("--config.batch.size=128",)  # of every training
     return config

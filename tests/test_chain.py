@@ -186,20 +186,20 @@ def test_arms_differ_in_start_teacher_and_seed_only(tmp_path):
         assert flags.pop("teacher_cache", None) == (f"{tmp_path}/{sweep.CACHE}" if arm.distilled else None)
         assert flags == {k: v for k, v in flags_of(made[arms[0].name]).items() if k not in ("seed", "init", "teacher_cache")}
     shared = {link.name for link in sweep.sweep_links(ablation.get_config("choices"), tmp_path)} & set(made)
-    assert {"teacher", "pruned", "pruned-distilled-0"} <= shared
+    assert {"source", "teacher", "pruned", "pruned-distilled-0"} <= shared
 
 
 def test_the_table_is_means_and_deviations_over_seeds():
     config = ablation.get_config()
     rng = np.random.default_rng(0)
     found = {arm.name: tuple(Score(*rng.random(2)) for _ in range(2)) for arm in sweep.arms(config)}
-    found["teacher"] = (Score(0.1, 3.0), Score(0.75, 1.25))
+    found |= {"source": (Score(0.1, 3.0), Score(0.5, 1.75)), "teacher": (Score(0.5, 1.75), Score(0.75, 1.25))}
     written = sweep.table(config, found)
     for start in ("random", "pruned"):
         for distilled in (False, True):
             values = [100 * found[Arm(start, distilled, seed).name][1].accuracy for seed in (0, 1, 2)]
             assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in written
-    assert "teacher: 75.00" in written and "teacher: 1.25" in written
+    assert "source: 50.00, teacher: 75.00" in written and "source: 1.75, teacher: 1.25" in written
     assert sweep.picture(config, found).startswith(b"\x89PNG")
 
 
@@ -241,7 +241,14 @@ def test_the_family_in_small_survives_sigkill_and_loads(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_in_small_ends_in_a_table(tmp_path):
     data = small_data.write(tmp_path).folder
-    overrides = {"data": data, "teacher_steps": 30, "steps": 5, "calibration_rows": 32, "max_length": small_data.MAX_LENGTH}
+    overrides = {
+        "data": data,
+        "source_steps": 30,
+        "teacher_steps": 10,
+        "steps": 5,
+        "calibration_rows": 32,
+        "max_length": small_data.MAX_LENGTH,
+    }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     flags += ["--config.seeds=(0,)", "--config.train_flags=('--config.batch.size=24', '--config.batch.microbatch_rows=16')"]
     command = [sys.executable, "-m", "f2llm_jax.ablation", "--root", str(tmp_path / "runs"), *flags]

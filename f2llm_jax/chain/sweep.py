@@ -1,6 +1,7 @@
 """An ablation: the same training from several starts, with and without a teacher, with several seeds; its table and picture.
 
-The teacher is also what is pruned, so that a pruned start and distillation hand on the same model in two ways.
+As in the paper, what is pruned is a model of a first training and the teacher the same model after a second one. (A teacher that is
+no further than what was pruned holds its students back: see docs/log.md.)
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from f2llm_jax.evaluation.held_out import accuracies
 from f2llm_jax.model.origin import find_model
 from f2llm_jax.model.sizes import SIZES
 
-TEACHER, CACHE = "teacher", "teacher-vectors"
+SOURCE, TEACHER, CACHE = "source", "teacher", "teacher-vectors"
 RANDOM = "random"
 
 
@@ -58,12 +59,14 @@ def arms(config: ml_collections.ConfigDict) -> list[Arm]:
 
 
 def sweep_links(config: ml_collections.ConfigDict, root: epath.PathLike) -> list[Link]:
-    """Teacher, its vectors, every pruned start, every arm; see configs/ablation.py."""
+    """What is pruned, the teacher, its vectors, every pruned start, every arm; see configs/ablation.py."""
     root = epath.Path(root)
-    teacher = _training(config, root, TEACHER, {"size": config.teacher_size, "steps": config.teacher_steps, "seed": 0})
+    source = _training(config, root, SOURCE, {"size": config.source_size, "steps": config.source_steps, "seed": 0})
+    further = {"size": config.source_size, "steps": config.teacher_steps, "seed": 1, "init": f"{root}/{SOURCE}"}
+    teacher = dataclasses.replace(_training(config, root, TEACHER, further), needs=(SOURCE,))
     cache = {"--model": f"{root}/{TEACHER}", "--data": config.data, "--out": f"{root}/{CACHE}"}
     cache |= {"--dims": SIZES[config.target].hidden_size, "--max-length": config.max_length}
-    links = [teacher]
+    links = [source, teacher]
     if any(config.distilled):
         links.append(Link(CACHE, "f2llm_jax.cache_teacher", _flat(cache), (TEACHER,), whole=False))
     for start, flags in config.starts.items():
@@ -73,9 +76,9 @@ def sweep_links(config: ml_collections.ConfigDict, root: epath.PathLike) -> list
 
 
 def _start(config: ml_collections.ConfigDict, root: epath.Path, start: str, flags: tuple[str, ...]) -> Link:
-    arguments = {"--model": f"{root}/{TEACHER}", "--target": config.target, "--data": config.data, "--out": f"{root}/{start}"}
+    arguments = {"--model": f"{root}/{SOURCE}", "--target": config.target, "--data": config.data, "--out": f"{root}/{start}"}
     arguments |= {"--calibration-rows": config.calibration_rows}
-    return Link(start, "f2llm_jax.prune", (*_flat(arguments), *flags), (TEACHER,))
+    return Link(start, "f2llm_jax.prune", (*_flat(arguments), *flags), (SOURCE,))
 
 
 def _arm(config: ml_collections.ConfigDict, root: epath.Path, arm: Arm) -> Link:
@@ -126,10 +129,10 @@ def run_sweep(config: ml_collections.ConfigDict, root: epath.PathLike, report: C
 def _scores(
     config: ml_collections.ConfigDict, root: epath.Path, dataset: Dataset, report: Callable[[str], None]
 ) -> dict[str, tuple[Score, Score]]:
-    """Before and after training, by the name of teacher or arm."""
+    """Before and after training, by the name of source, teacher or arm."""
     found = {}
-    for name in (TEACHER, *(arm.name for arm in arms(config))):
-        steps = config.teacher_steps if name == TEACHER else config.steps
+    lasts = {SOURCE: config.source_steps, TEACHER: config.teacher_steps} | {arm.name: config.steps for arm in arms(config)}
+    for name, steps in lasts.items():
         found[name] = tuple(_score(root / name, step, dataset) for step in (0, steps))
         report(name)
     return found
@@ -160,8 +163,7 @@ def table(config: ml_collections.ConfigDict, found: dict[str, tuple[Score, Score
             cells = [[found[Arm(start, config.distilled[0], seed).name][0] for seed in config.seeds]]
             cells += [[found[Arm(start, distilled, seed).name][1] for seed in config.seeds] for distilled in config.distilled]
             lines.append(f"| {start} | {' | '.join(_cell([scale * getattr(score, measure) for score in cell]) for cell in cells)} |")
-        teacher = scale * getattr(found[TEACHER][1], measure)
-        lines += [f"\nteacher: {teacher:.2f}\n"]
+        lines.append("\n" + ", ".join(f"{name}: {scale * getattr(found[name][1], measure):.2f}" for name in (SOURCE, TEACHER)) + "\n")
     return "\n".join(lines)
 
 
