@@ -246,10 +246,11 @@ def test_widths_that_stay_in_place_are_still_declared(source, activations):
     assert cut(source, target, choose(activations, target, Method())).matryoshka_dims == ()
 
 
-def test_what_is_written(folder, dataset, tmp_path):
+def test_what_is_written(folder, dataset, tmp_path, monkeypatch):
     """The workdir and the release are one model, which sentence-transformers loads at the right width; the choice is beside it."""
+    monkeypatch.chdir(tmp_path)
+    assert run(folder, dataset, "out", "--hidden-by", "mean-abs") == 0
     out = tmp_path / "out"
-    assert run(folder, dataset, out, "--hidden-by", "mean-abs") == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "checkpoints",
         "model",

@@ -8,13 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import small_data
 import tiny
 
 pytest.importorskip("gcp_storage_emulator", reason="the gs:// tests need the extra `test`")
 import gcs
 from etils import epath
 
-from f2llm_jax import convert
+from f2llm_jax import convert, prune
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.folder import INCOMPLETE
 
@@ -52,6 +53,19 @@ def test_a_bucket_holds_what_a_disk_holds(bucket, folder):
     assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out"]) == 1  # without --overwrite
     assert convert.main(["to-hf", f"{bucket}/run", f"{bucket}/out", "--overwrite", *SHARDS]) == 0
     assert held(f"{bucket}/out") == held(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::tensorflow_datasets", "ignore:::apache_beam")
+def test_a_pruned_model_in_a_bucket(bucket, folder, tmp_path):
+    data = small_data.write(tmp_path).folder
+    flags = ["--model", folder, "--data", data, "--target", "hidden=32,layers=2", "--calibration-rows", 16, *SHARDS]
+    for out in (f"{bucket}/pruned", tmp_path / "pruned"):
+        assert prune.main([str(flag) for flag in (*flags, "--out", out)]) == 0
+    assert held(f"{bucket}/pruned/model") == held(tmp_path / "pruned" / "model")
+    assert convert.main(["to-hf", f"{bucket}/pruned", str(tmp_path / "again"), *SHARDS]) == 0
+    weights = {name: content for name, content in held(tmp_path / "again").items() if "safetensors" in name}
+    assert weights and weights.items() <= held(tmp_path / "pruned" / "model").items()
 
 
 KILLED = """

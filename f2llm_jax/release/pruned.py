@@ -13,6 +13,7 @@ import io
 import numpy as np
 from etils import epath
 
+from f2llm_jax.model.stored import absolute
 from f2llm_jax.pruning.picture import spectrum
 from f2llm_jax.pruning.prune import Pruned
 from f2llm_jax.release import hf_folder, workdir
@@ -33,7 +34,7 @@ def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, o
     Raises:
       ReleaseError, TokenizerError: as `hf_folder.export`.
     """
-    with complete_or_absent(out, FACTS_FILE, FACTS_FILE, overwrite) as folder:
+    with complete_or_absent(absolute(out), FACTS_FILE, FACTS_FILE, overwrite) as folder:
         workdir.fill(folder, pruned.model)
         hf_folder.export(pruned.model, folder / MODEL_FOLDER, form)
         arrays = {field.name: getattr(pruned.choice, field.name) for field in dataclasses.fields(pruned.choice)}
