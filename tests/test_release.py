@@ -304,6 +304,8 @@ def test_the_card_tells_what_the_run_recorded(folder, tmp_path):
     (run / "config.json").write_text(json.dumps({"init": "/home/me/base", "optimizer": {"learning_rate": 1e-5}}))
     (run / "environment.json").write_text(json.dumps({"jax": "0.10.2", "commit": "abc", "hosts": None}))
     lines = [{"step": 0, "validation/loss": 4.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "validation/loss": 1.5}]
+    accuracies = {"validation/accuracy": 0.75, "validation/accuracy/dim/16": 0.5, "validation/accuracy/dim/64": 0.75}
+    lines = [line | (accuracies | {"validation/accuracy/language/de": 0.6} if "validation/loss" in line else {}) for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "loss": 9.0}]))
     out = tmp_path / "out"
     assert convert.main(["to-hf", str(run), str(out), "--base-model", "owner/base", "--license", "mit"]) == 0
@@ -317,6 +319,8 @@ def test_the_card_tells_what_the_run_recorded(folder, tmp_path):
     ):
         assert part in card.text
     assert "/home/me" not in card.text and "hosts" not in card.text
+    assert "| accuracy | 0.7500 | 0.7500 |" in card.text and "| 16 | 0.5000 |" in card.text and "language/de" not in card.text
+    assert (out / "matryoshka_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -10,9 +10,10 @@ from etils import epath
 from f2llm_jax import __version__, text
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.origin import ModelSource
-from f2llm_jax.release.record import RunRecord, loss_curve, read_record
+from f2llm_jax.release.record import RunRecord, accuracy_by_width, loss_curve, matryoshka_curve, read_record
 
 CURVE_FILE = "training_curve.png"
+WIDTHS_FILE = "matryoshka_curve.png"
 TAGS = ["sentence-transformers", "feature-extraction", "sentence-similarity", "transformers", "text-embeddings-inference", "mteb"]
 
 _USAGE = """# {title}
@@ -60,6 +61,10 @@ python -m f2llm_jax.embed --model path/to/this/folder --input texts.txt --output
 them, or run `python -m f2llm_jax.convert verify path/to/this/folder`.
 """
 
+_ACCURACY = """Losses are in nats a sample. Accuracy is the share of rows whose positive is nearer to the query than all its hard negatives
+and, in retrieval, than all other documents of its batch.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
@@ -75,12 +80,19 @@ class Labels:
 
 
 def write_card(folder: epath.Path, source: ModelSource, dims: Sequence[int], dtype: str, labels: Labels) -> None:
-    """Writes `README.md`, and the training curve where the run left one."""
+    """Writes `README.md`, and the curves of training and of quality by width where the run left what they need."""
     record = read_record(source.run_folder, source.step) if source.run_folder else RunRecord({}, [], {}, [])
-    curve = loss_curve(record)
-    if curve:
-        (folder / CURVE_FILE).write_bytes(curve)
-    sections = [_usage(source, dims, dtype), _training(source, record, bool(curve)), _data(record), _held_out(record), _made_with(record)]
+    pictures = {CURVE_FILE: loss_curve(record), WIDTHS_FILE: matryoshka_curve(record)}
+    for name, picture in pictures.items():
+        if picture:
+            (folder / name).write_bytes(picture)
+    sections = [
+        _usage(source, dims, dtype),
+        _training(source, record, bool(pictures[CURVE_FILE])),
+        _data(record),
+        _held_out(record, bool(pictures[WIDTHS_FILE])),
+        _made_with(record),
+    ]
     header = huggingface_hub.ModelCardData(
         language=record.languages or None,
         license=labels.license,
@@ -130,14 +142,18 @@ def _data(record: RunRecord) -> str:
     return "## Data\n\n" + _table(("source", "kind", "rows", "documents", "negatives a row", "languages"), rows)
 
 
-def _held_out(record: RunRecord) -> str:
-    """Held-out losses before and after, and by source."""
+def _held_out(record: RunRecord, curve: bool) -> str:
+    """Losses and accuracies on held-out rows, before and after, by source, task kind and width; there are too many languages."""
     if not record.validations:
         return ""
     first, last = record.validations[0], record.validations[-1]
-    names = [name for name in last if name.startswith("validation/")]
-    rows = [(name.removeprefix("validation/"), f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names if name in first]
-    return "## Held-out loss\n\n" + _table(("part", f"update {first['step']}", f"update {last['step']}"), rows)
+    names = [name for name in last if name.startswith("validation/") and "/language/" not in name and "/dim/" not in name and name in first]
+    rows = [(name.removeprefix("validation/"), f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names]
+    parts = [_table(("on held-out rows", f"update {first['step']}", f"update {last['step']}"), rows), _ACCURACY]
+    if curve:
+        widths = [(width, f"{accuracy:.4f}") for width, accuracy in accuracy_by_width(last).items()]
+        parts += [f"![Accuracy by width]({WIDTHS_FILE})\n", _table(("dimensions", "accuracy"), widths)]
+    return "## Evaluation\n\n" + "\n".join(parts)
 
 
 def _made_with(record: RunRecord) -> str:

@@ -59,20 +59,48 @@ def loss_curve(record: RunRecord) -> bytes | None:
     steps = [(line["step"], line["loss"]) for line in record.metrics if "loss" in line]
     if len(steps) < 2:
         return None
-    from matplotlib.figure import Figure  # only here: most releases of a folder have nothing to draw
-
-    figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes()
     axes.plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.2, linewidth=0.8)
     axes.plot([step for step, _ in steps], _smooth([loss for _, loss in steps]), color="tab:blue", label="training, smoothed")
     if held_out := [(line["step"], line["validation/loss"]) for line in record.validations]:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out, mean of sources")
     axes.set(xlabel="updates", ylabel="loss")
+    return _png(figure, axes)
+
+
+def _axes() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # only here: most releases of a folder have nothing to draw
+
+    figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure: Any, axes: Any) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()
+
+
+def accuracy_by_width(line: Mapping[str, Any]) -> dict[int, float]:
+    """What a validation found at each width, ascending."""
+    prefix = "validation/accuracy/dim/"
+    return dict(sorted((int(name.removeprefix(prefix)), value) for name, value in line.items() if name.startswith(prefix)))
+
+
+def matryoshka_curve(record: RunRecord) -> bytes | None:
+    """A PNG of held-out accuracy by width, at the last validation and the first; None where there is one width, or nothing."""
+    curves = {line["step"]: accuracy_by_width(line) for line in (*record.validations[:1], *record.validations[-1:])}
+    if not curves or len(next(reversed(curves.values()))) < 2:
+        return None
+    figure, axes = _axes()
+    for step, style in zip(reversed(curves), ({"color": "tab:blue"}, {"color": "tab:gray", "linestyle": "--"}), strict=False):
+        widths, accuracies = zip(*curves[step].items(), strict=True)
+        axes.plot(widths, [100 * accuracy for accuracy in accuracies], marker="o", label=f"update {step:,}", **style)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="dimensions", ylabel="held-out accuracy, %", xticks=widths, xticklabels=widths)
+    return _png(figure, axes)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
