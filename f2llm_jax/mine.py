@@ -1,0 +1,143 @@
+"""Mines hard negatives: `python -m f2llm_jax.mine --model M --queries FILES [--corpus FILES] --out DIR`.
+
+Inputs are raw files (query, passage) or BEIR folders; the output is raw files that `prepare` reads, with the scores beside. Without
+--corpus each source searches its own passages. A killed run goes on where it stopped when the same command is given
+again, and another run over the same texts reuses their vectors (--cache). The default rules are the published ones.
+With --build, inputs are labelled files (see f2llm_jax/mining/builders.py).
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+from f2llm_jax.data.raw_files import RawDataError
+from f2llm_jax.mining import builders, inputs, run
+from f2llm_jax.mining.errors import MiningError
+from f2llm_jax.mining.selection import Rules
+from f2llm_jax.mining.vectors import DTYPES
+from f2llm_jax.mining.writing import write_built
+from f2llm_jax.model.hf_import import ModelFolderError
+from f2llm_jax.model.origin import find_model
+from f2llm_jax.model.stored import CheckpointError
+from f2llm_jax.text import TokenizerError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    if not flags.model and flags.build not in set(builders.INSTRUCTIONS) - set(builders.MINED):
+        parser.error("--model is required, except with --build classification or clustering")
+    try:
+        summary = _mine(flags)
+    except (CheckpointError, MiningError, ModelFolderError, RawDataError, TokenizerError, OSError) as error:
+        print(f"mine: error: {error}", file=sys.stderr)
+        return 1
+    for name, count in summary["total"].items():
+        print(f"{name}: {count:,}")
+    print(f"mined {flags.out}")
+    return 0
+
+
+def _mine(flags: argparse.Namespace) -> dict:
+    rules = Rules(**{name: getattr(flags, name) for name in Rules.__dataclass_fields__})
+    if flags.build:
+        built = [builders.build(flags.build, path, flags.instruction, rules.negatives, rules.seed) for path in flags.queries]
+        sources = [pairs for pairs, _ in built]
+        if flags.build not in builders.MINED:
+            return write_built(sources, {pairs.name: counters for pairs, counters in built}, flags.out, flags.overwrite)
+    else:
+        sources = [inputs.read_pairs(path, flags.instruction, flags.qrels) for path in flags.queries]
+    corpus = [text for path in flags.corpus for text in inputs.read_documents(path)] if flags.corpus else None
+    encoding = run.Encoding(max_length=flags.max_length, compute=flags.dtype, stored=flags.vectors)
+    with Progress() as progress:
+        options = {"encoding": encoding, "cache": flags.cache, "overwrite": flags.overwrite, "report": progress}
+        return run.mine(find_model(flags.model), sources, corpus, flags.out, rules, **options)
+
+
+class Progress:
+    """One bar for each thing that is done in turn; lines every half minute where there is no terminal."""
+
+    def __init__(self):
+        self._what, self._bar = "", None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is None or what != self._what or done < self._bar.n:
+            self.__exit__()
+            unit = " documents" if what == "search" else " texts"
+            self._bar = tqdm(desc=what, total=total, unit=unit, file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30)
+            self._what = what
+        self._bar.update(done - self._bar.n)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hugging Face folder, Hub id, workdir or WORKDIR/checkpoints/STEP; its cosine is the score")
+    parser.add_argument("--queries", required=True, nargs="+", help="raw files or BEIR folders; each is a source")
+    parser.add_argument("--corpus", nargs="+", help="raw files or BEIR folders that every source searches in (default: its own passages)")
+    parser.add_argument("--out", required=True, help="folder to write; exists only when complete")
+    parser.add_argument("--cache", help="folder of vectors and neighbours, to share or to delete at will (default OUT.cache)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what lies at --out")
+    parser.add_argument("--build", choices=builders.INSTRUCTIONS, help="inputs are labelled files of this form")
+    parser.add_argument("--instruction", help='given to queries that carry none; "" for none (default: none for raw files)')
+    parser.add_argument("--qrels", default="train", help="split of BEIR folders (default train)")
+    rules = parser.add_argument_group("rules", 'thresholds are cosines; "none" switches one off')
+    rules.add_argument("--nearest", type=_number(int, 1), default=100, metavar="K", help="documents considered a query (default 100)")
+    rules.add_argument(
+        "--skip", type=_number(int, 0), default=5, metavar="R", help="first ranks left out of what the thresholds leave (default 5)"
+    )
+    rules.add_argument("--max-score", type=_threshold, default=0.8, help="above it is no negative (default 0.8)")
+    rules.add_argument("--max-relative", type=_threshold, default=0.95, help="the same, as a share of the positive's score (default 0.95)")
+    rules.add_argument("--absolute-margin", type=_threshold, help="the same, as a distance to the positive's score (default none)")
+    rules.add_argument("--min-score", type=_threshold, help="below it is too easy (default none)")
+    rules.add_argument(
+        "--near-duplicate",
+        type=_number(float, 0),
+        default=0.9,
+        metavar="SHARE",
+        help="similarity to a positive (Jaccard, of character 5-grams) from which on a document is no negative; 2 for never (default 0.9)",
+    )
+    rules.add_argument("--negatives", type=_number(int, 1), default=24, metavar="N", help="wanted a row (default 24)")
+    rules.add_argument("--take", choices=("top", "sample"), default="top", help="the nearest of what is left, or some of it (default top)")
+    rules.add_argument(
+        "--too-few",
+        choices=("drop", "fill"),
+        default="drop",
+        help="set rows with fewer aside, or fill with random documents (default drop)",
+    )
+    rules.add_argument(
+        "--max-positive-rank", type=_number(int, 1), metavar="R", help="set aside rows whose positive ranks below (default none)"
+    )
+    rules.add_argument("--seed", type=int, default=0, help="of what is random (default 0)")
+    encoding = parser.add_argument_group("encoding")
+    encoding.add_argument("--max-length", type=_number(int, 1), help="tokens at which texts are cut (default: the model's limit)")
+    encoding.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
+    encoding.add_argument("--vectors", choices=DTYPES, default=DTYPES[0], help="dtype on disk; scores are float32 always (default float32)")
+    return parser
+
+
+def _number(kind: type, least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not number >= least:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        return number
+
+    return parse
+
+
+def _threshold(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Mining on one page: pools, vectors and neighbours, rows, files."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from f2llm_jax import sharding
+from f2llm_jax.evaluation.encode import load_encoder
+from f2llm_jax.mining import writing
+from f2llm_jax.mining.errors import MiningError
+from f2llm_jax.mining.inputs import Pairs
+from f2llm_jax.mining.pool import Pool, make_pool
+from f2llm_jax.mining.rows import mined
+from f2llm_jax.mining.search import Report, Searched, all_here, search
+from f2llm_jax.mining.selection import Rules
+from f2llm_jax.mining.vectors import VectorStore
+from f2llm_jax.model.origin import ModelOrigin
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How texts become vectors.
+
+    Attributes:
+      max_length: tokens at which texts are cut; None for the model's own limit.
+      compute: dtype the model computes in.
+      stored: dtype of the vectors on disk.
+    """
+
+    max_length: int | None = None
+    compute: str = "float32"
+    stored: str = "float32"
+
+
+def mine(
+    origin: ModelOrigin,
+    sources: Sequence[Pairs],
+    corpus: Sequence[str] | None,
+    out: epath.PathLike,
+    rules: Rules,
+    *,
+    encoding: Encoding = Encoding(),
+    cache: epath.PathLike | None = None,
+    overwrite: bool = False,
+    report: Report = lambda what, done, total: None,
+) -> dict:
+    """Writes the sources with mined negatives to `out` (see `writing`), or finds them there; returns `summary.json`.
+
+    Args:
+      origin: the model whose cosine is the score.
+      sources: rows without negatives, or with some that are given.
+      corpus: documents that all sources search in, besides their own positives; None for the positives of its own source each.
+      out: folder to write; exists only when complete.
+      rules: of selection.
+      encoding: of texts.
+      cache: folder of vectors and neighbours, which runs that share a model or texts can share; default `OUT.cache`.
+      overwrite: replace what is at `out`.
+      report: called with what is done.
+
+    Raises:
+      MiningError: inputs, rules or vectors that cannot be mined with, or something else at `out`.
+    """
+    rules.check()
+    out, cache = epath.Path(out), epath.Path(cache or f"{out}.cache")
+    pools = [make_pool(sources, corpus)] if corpus is not None else [make_pool([source], ()) for source in sources]
+    for pool in pools:
+        _check_size(pool, rules.negatives)
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    limit = encoding.max_length or origin.text_limit
+
+    def load():
+        return load_encoder(origin, max_length=limit, dtype=jnp.dtype(encoding.compute), mesh=mesh if mesh.size > 1 else None)
+
+    store = VectorStore(cache / "vectors", origin, load, max_length=limit, compute=encoding.compute, dtype=encoding.stored)
+    made_of = _digest(rules, pools, store)
+    summary = out / "summary.json"
+    if out.exists() and not overwrite:
+        if not summary.exists() or json.loads(summary.read_text()).get("made_of") != made_of:
+            raise MiningError(f"{out} exists and was not made from these inputs by these rules; remove it, or pass --overwrite")
+        return json.loads(summary.read_text())
+    found = [search(pool, store, cache / "neighbours", rules.nearest, mesh, report) for pool in pools]
+    if jax.process_index() == 0:
+        _write(found, out, rules, {"model": origin.name, "encoding": dataclasses.asdict(encoding), "made_of": made_of})
+    all_here("written")
+    return json.loads(summary.read_text())
+
+
+def _write(found: Sequence[Searched], out: epath.Path, rules: Rules, facts: dict) -> None:
+    seen, counters, kinds = writing.Seen(), {}, {}
+    with writing.whole_folder(out) as folder:
+        for one in found:
+            for source in one.pool.sources:
+                counters[source.name] = writing.write_source(folder, one.pool, source, mined(one, source, rules), rules.negatives, seen)
+                kinds[source.name] = source.kind
+        total = sum(counters.values(), Counter())
+        if not total["kept"]:
+            raise MiningError(f"no row is left ({_told(total)}); loosen the rules or give more documents with --corpus")
+        sizes = {"documents": sum(len(one.pool.documents) for one in found), "queries": sum(len(one.pool.queries) for one in found)}
+        by_source = {name: dict(sorted(counted.items())) for name, counted in counters.items()}
+        details = {"rules": dataclasses.asdict(rules), **sizes, "total": dict(sorted(total.items())), "sources": by_source}
+        writing.write_summary(folder, kinds, seen, {**facts, **details})
+
+
+def _told(counters: Counter) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in sorted(counters.items()))
+
+
+def _check_size(pool: Pool, negatives: int) -> None:
+    possible = len(pool.documents) - min(map(len, pool.positives))
+    if possible < negatives:
+        raise MiningError(
+            f"--negatives {negatives} cannot be had: {', '.join(source.name for source in pool.sources)} can search "
+            f"{len(pool.documents):,} distinct documents, {possible:,} besides a query's positives; lower it or give more with --corpus"
+        )
+
+
+def _digest(rules: Rules, pools: Sequence[Pool], store: VectorStore) -> str:
+    """What makes two outputs equal."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(rules), sort_keys=True).encode())
+    for pool in pools:
+        for texts in (pool.documents, pool.queries):
+            digest.update(json.dumps([shard.key for shard in store.shards(texts)]).encode())
+        for source in pool.sources:
+            digest.update(json.dumps([source.name, source.kind, source.languages]).encode())
+            for numbers in (source.query, source.positive, source.given):
+                digest.update(numbers.tobytes())
+    return digest.hexdigest()
