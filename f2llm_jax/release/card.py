@@ -8,9 +8,9 @@ import huggingface_hub
 from etils import epath
 
 from f2llm_jax import __version__, text
+from f2llm_jax.evaluation.record import RunRecord, read_record
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.origin import ModelSource
-from f2llm_jax.release.record import RunRecord, accuracy_by_width, loss_curve, matryoshka_curve, read_record
 
 CURVE_FILE = "training_curve.png"
 WIDTHS_FILE = "matryoshka_curve.png"
@@ -81,16 +81,15 @@ class Labels:
 
 def write_card(folder: epath.Path, source: ModelSource, dims: Sequence[int], dtype: str, labels: Labels) -> None:
     """Writes `README.md`, and the curves of training and of quality by width where the run left what they need."""
-    record = read_record(source.run_folder, source.step) if source.run_folder else RunRecord({}, [], {}, [])
-    pictures = {CURVE_FILE: loss_curve(record), WIDTHS_FILE: matryoshka_curve(record)}
+    record = read_record(source.run_folder, source.step) if source.run_folder else RunRecord()
+    pictures = _pictures(record)
     for name, picture in pictures.items():
-        if picture:
-            (folder / name).write_bytes(picture)
+        (folder / name).write_bytes(picture)
     sections = [
         _usage(source, dims, dtype),
-        _training(source, record, bool(pictures[CURVE_FILE])),
+        _training(source, record, CURVE_FILE in pictures),
         _data(record),
-        _held_out(record, bool(pictures[WIDTHS_FILE])),
+        _held_out(record, WIDTHS_FILE in pictures),
         _made_with(record),
     ]
     header = huggingface_hub.ModelCardData(
@@ -102,6 +101,16 @@ def write_card(folder: epath.Path, source: ModelSource, dims: Sequence[int], dty
         tags=TAGS,
     ).to_yaml()
     (folder / "README.md").write_text(f"---\n{header}\n---\n\n" + "\n".join(filter(None, sections)))
+
+
+def _pictures(record: RunRecord) -> dict[str, bytes]:
+    """PNGs by file name, as far as there is something to draw."""
+    if not record.metrics:
+        return {}
+    from f2llm_jax.evaluation import charts  # matplotlib, only here: most releases of a folder have nothing to draw
+
+    drawn = {CURVE_FILE: charts.loss([record]), WIDTHS_FILE: charts.by_width([record])}
+    return {name: charts.png(figure) for name, figure in drawn.items() if figure}
 
 
 def _usage(source: ModelSource, dims: Sequence[int], dtype: str) -> str:
@@ -151,7 +160,7 @@ def _held_out(record: RunRecord, curve: bool) -> str:
     rows = [(name.removeprefix("validation/"), f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names]
     parts = [_table(("on held-out rows", f"update {first['step']}", f"update {last['step']}"), rows), _ACCURACY]
     if curve:
-        widths = [(width, f"{accuracy:.4f}") for width, accuracy in accuracy_by_width(last).items()]
+        widths = [(width, f"{accuracy:.4f}") for width, accuracy in record.accuracy_by("dim", last).items()]
         parts += [f"![Accuracy by width]({WIDTHS_FILE})\n", _table(("dimensions", "accuracy"), widths)]
     return "## Evaluation\n\n" + "\n".join(parts)
 

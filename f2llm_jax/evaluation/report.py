@@ -1,0 +1,139 @@
+"""Runs on one page: self-contained HTML that follows the reader's light or dark theme, and every picture as a PNG beside it."""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+from matplotlib.figure import Figure
+
+from f2llm_jax.data.records import DatasetError, load_dataset
+from f2llm_jax.evaluation import charts
+from f2llm_jax.evaluation.encode import load_encoder
+from f2llm_jax.evaluation.glance import Glance, principal_plane, take_glance
+from f2llm_jax.evaluation.page import Chart, RunLine, page
+from f2llm_jax.evaluation.record import RunRecord, read_record
+from f2llm_jax.model.decoder import count_parameters
+from f2llm_jax.model.hf_import import ModelFolderError
+from f2llm_jax.model.origin import find_model
+from f2llm_jax.model.stored import CheckpointError
+from f2llm_jax.text import TokenizerError
+
+PAGE = "report.html"
+NAMED = 12  # languages at either end that are named where there are too many to label
+
+Parts = list[tuple[str, str, str, Figure | None]]  # file name, title, note, picture
+
+
+class ReportError(ValueError):
+    """A workdir that cannot be reported on; the message names the remedy."""
+
+
+def write_report(workdirs: Sequence[epath.PathLike], out: pathlib.Path) -> pathlib.Path:
+    """Writes `report.html` and the PNGs to the folder `out`, which is replaced if it holds an older report; returns the page.
+
+    Args:
+      workdirs: of runs, laid over each other in this order; what shows one run shows the first.
+      out: folder to make.
+
+    Raises:
+      ReportError: a workdir recorded nothing, or `out` holds something else.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / PAGE).exists():
+        raise ReportError(f"{out} is not empty and holds no {PAGE}, so it is not replaced; choose another --out")
+    runs = read_runs(workdirs)
+    glances, missing, lines = {}, [], []
+    for run, workdir, color in zip(runs, workdirs, charts.colors(runs), strict=True):
+        parameters = None
+        try:
+            origin = find_model(str(workdir))
+            parameters = count_parameters(origin.config)
+            glances[run.name] = take_glance(load_encoder(origin), load_dataset(_data_folder(run, workdir)))
+        except (CheckpointError, DatasetError, ModelFolderError, TokenizerError) as error:
+            missing.append(f"No picture of the space of {run.name}: {error}")
+        lines.append(RunLine(run, parameters, color))
+    sections = {name: _charts(parts) for name, parts in _sections(runs, glances).items()}
+    content = page(lines, {name: found for name, found in sections.items() if found}, missing)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for chart in (chart for found in sections.values() for chart in found):
+        (partial / f"{chart.name}.png").write_bytes(charts.png(chart.figure))
+    (partial / PAGE).write_text(content, encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return out / PAGE
+
+
+def read_runs(workdirs: Sequence[epath.PathLike]) -> list[RunRecord]:
+    """The runs under names that tell them apart: their folder's, or as much of the path as it takes.
+
+    Raises:
+      ReportError: a workdir has no metrics, or stands there twice.
+    """
+    runs, paths = [read_record(workdir) for workdir in workdirs], [epath.Path(workdir).parts for workdir in workdirs]
+    if empty := [str(workdir) for run, workdir in zip(runs, workdirs, strict=True) if not run.metrics]:
+        raise ReportError(f"{empty[0]} has no metrics.jsonl; point to the --workdir of a run of f2llm_jax.main")
+    if len(set(paths)) < len(paths):
+        raise ReportError("a workdir is given twice; give each once")
+    depth = next(depth for depth in range(1, max(map(len, paths)) + 1) if len({path[-depth:] for path in paths}) == len(paths))
+    return [dataclasses.replace(run, name="/".join(path[-depth:])) for run, path in zip(runs, paths, strict=True)]
+
+
+def _data_folder(run: RunRecord, workdir: epath.PathLike) -> epath.PathLike:
+    """The dataset of a run: the one its configuration names, or the embedded one that it made itself."""
+    return run.config.get("data", {}).get("folder") or epath.Path(workdir) / "data"
+
+
+def _sections(runs: Sequence[RunRecord], glances: Mapping[str, Glance]) -> dict[str, Parts]:
+    in_batch = "Retrieval alone: each query against the positives of the whole batch."
+    weighted = "As it enters the sum."
+    padding = "The rest is padding, computed for nothing."
+    waiting = "Above a few per cent readers are too slow: raise config.data.threads."
+    return {
+        "Quality": [
+            ("widths", "By width", "The matryoshka curve: embeddings cut to their first dimensions.", charts.by_width(runs)),
+            ("sources", "By source", "", charts.by_source(runs)),
+            ("languages", "By language", _language_note(runs[0]), charts.by_language(runs)),
+        ],
+        "Learning": [
+            ("loss", "Loss", "", charts.loss(runs)),
+            ("in_batch", "In-batch loss", in_batch, charts.by_update(runs, "in_batch", "loss")),
+            ("hard", "Hard-negative loss", "Each query against its own negatives.", charts.by_update(runs, "hard", "loss")),
+            ("distillation", "Distillation", weighted, charts.by_update(runs, "weighted/distillation", "loss")),
+            ("spread_out", "Spread-out regulariser", weighted, charts.by_update(runs, "weighted/spread_out", "loss")),
+            ("grad_norm", "Gradient norm", "Before clipping.", charts.by_update(runs, "grad_norm", "L2 norm", log=True)),
+            ("learning_rate", "Learning rate", "", charts.learning_rate(runs)),
+        ],
+        "The space": [part for number, item in enumerate(glances.items()) for part in _space(number, *item)],
+        "Speed": [
+            ("throughput", "Throughput", "", charts.throughput(runs)),
+            ("token_efficiency", "Token efficiency", padding, charts.token_efficiency(runs)),
+            ("input_wait", "Input wait", waiting, charts.input_wait(runs)),
+        ],
+    }
+
+
+def _charts(parts: Parts) -> list[Chart]:
+    return [Chart(name, title, note, figure) for name, title, note, figure in parts if figure]
+
+
+def _space(number: int, name: str, glance: Glance) -> Parts:
+    """Pictures of one run's embeddings."""
+    apart = f"The less they overlap the better. Any positive is nearer than any hard negative in {glance.separation:.1%} of pairs."
+    similarities = charts.similarities(glance.positive_cosine, glance.negative_cosine) if len(glance.negative_cosine) else None
+    plane = charts.text_map(principal_plane(glance.query), glance.source)
+    return [
+        (f"similarities-{number}", f"Similarities: {name}", apart, similarities),
+        (f"map-{number}", f"Map of held-out queries: {name}", "By source, in the plane of largest variance.", plane),
+    ]
+
+
+def _language_note(run: RunRecord) -> str:
+    """The ends of the scale, where there are too many languages to label."""
+    found = run.accuracy_by("language", run.validations[-1]) if run.validations else {}
+    if len(found) <= charts.LABELLED:
+        return ""
+    ordered = [f"{code} {100 * found[code]:.0f}%" for code in sorted(found, key=lambda code: (found[code], code))]
+    return f"Lowest: {', '.join(ordered[:NAMED])}. Highest: {', '.join(ordered[: -NAMED - 1 : -1])}."
