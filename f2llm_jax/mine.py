@@ -13,16 +13,11 @@ from collections.abc import Callable, Sequence
 import jax
 from tqdm import tqdm
 
-from f2llm_jax.data.raw_files import RawDataError
 from f2llm_jax.mining import builders, inputs, run
-from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.mining.vectors import DTYPES
 from f2llm_jax.mining.writing import write_built
-from f2llm_jax.model.hf_import import ModelFolderError
 from f2llm_jax.model.origin import find_model
-from f2llm_jax.model.stored import CheckpointError
-from f2llm_jax.text import TokenizerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,11 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if not flags.model and flags.build not in set(builders.INSTRUCTIONS) - set(builders.MINED):
         parser.error("--model is required, except with --build classification or clustering")
-    if flags.distributed:
-        jax.distributed.initialize()
     try:
+        if flags.distributed:
+            jax.distributed.initialize()
         summary = _mine(flags)
-    except (CheckpointError, MiningError, ModelFolderError, RawDataError, TokenizerError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"mine: error: {error}", file=sys.stderr)
         return 1
     for name, count in summary["total"].items():

@@ -19,7 +19,7 @@ from f2llm_jax.mining.pool import Pool, make_pool
 from f2llm_jax.mining.rows import mined
 from f2llm_jax.mining.search import Report, Searched, all_here, search
 from f2llm_jax.mining.selection import Rules
-from f2llm_jax.mining.vectors import VectorStore
+from f2llm_jax.mining.vectors import VectorStore, made_by
 from f2llm_jax.model.origin import ModelOrigin
 
 
@@ -77,7 +77,8 @@ def mine(
     def load():
         return load_encoder(origin, max_length=limit, dtype=jnp.dtype(encoding.compute), mesh=mesh if mesh.size > 1 else None)
 
-    store = VectorStore(cache / "vectors", origin, load, max_length=limit, compute=encoding.compute, dtype=encoding.stored)
+    facts = made_by(origin, limit, encoding.compute)
+    store = VectorStore(cache / "vectors", facts, origin.config.hidden_size, encoding.stored, load)
     made_of = _digest(rules, pools, store)
     summary = out / "summary.json"
     if out.exists() and not overwrite:

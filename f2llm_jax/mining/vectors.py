@@ -39,23 +39,19 @@ class Shard:
 class VectorStore:
     """Vectors of one model under one set of options."""
 
-    def __init__(
-        self, folder: epath.PathLike, origin: ModelOrigin, load: Callable[[], TextEncoder], *, max_length: int, compute: str, dtype: str
-    ):
-        """Reads the model's weights once, for their digest; nothing is encoded yet.
+    def __init__(self, folder: epath.PathLike, made_by: Sequence[object], width: int, dtype: str, load: Callable[[], TextEncoder]):
+        """Reads and encodes nothing yet.
 
         Args:
           folder: of the store, made where there is none; may be shared by runs of any kind.
-          origin: the model.
-          load: makes its encoder; called when the first shard is missing.
-          max_length: tokens at which texts are cut.
-          compute: dtype the encoder computes in.
+          made_by: what vectors depend on besides their texts, see `made_by`.
+          width: D.
           dtype: on disk, one of `DTYPES`. float16 halves the disk and rounds each component to 3 digits.
+          load: makes the encoder; called when the first shard is missing.
         """
         self._folder, self._load, self._encoder = epath.Path(folder), load, None
-        self._width, self._dtype = origin.config.hidden_size, dtype
-        facts = [model_digest(origin), max_length, compute, dtype]
-        self._salt = json.dumps(facts)
+        self._width, self._dtype = width, dtype
+        self._salt = json.dumps([*made_by, dtype])
 
     def shards(self, texts: pa.LargeStringArray) -> list[Shard]:
         """The shards of a list of texts, in order, whether they exist or not."""
@@ -116,15 +112,18 @@ class VectorStore:
         return digest.hexdigest()[:32]
 
 
-def model_digest(origin: ModelOrigin) -> str:
-    """Digest of everything that turns a text into a vector: equal for a checkpoint and its float32 release."""
+def made_by(origin: ModelOrigin, max_length: int, compute: str) -> list[object]:
+    """Everything that turns a text into a vector: digest of weights and tokenizer, text limit, dtype of computation.
+
+    Equal for a checkpoint and its float32 release. Reads the weights once, block by block.
+    """
     facts = {**dataclasses.asdict(origin.config), "tokenizer": origin.matching_tokenizer().fingerprint}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     with origin.open_params() as parameters:
         for entry, shape in parameter_shapes(origin.config).items():
             for start, stop in blocks(parameters, entry, shape):
                 digest.update(np.ascontiguousarray(parameters.read(entry, start, stop), np.float32).data)
-    return digest.hexdigest()
+    return [digest.hexdigest(), max_length, compute]
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:

@@ -16,7 +16,6 @@ import sys
 import time
 
 import numpy as np
-from etils import epath
 
 
 def make(folder: pathlib.Path, flags: argparse.Namespace) -> None:
@@ -46,8 +45,7 @@ def ours(folder: pathlib.Path, flags: argparse.Namespace) -> tuple[float, np.nda
     from f2llm_jax.mining.search import QUERY_SHARDS
     from f2llm_jax.mining.vectors import SHARD_TEXTS, Shard, VectorStore
 
-    store = VectorStore.__new__(VectorStore)  # of vectors that no model made
-    store._folder, store._width, store._dtype = epath.Path(folder), flags.dim, "float32"
+    store = VectorStore(folder, [], flags.dim, "float32", load=lambda: None)
     shards = {
         name: [Shard(f"{name}-{a:08d}", a, min(a + SHARD_TEXTS, count)) for a in range(0, count, SHARD_TEXTS)]
         for name, count in (("documents", flags.documents), ("queries", flags.queries))
