@@ -79,8 +79,7 @@ def brute_force(queries, documents, k, excluded):
     return np.pad(found, pad, constant_values=-np.inf), np.pad(index, pad, constant_values=-1)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("devices", "dtype"), [(1, "float16"), (8, "float32")])
 @pytest.mark.parametrize(("documents", "block", "k"), [(1000, 192, 10), (1000, 1000, 100), (37, 16, 10), (5, 16, 8)])
 def test_nearest_are_those_of_brute_force(monkeypatch, devices, dtype, documents, block, k):
     """Exactly, ties included: small whole numbers make sums without rounding and equal scores in plenty."""
