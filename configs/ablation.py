@@ -36,6 +36,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.starts = ml_collections.ConfigDict(CHOICES if arg.choices else STARTS)
     config.distilled = (True,) if arg.choices else (False, True)
     config.seeds = (0, 1, 2)
-    config.steps = 150  # of every arm
+    config.steps = 100  # of every arm
     config.train_flags = ("--config.batch.size=128",)  # of every training
     return config
