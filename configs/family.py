@@ -14,7 +14,7 @@ from configs import common
 TEACHERS = {"80m": "0.6b", "160m": "0.6b", "330m": "0.6b", "0.6b": "1.7b", "1.7b": "4b"}  # paper, table 1
 LARGE = ("14b", "8b", "4b", "1.7b", "0.6b")
 PRUNED = ("330m", "160m", "80m")
-TOY_STEPS = 12
+TOY_STEPS = 6
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -31,7 +31,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train_flags = ()  # for every training, as in ("--config.mesh.tensor=4",)
     if toy:
         config.calibration_rows = 64
-        settings = {"steps": TOY_STEPS, "batch.size": 32, "batch.microbatch_rows": 16, "eval.every": 1000, "optimizer.warmup_steps": 2}
+        settings = {"steps": TOY_STEPS, "batch.size": 32, "batch.microbatch_rows": 16, "eval.every": 1000, "eval.batches": 1}
+        settings |= {"optimizer.warmup_steps": 2, "remat": "none"}
         config.train_flags = tuple(f"--config.{name}={value}" for name, value in settings.items())
     return config
 
