@@ -47,6 +47,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.steps = 0  # updates; 0 means `epochs` epochs
     config.dtype = "bfloat16"  # compute dtype; parameters and optimizer state are float32
     config.remat = "full"  # what the backward pass recomputes: none, dots or full
+    config.max_skipped_steps = 20  # in a row, without a finite loss and gradient, before the run gives up
     config.log_every = 20  # steps between progress lines where there is no terminal
 
     config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1 fills up
@@ -90,6 +91,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
 
+    config.profile = ml_collections.ConfigDict({"start": 0, "steps": 0})  # updates to trace for xprof, in workdir/profile; 0 steps for none
     config.eval = ml_collections.ConfigDict({"every": 1000, "batches": 4})  # steps between validations; batches a source
     config.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 3})  # steps between; how many of the last stay
     config.checkpoint.best = ""  # also keep the best by this metric of a validation, as "validation/accuracy"; empty for none

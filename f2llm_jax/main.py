@@ -11,14 +11,21 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> int | None:
-    """Runs the configured training; a configuration, data or weights error is one line on stderr and exit code 1."""
+    """Runs the configured training; a configuration, data or weights error is one line on stderr and exit code 1.
+
+    Exit code 75 says that SIGTERM came, the state is saved, and the same command goes on.
+    """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
-    from f2llm_jax.training.run import run  # after flag parsing: --help needs no JAX
+    from f2llm_jax.training.preemption import EXIT_CODE, Preempted  # after flag parsing: --help needs no JAX
+    from f2llm_jax.training.run import run
 
     logging.set_verbosity(logging.WARNING)
     try:
         run(CONFIG.value, WORKDIR.value)
+    except Preempted as notice:
+        print(f"f2llm_jax.main: {notice}", file=sys.stderr)
+        return EXIT_CODE
     except ValueError as error:
         if logging.level_debug():
             raise

@@ -6,6 +6,7 @@ import socket
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported; the emulator knows no bucket layouts
 
+import gcsfs
 from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
 
@@ -28,6 +29,7 @@ def emulator():
     original, objects.download = objects.download, _with_generation(objects.download)
     server = create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
     server.start()
+    gcsfs.GCSFileSystem.clear_instance_cache()  # what an earlier emulator held, at another port
     try:
         yield f"gs://{BUCKET}"
     finally:

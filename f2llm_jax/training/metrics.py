@@ -7,6 +7,7 @@ dispatched, so it never waits for the host.
 
 import collections
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -22,10 +23,17 @@ from f2llm_jax.objectives import Mean
 RATE_WINDOW = 50  # steps over which tokens per second are averaged
 
 
-class Recorder:
-    """Writes the metrics of a run; used as a context manager, so that the last step is written too."""
+class DivergedError(ValueError):
+    """Losses or gradients that stay infinite or undefined; the message names the batch and the remedy."""
 
-    def __init__(self, folder: epath.Path, start: int, total: int, log_every: int):
+
+class Recorder:
+    """Writes the metrics of a run; used as a context manager, so that the last step is written too.
+
+    Of several hosts the first writes files; TensorBoard's are written to a disk only.
+    """
+
+    def __init__(self, folder: epath.Path, start: int, total: int, log_every: int, max_skipped: int):
         """Continues the files in `folder` after step `start`: later lines, of a run that was killed, are removed.
 
         Args:
@@ -33,11 +41,13 @@ class Recorder:
           start: updates already made.
           total: updates of the whole run.
           log_every: steps between two plain progress lines, where there is no terminal.
+          max_skipped: steps in a row that may be skipped because they were not finite.
         """
-        self._metrics, self._timings = folder / "metrics.jsonl", folder / "timings.jsonl"
-        for file in (self._metrics, self._timings):
-            _keep_until(file, start)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        first = jax.process_index() == 0
+        self._metrics, self._timings = (_Lines(folder / name, start) if first else None for name in ("metrics.jsonl", "timings.jsonl"))
+        local = first and "://" not in str(folder)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) if local else None
+        self._max_skipped, self._skipped = max_skipped, 0
         self._log_every, self._start, self._total = log_every, start, total
         self._pending: tuple[int, dict[str, Mean], dict[str, Any], dict[str, float]] | None = None
         self._recent: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=RATE_WINDOW)
@@ -47,8 +57,11 @@ class Recorder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.flush()
-        self._board.close()
+        try:
+            self.flush()
+        finally:
+            if self._board:
+                self._board.close()
         if self._bar:
             self._bar.close()
 
@@ -63,34 +76,58 @@ class Recorder:
           slots: token slots computed on.
           input_wait: seconds that the loop waited for this batch.
         """
-        self.flush()
+        self._write_pending()
         now = time.perf_counter()
         self._recent.append((now, tokens, slots))
         self._pending = (step, dict(means), dict(facts), {"input_wait_seconds": input_wait, **self._rates()})
 
     def flush(self) -> None:
-        """Writes the step that is still held back."""
+        """Writes the step that is still held back, and makes files whole on an object store.
+
+        Raises:
+          DivergedError: too many steps in a row had no finite loss and gradient.
+        """
+        self._write_pending()
+        for lines in filter(None, (self._metrics, self._timings)):
+            lines.store()
+
+    def _write_pending(self) -> None:
         if self._pending is None:
             return
         (step, means, facts, timing), self._pending = self._pending, None
         values = {name: float(mean.value) for name, mean in jax.device_get(means).items() if mean.count > 0}
+        self._skipped = self._skipped + 1 if values["skipped"] else 0
+        # JSON knows no NaN; that a step was skipped is said where it was.
+        values = {name: value for name, value in values.items() if math.isfinite(value) and (name != "skipped" or value)}
         self.write(step, {**facts, **values})
-        _append(self._timings, {"step": step, **timing})
-        for name, value in timing.items():
-            self._board.add_scalar(f"timing/{name}", value, step)
+        self._time(step, timing)
         self._show(step, values, timing)
+        if self._skipped > self._max_skipped:
+            raise DivergedError(
+                f"update {step} on a batch of source {facts.get('source')!r} (epoch {facts.get('epoch')}) and {self._max_skipped} before "
+                "it had no finite loss and gradient and were skipped; the last checkpoint is unharmed: lower the learning rate, or "
+                "train in float32 to find the cause"
+            )
+
+    def _time(self, step: int, timing: Mapping[str, float]) -> None:
+        if self._timings:
+            self._timings.append({"step": step, **timing})
+        if self._board:
+            for name, value in timing.items():
+                self._board.add_scalar(f"timing/{name}", value, step)
 
     def validation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """Writes what `validate` found after update `step`, and how long it took."""
         self.write(step, values)
-        _append(self._timings, {"step": step, "validation_seconds": seconds})
+        self._time(step, {"validation_seconds": seconds})
         self.say(f"step {step}/{self._total}  held-out loss {values['validation/loss']:.4f}, accuracy {values['validation/accuracy']:.4f}")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a line of metrics, and its numbers to TensorBoard."""
-        _append(self._metrics, {"step": step, **values})
+        if self._metrics:
+            self._metrics.append({"step": step, **values})
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if self._board and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
     def say(self, line: str) -> None:
@@ -108,30 +145,47 @@ class Recorder:
     def _show(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
         rate = f"{timing.get('tokens_per_second', 0):,.0f} tokens/s"
         if self._bar:
-            self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate}", refresh=False)
+            self._bar.set_postfix_str(f"loss {values.get('loss', math.nan):.3f}, {rate}", refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self._log_every == 0 or step in (self._start + 1, self._total):
             left = (self._total - step) / timing["steps_per_second"] if "steps_per_second" in timing else float("nan")
             remaining = "?" if left != left else tqdm.format_interval(left)
-            print(f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate}  {remaining} left", file=sys.stderr, flush=True)
+            loss = values.get("loss", math.nan)
+            print(f"step {step}/{self._total}  loss {loss:.4f}  {rate}  {remaining} left", file=sys.stderr, flush=True)
 
 
-def _append(file: epath.Path, values: Mapping[str, Any]) -> None:
-    with file.open("a") as f:
-        f.write(json.dumps(values) + "\n")
+class _Lines:
+    """A file of JSON lines that grows: line by line on a disk; on an object store, which cannot append, whole at each `store`."""
+
+    def __init__(self, file: epath.Path, start: int):
+        """Drops the lines after step `start`, and a last line that was cut short."""
+        self._file, self._remote = file, "://" in str(file)
+        kept = _until(file.read_text(), start) if file.exists() else []
+        self._lines = kept if self._remote else []
+        if file.exists():
+            beside = file.with_name(file.name + ".partial")
+            beside.write_text("".join(kept))
+            beside.replace(file)
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        line = json.dumps(values) + "\n"
+        if self._remote:
+            self._lines.append(line)
+            return
+        with self._file.open("a") as file:
+            file.write(line)
+
+    def store(self) -> None:
+        if self._remote:
+            self._file.write_text("".join(self._lines))
 
 
-def _keep_until(file: epath.Path, step: int) -> None:
-    """Drops the lines after `step` and a last line that was cut short."""
-    if not file.exists():
-        return
+def _until(text: str, step: int) -> list[str]:
     kept = []
-    for line in file.read_text().splitlines():
+    for line in text.splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
-    beside = file.with_name(file.name + ".partial")
-    beside.write_text("".join(kept))
-    beside.replace(file)
+    return kept

@@ -27,6 +27,8 @@ from f2llm_jax.training import checkpoint, start
 from f2llm_jax.training.facts import write_facts
 from f2llm_jax.training.metrics import Recorder
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from f2llm_jax.training.preemption import Preempted, StopRequest
+from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.step import TableRanks, Teacher, TrainState, make_eval_step, make_train_step
 from f2llm_jax.training.validation import validate
 
@@ -36,6 +38,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
     Raises:
       ValueError: something in the configuration, the data or the starting weights does not fit; before the first step.
+      DivergedError: too many steps in a row had no finite loss and gradient.
+      Preempted: SIGTERM came; the state is saved.
     """
     workdir = absolute(workdir)
 
@@ -99,14 +103,16 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
     # Loop: validate and save before the batch is drawn, so that a resumed run repeats neither
     first = int(state.step)
-    with Recorder(workdir, first, total, config.log_every) as recorder:
+    recorder = Recorder(workdir, first, total, config.log_every, config.max_skipped_steps)
+    with checkpoints, StopRequest() as stop, Profile(workdir / "profile", **config.profile) as profile, recorder:
         recorder.say(_banner(model, dataset, batches, mesh, total, first))
         arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
         for step in range(first, total + 1):
             done, found = step == total, {}
             resumed = step == first and checkpoints.latest is not None
             validating, saving = (not resumed and (done or step % every == 0) for every in (config.eval.every, config.checkpoint.every))
-            saving |= validating and bool(config.checkpoint.best)
+            stopping = not done and stop.before(step)
+            saving |= (validating and bool(config.checkpoint.best)) or (stopping and not resumed)
             if validating or saving:
                 recorder.flush()  # a checkpoint never knows more than the metrics beside it
             if validating:
@@ -115,15 +121,17 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
                 recorder.validation(step, found, time.perf_counter() - begun)
             if saving:
                 checkpoint.save(checkpoints, step, state, metadata, checkpoint.score(config.checkpoint.best, found))
-            if done:
+            if done or stopping:
                 break
+            profile.before(step)
             waited = time.perf_counter()
             data = next(arrivals)
             waited = time.perf_counter() - waited
             state, means = train_step(state, teacher_params, data.batch)
             facts = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
             recorder.step(step + 1, means, facts, data.tokens, data.slots, waited)
-    checkpoints.close()
+    if stopping:
+        raise Preempted(f"stopped on request after update {step} of {total}, which is saved; the same command goes on")
 
 
 def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.PathLike:

@@ -90,7 +90,8 @@ def make_train_step(
 
     If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka). With `table_ranks` only that many
     columns of the factored embedding table take part in a step.
-    Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, and the `learning_rate` of this update.
+    Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, the `learning_rate` of this update, and `skipped`, which is
+    1 where loss or gradient was not finite: then weights and moments stay as they were and only counters go on.
     """
     optimizer = make_optimizer(optimizer_config)
 
@@ -111,14 +112,22 @@ def make_train_step(
         params = narrowed(state.params)
         (total, parts), gradients = encoder.value_and_grad(loss, encode_chunk, params, batch.texts, batch.text_count)
         gradients = narrowed(gradients)
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        facts |= {"loss": total, "grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate(optimizer_config, state.step)}
+            params = _unless(finite, optax.apply_updates(state.params, updates), state.params)
+            opt_state = _unless(finite, opt_state, state.opt_state)
+        facts |= {"loss": total, "grad_norm": norm, "skipped": ~finite, "learning_rate": learning_rate(optimizer_config, state.step)}
         metrics = parts | {name: Mean(jnp.float32(value), jnp.float32(1)) for name, value in facts.items()}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def _unless(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """The new arrays if the step was finite, else the old ones; scalars, which count steps, are new in any case."""
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o) if n.ndim else n, new, old)
 
 
 EvalStep = Callable[[Any, Batch], tuple[dict[str, Mean], Bool[Array, "J B"]]]

@@ -1,0 +1,128 @@
+"""What may come between a run and its end: SIGTERM, infinite gradients, an object store as its workdir."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_data
+import tiny
+from test_encoder import B, N, encode_chunk, packed
+from test_training import OVERRIDES, STEPS, assert_same_weights, losses, train
+
+from configs import stage2
+from f2llm_jax.batch import Batch
+from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.model.stored import find_checkpoint, steps_of
+from f2llm_jax.objectives import Mean, Objective
+from f2llm_jax.training.metrics import DivergedError, Recorder
+from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from f2llm_jax.training.run import run
+from f2llm_jax.training.step import TrainState, make_train_step
+
+pytest.importorskip("gcp_storage_emulator", reason="the gs:// tests need the extra `test`")
+import gcs
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning"),
+]
+STOPPED_AT = 13
+# Sends SIGTERM to the process as it records a given step.
+STOPPER = """
+import os, signal, sys
+from absl import app
+from f2llm_jax import main
+from f2llm_jax.training import metrics
+stopped_at = int(sys.argv.pop(1))
+record = metrics.Recorder.step
+def step(self, number, *rest):
+    if number == stopped_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    record(self, number, *rest)
+metrics.Recorder.step = step
+app.run(main.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("interruptions")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return small_data.write(folder).folder
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(folder, data):
+    done = train(folder, data, "undisturbed")
+    assert done.returncode == 0, done.stderr
+    done = train(folder, data, "stopped", python=("-c", STOPPER, str(STOPPED_AT)))
+    assert done.returncode == 75 and f"stopped on request after update {STOPPED_AT} of {STEPS}, which is saved" in done.stderr, done.stderr
+    assert find_checkpoint(folder / "stopped").step == STOPPED_AT and max(losses(folder / "stopped")) == STOPPED_AT
+    done = train(folder, data, "stopped")
+    assert done.returncode == 0 and f"resumes at step {STOPPED_AT}" in done.stderr, done.stderr
+    assert (folder / "stopped" / "metrics.jsonl").read_bytes() == (folder / "undisturbed" / "metrics.jsonl").read_bytes()
+    assert_same_weights(folder / "stopped", folder / "undisturbed")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_step_without_finite_gradients_changes_nothing(broken):
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, total_steps=9)
+    params = init_decoder(tiny.CONFIG, 0)
+    if broken:  # one weight that is infinite makes every gradient undefined
+        params["norm"].set_value(params["norm"].get_value().at[0].set(jnp.inf))
+    state = TrainState(jnp.int32(3), params, make_optimizer(optimizer).init(params))
+    ids = jnp.arange(B), jnp.arange(B, B + B * N).reshape(B, N)
+    batch = Batch(packed(2), jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids)
+    after, metrics = jax.jit(make_train_step(encode_chunk(), Objective(), optimizer))(state, None, batch)
+    assert float(metrics["skipped"].value) == float(broken) and int(after.step) == 4
+    for old, new in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True):
+        if old.ndim:
+            assert np.array_equal(old, new) == broken
+        else:
+            assert int(new) == int(old) + 1  # counters go on, and with them the schedule
+
+
+def test_a_run_gives_up_after_too_many_skipped_steps(tmp_path):
+    def step(recorder, number, skipped):
+        means = {"loss": Mean(np.float32(np.nan if skipped else 1), np.float32(1)), "skipped": Mean(np.float32(skipped), np.float32(1))}
+        recorder.step(number, means, {"source": "bad one", "epoch": 2}, 10, 20, 0.0)
+
+    with (
+        pytest.raises(DivergedError, match=r"update 7 on a batch of source 'bad one' \(epoch 2\) and 2 before it"),
+        Recorder(tmp_path, 0, 99, 1, max_skipped=2) as recorder,
+    ):
+        for number, skipped in enumerate([0, 1, 1, 0, 1, 1, 1, 0, 0], start=1):  # two in a row are borne
+            step(recorder, number, skipped)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line.get("skipped", 0) for line in lines] == [0, 1, 1, 0, 1, 1, 1]
+    assert all(("loss" in line) != ("skipped" in line) for line in lines)
+
+
+def test_a_bucket_as_workdir(data, folder):
+    """Trained, stopped, gone on with: the metrics are those of a run on a disk, and nothing but them and checkpoints is needed."""
+
+    def go_on(workdir, steps):
+        config = stage2.get_config("runlocal")
+        config.update_from_flattened_dict({**OVERRIDES, "data.folder": str(data), "steps": steps, "checkpoint.keep": 2})
+        config.optimizer.warmup_steps = 0
+        try:
+            run(config, workdir)
+        finally:
+            jax.set_mesh(None)
+
+    with gcs.emulator() as bucket:
+        go_on(f"{bucket}/training", 6)
+        text = find_checkpoint(f"{bucket}/training").run_folder.joinpath("metrics.jsonl").read_text()
+        assert [line["step"] for line in map(json.loads, text.splitlines()) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+        go_on(f"{bucket}/training", 6)  # complete: nothing happens
+        again = find_checkpoint(f"{bucket}/training")
+        assert again.run_folder.joinpath("metrics.jsonl").read_text() == text and steps_of(f"{bucket}/training") == [5, 6]
+        go_on(folder / "on_disk", 6)
+        assert (pathlib.Path(folder) / "on_disk" / "metrics.jsonl").read_text() == text
+        assert_same_weights(f"{bucket}/training", folder / "on_disk")
