@@ -16,6 +16,7 @@ from configs import stage2
 from f2llm_jax import sharding
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.evaluation.encode import load_encoder
+from f2llm_jax.evaluation.held_out import as_in_training
 from f2llm_jax.model.origin import find_model
 from f2llm_jax.objectives import Embeddings, Samples, ranked_first
 from f2llm_jax.training import checkpoint
@@ -140,6 +141,8 @@ def test_numbers_are_those_of_the_saved_checkpoint(dataset, trained):
     assert set(by_language) == set(small_data.LANGUAGES)
     for language, firsts in by_language.items():
         assert line[f"validation/accuracy/language/{language}"] == pytest.approx(np.mean(firsts))
+    again = as_in_training(encoder, dataset, json.loads((workdir / "config.json").read_text()), (64, 128))
+    assert again == pytest.approx({name: value for name, value in line.items() if name.startswith("validation/accuracy")})
     assert line["validation/accuracy"] == line["validation/accuracy/dim/128"] > 1.2 * found[0]["validation/accuracy"]
 
 

@@ -1,12 +1,58 @@
-"""A score on held-out rows of any task kind: does the positive come before every stored hard negative of its row?"""
+"""Scores of a finished model on held-out rows of any task kind: does the positive come first?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
+from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import CORPUS, Dataset
 from f2llm_jax.evaluation.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.text import truncate
+from f2llm_jax.training.validation import accuracies as accuracies_of_rows
 
 SPLIT = "validation"
+
+
+def as_in_training(encoder: TextEncoder, dataset: Dataset, config: Mapping[str, Any], dims: Sequence[int]) -> dict[str, float]:
+    """The accuracies that training logs beside its held-out losses (`training.validation`), on the very same batches.
+
+    Args:
+      encoder: the model, cutting texts where the run cut them.
+      dataset: the run's.
+      config: the run's resolved configuration (`config.json`).
+      dims: widths, ascending; the last is the full one.
+    """
+    shape, firsts, languages = BatchConfig(**config["batch"]), {}, {}
+    for name in (name for name, source in dataset.sources.items() if source.rows[SPLIT]):
+        pipeline = Pipeline(dataset, SPLIT, shape, config["seed"], None, [name])
+        steps = range(min(config["eval"]["batches"], pipeline.plan.steps_per_epoch))
+        firsts[name] = np.concatenate([_first(encoder, dataset, pipeline, step, dims) for step in steps], axis=1)
+        languages[name] = [language for step in steps for language in pipeline.languages(step)]
+    return accuracies_of_rows(firsts, languages, {name: dataset.sources[name].kind for name in firsts}, dims)
+
+
+def _first(encoder: TextEncoder, dataset: Dataset, pipeline: Pipeline, step: int, dims: Sequence[int]) -> Bool[np.ndarray, "J B"]:
+    """`objectives.ranked_first` of one batch by plain comparison of cosines in numpy."""
+    planned = pipeline.planned(step)
+    name, retrieval = planned.plan.source, planned.plan.kind == "retrieval"
+    distinct, place = np.unique(planned.documents, return_inverse=True)
+    absent = int(distinct[0] < 0)
+    queries = _encode(encoder, dataset, dataset.reader(name, SPLIT).read(planned.plan.rows))
+    found = _encode(encoder, dataset, dataset.reader(name, CORPUS).read(distinct[absent:]))
+    own = place.reshape(planned.documents.shape) - absent  # of each row: its positive, then its negatives; -1 for none
+    rivals = np.zeros((len(queries), len(found)), bool)
+    rivals[:] = retrieval
+    for row, documents in enumerate(own):
+        rivals[row, documents[documents >= 0]] = True
+    rows = np.arange(len(queries))
+    rivals[rows, own[:, 0]] = False
+    first = []
+    for dim in dims:
+        cosines = truncate_and_normalize(queries, dim) @ truncate_and_normalize(found, dim).T
+        first.append(cosines[rows, own[:, 0]] > np.where(rivals, cosines, -np.inf).max(axis=1))
+    return np.stack(first)
 
 
 def accuracies(encoder: TextEncoder, dataset: Dataset) -> dict[str, float]:

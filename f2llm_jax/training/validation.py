@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
 from f2llm_jax.data.pipeline import Pipeline
 from f2llm_jax.data.records import Dataset
@@ -31,25 +32,44 @@ def validate(
     """
     if not held_out:
         return {}
-    losses, firsts, languages = {}, {}, defaultdict(list)
+    losses, firsts, languages = {}, {}, {}
     for name, pipeline in held_out.items():
         steps = range(min(batches, pipeline.plan.steps_per_epoch))
         metrics, first = zip(*jax.device_get([eval_step(params, data.batch) for data in pipeline.steps(0, len(steps))]), strict=True)
         losses[name] = _loss(metrics)
         of_rows = [pipeline.languages(step) for step in steps]
         firsts[name] = np.concatenate([found[:, : len(rows)] for found, rows in zip(first, of_rows, strict=True)], axis=1)
-        for language, right in zip((language for rows in of_rows for language in rows), firsts[name][-1], strict=True):
-            languages[language].append(right)
-    accuracies = {name: float(first[-1].mean()) for name, first in firsts.items()}
+        languages[name] = [language for rows in of_rows for language in rows]
     kinds = {name: dataset.sources[name].kind for name in held_out}
-    by_dim = np.mean([first.mean(axis=1) for first in firsts.values()], axis=0)
     return {
         **_by_source("validation", losses, kinds),
         "validation/loss": _mean(losses.values()),
-        **_by_source("validation/accuracy", accuracies, kinds),
-        **{f"validation/accuracy/language/{code}": _mean(languages[code]) for code in sorted(languages) if code},
+        **accuracies(firsts, languages, kinds, dims),
+    }
+
+
+def accuracies(
+    firsts: Mapping[str, Bool[np.ndarray, "J rows"]], languages: Mapping[str, Sequence[str]], kinds: Mapping[str, str], dims: Sequence[int]
+) -> dict[str, float]:
+    """The accuracies of `validate`, from which rows of each source had their positive first.
+
+    Args:
+      firsts: by source, for each of `dims` and each row.
+      languages: by source, of each row; "" where unknown.
+      kinds: by source.
+      dims: widths, ascending; the last is the full one.
+    """
+    by_source = {name: float(first[-1].mean()) for name, first in firsts.items()}
+    by_language = defaultdict(list)
+    for name, first in firsts.items():
+        for language, right in zip(languages[name], first[-1], strict=True):
+            by_language[language].append(right)
+    by_dim = np.mean([first.mean(axis=1) for first in firsts.values()], axis=0)
+    return {
+        **_by_source("validation/accuracy", by_source, kinds),
+        **{f"validation/accuracy/language/{code}": _mean(by_language[code]) for code in sorted(by_language) if code},
         **{f"validation/accuracy/dim/{dim}": float(accuracy) for dim, accuracy in zip(dims, by_dim, strict=True)},
-        "validation/accuracy": _mean(accuracies.values()),
+        "validation/accuracy": _mean(by_source.values()),
     }
 
 
