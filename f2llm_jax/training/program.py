@@ -1,0 +1,97 @@
+"""What a configuration compiles to: the training step, the evaluation step, and the abstract state they work on.
+
+From shapes alone, so that a step can be compiled for machines that are not there (compile_check).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from f2llm_jax import sharding
+from f2llm_jax.model.decoder import abstract_decoder
+from f2llm_jax.model.encoder import EncodeChunk, chunk_encoder, layer_matryoshka
+from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
+from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from f2llm_jax.training.step import EvalStep, Step, TableRanks, Teacher, TrainState, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The steps of a run, not compiled yet.
+
+    Attributes:
+      train_step: jitted; its state is donated.
+      eval_step: jitted.
+      optimizer: of the training step.
+      dims: widths that are trained, ascending; empty for the full one alone.
+      scored: widths that the evaluation step scores, ascending; the last is the full one.
+      depths: numbers of layers that are trained to serve, ascending; empty for all layers alone.
+    """
+
+    train_step: Step
+    eval_step: EvalStep
+    optimizer: OptimizerConfig
+    dims: tuple[int, ...]
+    scored: tuple[int, ...]
+    depths: tuple[int, ...]
+
+
+def build(
+    config: ml_collections.ConfigDict, model: DecoderConfig, total_steps: int, teacher: DecoderConfig | None = None, cached: bool = False
+) -> Program:
+    """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from `cached` vectors."""
+    dtype = jnp.dtype(config.dtype)
+    depths = layer_matryoshka(model.num_hidden_layers) if config.objective.layer_matryoshka else ()
+    widths = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.hidden_size, config.objective.matryoshka_minimum)
+    dims = widths if config.objective.matryoshka else ()
+    scored = tuple(sorted({*widths, model.hidden_size}))
+    objective = _objective(config.objective, dims, distil=teacher is not None or cached)
+    optimizer = OptimizerConfig(total_steps=total_steps, **config.optimizer)
+    frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none"))
+    ranks = TableRanks(config.table_rank, config.seed) if config.table_rank else None
+    train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, depths), objective, optimizer, frozen, ranks)
+    eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat), objective, scored)
+    return Program(jax.jit(train_step, donate_argnums=0), jax.jit(eval_step), optimizer, dims, scored, depths)
+
+
+def fresh_state(params: nnx.State, optimizer: OptimizerConfig) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(optimizer).init)(params))
+
+
+def abstract_state(model: DecoderConfig, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, from nothing but the configuration."""
+    _, params = abstract_decoder(model, mesh)
+    abstract = jax.eval_shape(lambda p: fresh_state(p, optimizer), params)
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if leaf.sharding else sharding.P()  # counters carry none: they are everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract)
+
+
+def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], distil: bool) -> Objective:
+    contrastive = ContrastiveConfig(
+        temperature=config.temperature,
+        dims=dims,
+        weights=tuple(config.matryoshka_weights) if dims else (),
+        in_batch_pool=config.in_batch_pool,
+        in_batch_passage_grad=config.in_batch_passage_grad,
+        mask_false_negatives=config.mask_false_negatives,
+        false_negative_margin=config.false_negative_margin,
+    )
+    weight = config.distillation_weight if distil else 0.0
+    return Objective(
+        contrastive=contrastive, distillation=config.distillation, distillation_weight=weight, spread_out_weight=config.spread_out_weight
+    )
+
+
+def _chunk_encoder(model: DecoderConfig, dtype: jnp.dtype, remat: str, depths: tuple[int, ...] = ()) -> EncodeChunk:
+    graphdef, _ = abstract_decoder(model)
+    return chunk_encoder(graphdef, dtype, remat, depths)
