@@ -16,7 +16,6 @@ CHOICES = {
     "mean-abs": ("--hidden-by", "mean-abs", "--ffn-by", "mean-abs"),
     "first": ("--hidden-by", "first", "--ffn-by", "first"),
     "first-l2": ("--hidden-by", "first", "--ffn-by", "l2"),
-    "influence": ("--layers-by", "influence"),
 }
 
 
