@@ -1,7 +1,11 @@
 """Which channels and layers stay: a pure function of what was measured.
 
 Layers first, then channels by what the layers that stay read. One set of hidden channels serves the whole model, since every
-layer adds to one stream; each MLP has a set of its own, all of one size. What stays keeps its order.
+layer adds to one stream; each MLP has a set of its own, all of one size.
+
+Layers and MLP channels keep their order. Hidden channels keep their place where the smaller model has it, and the others fill the
+gaps: distillation compares a student with its teacher's first components, place by place, and matryoshka training has made the
+first ones the important ones.
 """
 
 import dataclasses
@@ -36,12 +40,12 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What stays, ascending, and the scores that decided.
+    """What stays, and the scores that decided.
 
     Attributes:
-      layers: int64 `[L']`.
-      hidden: int64 `[D']`.
-      ffn: int64 `[L', F']`, a row for each layer that stays.
+      layers: int64 `[L']`, ascending.
+      hidden: int64 `[D']`, in the order of the smaller model's channels.
+      ffn: int64 `[L', F']`, a row for each layer that stays, ascending.
       hidden_scores: float64 `[D]`.
       ffn_scores: float64 `[L', F]`.
       influence: float64 `[L]`.
@@ -61,7 +65,8 @@ def choose(activations: Activations, target: DecoderConfig, method: Method) -> C
     layers = _largest(_rank(len(influence)) if method.layers_by == "first" else influence, target.num_hidden_layers)
     hidden_scores, ffn_scores = _hidden_scores(activations, layers, method.hidden_by), _ffn_scores(activations, layers, method.ffn_by)
     ffn = np.stack([_largest(scores, target.intermediate_size) for scores in ffn_scores])
-    return Choice(layers, _largest(hidden_scores, target.hidden_size), ffn, hidden_scores, ffn_scores, influence)
+    hidden = _in_place(_largest(hidden_scores, target.hidden_size))
+    return Choice(layers, hidden, ffn, hidden_scores, ffn_scores, influence)
 
 
 def _hidden_scores(activations: Activations, layers: np.ndarray, by: ChannelsBy) -> np.ndarray:
@@ -83,3 +88,11 @@ def _rank(count: int) -> np.ndarray:
 
 def _largest(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _in_place(chosen: np.ndarray) -> np.ndarray:
+    """`chosen`, ascending, reordered so that each channel below their number stands at its own index; the others fill the gaps."""
+    count = len(chosen)
+    placed = np.arange(count)
+    placed[np.setdiff1d(placed, chosen)] = chosen[chosen >= count]
+    return placed
