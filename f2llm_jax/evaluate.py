@@ -1,108 +1,114 @@
-"""Recall@1 on files of pairs: `python -m f2llm_jax.evaluate --model M [--model M2 ...] --pairs FILE.parquet [...]`.
+"""MTEB: `python -m f2llm_jax.evaluate --model M --benchmark NAME | --tasks TASK ... | --manifest FILE --out DIR`.
 
-A file has the string columns query, instruction, document and language; each query searches the file's distinct documents.
-Several models stand side by side, with the last one's ratio to the first.
+Tasks are mteb's own or, from a manifest, your files measured by mteb (its form: f2llm_jax/evaluation/local_tasks.py). Results stand in
+mteb's layout under DIR/results, vectors in DIR/vectors; a killed evaluation goes on when the same command is given again.
 """
 
 import argparse
-import json
-import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from tqdm import tqdm
+import jax.numpy as jnp
+import numpy as np
 
-from f2llm_jax.evaluation import retrieval
+from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.encode import load_encoder
-from f2llm_jax.evaluation.retrieval import Pairs, PairsError, Recall
+from f2llm_jax.evaluation.instructions import InstructionsError
+from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
+from f2llm_jax.evaluation.mteb_encoder import Conditions, model_meta
+from f2llm_jax.evaluation.mteb_run import Score, TaskNameError, find_tasks, run_tasks
+from f2llm_jax.evaluation.vector_cache import CachedEncoder, VectorCacheError
+from f2llm_jax.model.digest import model_digest
 from f2llm_jax.model.hf_import import ModelFolderError
-from f2llm_jax.model.origin import find_model
+from f2llm_jax.model.origin import ModelSource, find_model
 from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.text import TokenizerError
 
 FULL = "full"
-EXTREMES = 3  # languages shown from either end
-Results = dict[str, dict[str, dict[str, Recall]]]  # by model, file, width
+
+
+class WidthError(ValueError):
+    """A width that the model does not have."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    flags = _parser().parse_args(arguments)
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    if not (flags.benchmark or flags.tasks or flags.manifest):
+        parser.error("name what to evaluate: --benchmark, --tasks or --manifest")
     try:
-        files = [retrieval.read_pairs(path) for path in flags.pairs]
-        results = {name: _evaluate(name, files, flags.dims) for name in flags.model}
-        if flags.json:
-            flags.json.write_text(json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n")
-    except (CheckpointError, ModelFolderError, PairsError, TokenizerError, OSError) as error:
+        scores = _evaluate(flags)
+    except ImportError as error:
+        print(f"evaluate: error: {error}; install the extra: pip install -e '.[eval]'", file=sys.stderr)
+        return 1
+    except (
+        CheckpointError, InstructionsError, ManifestError, ModelFolderError, OSError, TaskNameError, TokenizerError, VectorCacheError,
+        WidthError,
+    ) as error:  # fmt: skip
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1
-    _print(files, results, flags.dims)
+    _print(scores)
+    print(f"results in mteb's layout: {flags.out}/results")
     return 0
 
 
-def _evaluate(name: str, files: Sequence[Pairs], dims: Sequence[str]) -> dict[str, dict[str, Recall]]:
-    encoder = load_encoder(find_model(name))
-    widths = {dim: encoder.width if dim == FULL else int(dim) for dim in dims}
-    results = {}
-    for pairs in files:
-        with tqdm(desc=pairs.name, unit=" texts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-            recall = retrieval.evaluate(encoder, pairs, list(widths.values()), report=lambda done, _, bar=bar: bar.update(done - bar.n))
-        results[pairs.name] = {dim: recall[width] for dim, width in widths.items()}
-    return results
+def _evaluate(flags: argparse.Namespace) -> list[Score]:
+    tasks = find_tasks(flags.tasks, flags.benchmark)
+    local, theirs = read_manifest(flags.manifest) if flags.manifest else ([], {})
+    own = instructions.read_instructions(flags.instructions, theirs) if flags.instructions else {}
+    origin = find_model(flags.model)
+    dims = _widths(flags.dims, origin)
+    encoder = load_encoder(origin, max_length=flags.max_length, dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
+    digest = model_digest(origin)
+    return run_tasks(
+        CachedEncoder(encoder, f"{flags.out}/vectors", model=digest),
+        [*tasks, *local],
+        dims,
+        flags.out,
+        {**instructions.published(), **theirs, **own},
+        model_meta(origin, digest, flags.name),
+        Conditions(flags.dtype, flags.max_length, own),
+    )
 
 
-def _print(files: Sequence[Pairs], results: Results, dims: Sequence[str]) -> None:
-    columns = [f"[{i}]" for i in range(1, len(results) + 1)]
-    for column, name in zip(columns, results, strict=True):
-        print(f"{column} {name}")
-    compared = [f"{columns[-1]}/{columns[0]}"] if len(columns) > 1 else []
-    for pairs in files:
-        languages = len(set(pairs.language.tolist()))
-        print(f"\n{pairs.name}: {len(pairs.queries):,} queries, {len(pairs.documents):,} documents, {languages} languages")
-        print(_line("recall@1", [*columns, *compared]))
-        for dim in dims:
-            of_models = [result[pairs.name][dim] for result in results.values()]
-            print(_figures(f"{_width(dim)}, overall", [recall.overall for recall in of_models]))
-            if languages > 1:
-                print(_figures(f"{_width(dim)}, mean over languages", [recall.mean_over_languages for recall in of_models]))
-        if languages > 2 * EXTREMES:
-            _print_extremes(list(results.values())[-1][pairs.name][dims[-1]], f"{columns[-1]}, {_width(dims[-1])}")
+def _widths(dims: Sequence[str], origin: ModelSource) -> list[int]:
+    """Widest first, each once."""
+    widths = {origin.config.hidden_size if dim == FULL else int(dim) for dim in dims}
+    if max(widths) > origin.config.hidden_size:
+        raise WidthError(f"--dims {max(widths)}: {origin.name} has {origin.config.hidden_size} dimensions; lower it")
+    return sorted(widths, reverse=True)
 
 
-def _print_extremes(recall: Recall, label: str) -> None:
-    ranked = [f"{language} {value:.3f}" for language, value in recall.languages.items()]
-    print(f"lowest ({label}): {', '.join(ranked[:EXTREMES])}; highest: {', '.join(reversed(ranked[-EXTREMES:]))}")
+def _print(scores: Sequence[Score]) -> None:
+    dims = list(dict.fromkeys(score.dim for score in scores))
+    kinds = list(dict.fromkeys(score.kind for score in scores))
+    print(_line("main score by width", dims))
+    for kind in kinds:
+        of_kind = [score for score in scores if score.kind == kind]
+        for task in dict.fromkeys(score.task for score in of_kind):
+            print(_line(task, [score.value for score in of_kind if score.task == task]))
+        print(_line(f"mean of {kind}", [np.mean([score.value for score in of_kind if score.dim == dim]) for dim in dims]))
+    print(_line("mean of tasks", [np.mean([score.value for score in scores if score.dim == dim]) for dim in dims]))
 
 
-def _width(dim: str) -> str:
-    return "full width" if dim == FULL else f"{dim} dimensions"
-
-
-def _figures(label: str, values: Sequence[float]) -> str:
-    ratio = [f"{values[-1] / values[0]:.1f}x" if values[0] else "-"] if len(values) > 1 else []
-    return _line(label, [*(f"{value:.4f}" for value in values), *ratio])
-
-
-def _line(label: str, cells: Sequence[str]) -> str:
-    return f"{label:<38}" + "".join(f"{cell:>10}" for cell in cells)
-
-
-def _plain(results: Results) -> Mapping[str, object]:
-    def one(recall: Recall) -> dict[str, object]:
-        return {"recall@1": recall.overall, "mean_over_languages": recall.mean_over_languages, "languages": recall.languages}
-
-    return {
-        model: {file: {dim: one(recall) for dim, recall in by_dim.items()} for file, by_dim in by_file.items()}
-        for model, by_file in results.items()
-    }
+def _line(label: str, cells: Sequence) -> str:
+    return f"{label:<48}" + "".join(f"{cell:>10}" if isinstance(cell, int) else f"{cell:>10.4f}" for cell in cells)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, action="append", help="Hugging Face folder, Hub id, workdir or checkpoint; repeatable")
-    parser.add_argument("--pairs", required=True, nargs="+", help="parquet files")
-    parser.add_argument("--dims", type=_dims, default=FULL, help='widths to cut to, as in "32,full" (default: full)')
-    parser.add_argument("--json", type=pathlib.Path, help="also write every figure, by language, to this file")
+    parser.add_argument("--model", required=True, help="Hugging Face folder, Hub id, workdir or WORKDIR/checkpoints/STEP")
+    parser.add_argument("--benchmark", help='an mteb benchmark, such as "MTEB(Multilingual, v2)"')
+    parser.add_argument("--tasks", nargs="+", default=[], help="mteb tasks by name")
+    parser.add_argument("--manifest", help="JSON file that names your own tasks and their files")
+    parser.add_argument("--out", required=True, help="folder of results and vectors")
+    parser.add_argument("--dims", type=_dims, default=FULL, help='widths, as in "8,32,128,full" (default full); one pass serves all')
+    parser.add_argument("--instructions", help="JSON file {task, type or 'query': instruction}, before the published model's")
+    parser.add_argument("--name", help="owner/name on the leaderboard (default: from the model)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
+    parser.add_argument("--max-length", type=_positive, help="tokens at which texts are cut (default: the model's own limit)")
+    parser.add_argument("--batch-tokens", type=_positive, help="tokens on the device at once; memory only (default: by device)")
     return parser
 
 
@@ -111,6 +117,13 @@ def _dims(text: str) -> list[str]:
     if wrong := [dim for dim in dims if dim != FULL and not (dim.isdecimal() and int(dim))]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is neither a width nor {FULL!r}")
     return dims
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 if __name__ == "__main__":

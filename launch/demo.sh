@@ -47,7 +47,7 @@ python -m f2llm_jax.convert to-hf "$folder/small" "$folder/model-small"
 python -m f2llm_jax.convert verify "$folder/model"
 
 say "Held-out retrieval, before training [1], of the small model [2] and of the whole one [3]"
-python -m f2llm_jax.evaluate --model "$folder/stage1/checkpoints/0" --model "$folder/model-small" --model "$folder/model" --dims 32,full \
+python -m f2llm_jax.recall --model "$folder/stage1/checkpoints/0" --model "$folder/model-small" --model "$folder/model" --dims 32,full \
   --pairs "$folder/corpus/heldout/bitext.parquet" "$folder/corpus/heldout/zero_shot.parquet" "$folder/corpus/heldout/code.parquet"
 
 say "Report"

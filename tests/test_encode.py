@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from f2llm_jax import embed, evaluate, sharding
+from f2llm_jax import embed, recall, sharding
 from f2llm_jax.evaluation import encode as encoding
 from f2llm_jax.evaluation.encode import TextEncoder, load_encoder, truncate_and_normalize
 from f2llm_jax.evaluation.retrieval import PairsError, hits_at_1, read_pairs
@@ -139,7 +139,7 @@ def write_pairs(path, rows):
     return path
 
 
-def test_evaluate_compares_models(folder, tmp_path, capsys, monkeypatch):
+def test_recall_compares_models(folder, tmp_path, capsys, monkeypatch):
     words = ["cat", "dog", "mat", "Katze", "猫", "add"]
     rows = [(word, "", word if i % 3 else "x" + word, language) for i, word in enumerate(words) for language in ("en", "de")]
     path = write_pairs(tmp_path / "same.parquet", rows)
@@ -147,18 +147,18 @@ def test_evaluate_compares_models(folder, tmp_path, capsys, monkeypatch):
     assert len(pairs.documents) == 6 and pairs.target.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     out = tmp_path / "out.json"
     flags = ["--model", str(folder), "--model", f"{folder}/", "--pairs", str(path), "--dims", "32,full", "--json", str(out)]
-    assert evaluate.main(flags) == 0
+    assert recall.main(flags) == 0
     printed = capsys.readouterr().out
     assert "12 queries, 6 documents, 2 languages" in printed and "full width, overall" in printed and "1.0x" in printed
     figures = json.loads(out.read_text())[str(folder)]["same"]["full"]
     assert figures["recall@1"] >= 8 / 12 and set(figures["languages"]) == {"en", "de"}  # identical texts find themselves
 
 
-def test_evaluate_errors_are_one_line(folder, tmp_path, capsys):
+def test_recall_errors_are_one_line(folder, tmp_path, capsys):
     path = write_pairs(tmp_path / "p.parquet", [("a", "", "b", "en")])
     pq.write_table(pq.read_table(path).drop_columns(["language"]), tmp_path / "lacks.parquet")
     for pairs, dims, message in [(path, "65", "fewer than 65"), (tmp_path / "lacks.parquet", "full", "lacks the column language")]:
-        assert evaluate.main(["--model", str(folder), "--pairs", str(pairs), "--dims", dims]) == 1
+        assert recall.main(["--model", str(folder), "--pairs", str(pairs), "--dims", dims]) == 1
         error = capsys.readouterr().err.strip()
         assert message in error and len(error.splitlines()) == 1
     with pytest.raises(PairsError, match="holds no pairs"):

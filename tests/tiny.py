@@ -63,11 +63,12 @@ def origin(folder, config=CONFIG, **facts):
     """A model of random weights that knows what training would have told it; its tokenizer is written to `folder`."""
     facts = {"matryoshka_dims": (16, 32, 64), "max_length": 96, "tokenizer": load_tokenizer(write_tokenizer(folder)), **facts}
     load = facts.pop("load", lambda mesh: _params(config, mesh))
-    return ModelOrigin(name="tiny", config=config, load=load, open_params=lambda: _in_memory(load(None)), **facts)
+    return ModelOrigin(name="tiny", config=config, load=load, open_params=lambda: in_memory(load(None)), **facts)
 
 
 @contextlib.contextmanager
-def _in_memory(params):
+def in_memory(params):
+    """Opens parameters that were never on disk."""
     yield MemoryParameters(flatten(params))
 
 

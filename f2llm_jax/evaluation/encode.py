@@ -57,7 +57,7 @@ class TextEncoder:
           chunk_tokens: tokens encoded at once, which is memory and nothing else; chosen by the kind of device if None.
         """
         self.width = config.hidden_size
-        self._config, self._dtype = config, jnp.dtype(dtype)
+        self._config, self.dtype = config, jnp.dtype(dtype)
         self.max_length = max_length
         self._tokenizer = tokenizer
         self._mesh = mesh
@@ -104,7 +104,7 @@ class TextEncoder:
         with in_mesh, jax.default_matmul_precision(self._precision):
             if self._mesh:
                 rows = [sharding.to_global(array, self._mesh, sharding.ROWS_T) for array in rows]
-            return _program(self._config, self._dtype, self._params, *rows)
+            return _program(self._config, self.dtype, self._params, *rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 
 from f2llm_jax.evaluation.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.mining.errors import MiningError
+from f2llm_jax.model.digest import model_digest
 from f2llm_jax.model.origin import ModelOrigin
-from f2llm_jax.model.parameters import blocks, parameter_shapes
 
 SHARD_TEXTS = 8192
 DTYPES = ("float32", "float16")
@@ -117,13 +117,7 @@ def made_by(origin: ModelOrigin, max_length: int, compute: str) -> list[object]:
 
     Equal for a checkpoint and its float32 release. Reads the weights once, block by block.
     """
-    facts = {**dataclasses.asdict(origin.config), "tokenizer": origin.matching_tokenizer().fingerprint}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    with origin.open_params() as parameters:
-        for entry, shape in parameter_shapes(origin.config).items():
-            for start, stop in blocks(parameters, entry, shape):
-                digest.update(np.ascontiguousarray(parameters.read(entry, start, stop), np.float32).data)
-    return [digest.hexdigest(), max_length, compute]
+    return [model_digest(origin), max_length, compute]
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:

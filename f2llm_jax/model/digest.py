@@ -1,0 +1,21 @@
+"""What a model is, in one string: the key of everything that is kept of its vectors."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+
+from f2llm_jax.model.origin import ModelSource
+from f2llm_jax.model.parameters import blocks, parameter_shapes
+
+
+def model_digest(source: ModelSource) -> str:
+    """Digest of everything that turns a text into a vector: equal for a checkpoint and its float32 release."""
+    facts = {**dataclasses.asdict(source.config), "tokenizer": source.matching_tokenizer().fingerprint}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    with source.open_params() as parameters:
+        for entry, shape in parameter_shapes(source.config).items():
+            for start, stop in blocks(parameters, entry, shape):
+                digest.update(np.ascontiguousarray(parameters.read(entry, start, stop), np.float32).data)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""Recall@1 on files of pairs: `python -m f2llm_jax.recall --model M [--model M2 ...] --pairs FILE.parquet [...]`.
+
+A file has the string columns query, instruction, document and language; each query searches the file's distinct documents.
+Several models stand side by side, with the last one's ratio to the first.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from tqdm import tqdm
+
+from f2llm_jax.evaluation import retrieval
+from f2llm_jax.evaluation.encode import load_encoder
+from f2llm_jax.evaluation.retrieval import Pairs, PairsError, Recall
+from f2llm_jax.model.hf_import import ModelFolderError
+from f2llm_jax.model.origin import find_model
+from f2llm_jax.model.stored import CheckpointError
+from f2llm_jax.text import TokenizerError
+
+FULL = "full"
+EXTREMES = 3  # languages shown from either end
+Results = dict[str, dict[str, dict[str, Recall]]]  # by model, file, width
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    flags = _parser().parse_args(arguments)
+    try:
+        files = [retrieval.read_pairs(path) for path in flags.pairs]
+        results = {name: _evaluate(name, files, flags.dims) for name in flags.model}
+        if flags.json:
+            flags.json.write_text(json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n")
+    except (CheckpointError, ModelFolderError, PairsError, TokenizerError, OSError) as error:
+        print(f"recall: error: {error}", file=sys.stderr)
+        return 1
+    _print(files, results, flags.dims)
+    return 0
+
+
+def _evaluate(name: str, files: Sequence[Pairs], dims: Sequence[str]) -> dict[str, dict[str, Recall]]:
+    encoder = load_encoder(find_model(name))
+    widths = {dim: encoder.width if dim == FULL else int(dim) for dim in dims}
+    results = {}
+    for pairs in files:
+        with tqdm(desc=pairs.name, unit=" texts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+            recall = retrieval.evaluate(encoder, pairs, list(widths.values()), report=lambda done, _, bar=bar: bar.update(done - bar.n))
+        results[pairs.name] = {dim: recall[width] for dim, width in widths.items()}
+    return results
+
+
+def _print(files: Sequence[Pairs], results: Results, dims: Sequence[str]) -> None:
+    columns = [f"[{i}]" for i in range(1, len(results) + 1)]
+    for column, name in zip(columns, results, strict=True):
+        print(f"{column} {name}")
+    compared = [f"{columns[-1]}/{columns[0]}"] if len(columns) > 1 else []
+    for pairs in files:
+        languages = len(set(pairs.language.tolist()))
+        print(f"\n{pairs.name}: {len(pairs.queries):,} queries, {len(pairs.documents):,} documents, {languages} languages")
+        print(_line("recall@1", [*columns, *compared]))
+        for dim in dims:
+            of_models = [result[pairs.name][dim] for result in results.values()]
+            print(_figures(f"{_width(dim)}, overall", [recall.overall for recall in of_models]))
+            if languages > 1:
+                print(_figures(f"{_width(dim)}, mean over languages", [recall.mean_over_languages for recall in of_models]))
+        if languages > 2 * EXTREMES:
+            _print_extremes(list(results.values())[-1][pairs.name][dims[-1]], f"{columns[-1]}, {_width(dims[-1])}")
+
+
+def _print_extremes(recall: Recall, label: str) -> None:
+    ranked = [f"{language} {value:.3f}" for language, value in recall.languages.items()]
+    print(f"lowest ({label}): {', '.join(ranked[:EXTREMES])}; highest: {', '.join(reversed(ranked[-EXTREMES:]))}")
+
+
+def _width(dim: str) -> str:
+    return "full width" if dim == FULL else f"{dim} dimensions"
+
+
+def _figures(label: str, values: Sequence[float]) -> str:
+    ratio = [f"{values[-1] / values[0]:.1f}x" if values[0] else "-"] if len(values) > 1 else []
+    return _line(label, [*(f"{value:.4f}" for value in values), *ratio])
+
+
+def _line(label: str, cells: Sequence[str]) -> str:
+    return f"{label:<38}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def _plain(results: Results) -> Mapping[str, object]:
+    def one(recall: Recall) -> dict[str, object]:
+        return {"recall@1": recall.overall, "mean_over_languages": recall.mean_over_languages, "languages": recall.languages}
+
+    return {
+        model: {file: {dim: one(recall) for dim, recall in by_dim.items()} for file, by_dim in by_file.items()}
+        for model, by_file in results.items()
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="recall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, action="append", help="Hugging Face folder, Hub id, workdir or checkpoint; repeatable")
+    parser.add_argument("--pairs", required=True, nargs="+", help="parquet files")
+    parser.add_argument("--dims", type=_dims, default=FULL, help='widths to cut to, as in "32,full" (default: full)')
+    parser.add_argument("--json", type=pathlib.Path, help="also write every figure, by language, to this file")
+    return parser
+
+
+def _dims(text: str) -> list[str]:
+    dims = text.split(",")
+    if wrong := [dim for dim in dims if dim != FULL and not (dim.isdecimal() and int(dim))]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is neither a width nor {FULL!r}")
+    return dims
+
+
+if __name__ == "__main__":
+    sys.exit(main())
