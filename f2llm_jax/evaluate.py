@@ -2,6 +2,8 @@
 
 Tasks are mteb's own or, from a manifest, your files measured by mteb (its form: f2llm_jax/evaluation/local_tasks.py). Results stand in
 mteb's layout under DIR/results, vectors in DIR/vectors; a killed evaluation goes on when the same command is given again.
+
+`--held-out` alone: what training logs beside its held-out losses, again, from a workdir or one of its checkpoints.
 """
 
 import argparse
@@ -11,12 +13,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from f2llm_jax.data.records import DatasetError, load_dataset
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.encode import load_encoder
+from f2llm_jax.evaluation.held_out import as_in_training
 from f2llm_jax.evaluation.instructions import InstructionsError
 from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
 from f2llm_jax.evaluation.mteb_encoder import Conditions, model_meta
 from f2llm_jax.evaluation.mteb_run import Score, TaskNameError, find_tasks, run_tasks
+from f2llm_jax.evaluation.record import read_record
 from f2llm_jax.evaluation.vector_cache import CachedEncoder, VectorCacheError
 from f2llm_jax.model.digest import model_digest
 from f2llm_jax.model.hf_import import ModelFolderError
@@ -25,6 +30,17 @@ from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.text import TokenizerError
 
 FULL = "full"
+ERRORS = (
+    CheckpointError,
+    DatasetError,
+    InstructionsError,
+    ManifestError,
+    ModelFolderError,
+    OSError,
+    TaskNameError,
+    TokenizerError,
+    VectorCacheError,
+)
 
 
 class WidthError(ValueError):
@@ -35,17 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = _parser()
     flags = parser.parse_args(arguments)
-    if not (flags.benchmark or flags.tasks or flags.manifest):
-        parser.error("name what to evaluate: --benchmark, --tasks or --manifest")
+    if not (flags.benchmark or flags.tasks or flags.manifest or flags.held_out):
+        parser.error("name what to evaluate: --benchmark, --tasks, --manifest or --held-out")
+    if not (flags.held_out or flags.out):
+        parser.error("--out is required: a folder for results and vectors")
     try:
+        if flags.held_out:
+            _print_held_out(flags)
+            return 0
         scores = _evaluate(flags)
     except ImportError as error:
         print(f"evaluate: error: {error}; install the extra: pip install -e '.[eval]'", file=sys.stderr)
         return 1
-    except (
-        CheckpointError, InstructionsError, ManifestError, ModelFolderError, OSError, TaskNameError, TokenizerError, VectorCacheError,
-        WidthError,
-    ) as error:  # fmt: skip
+    except (*ERRORS, WidthError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1
     _print(scores)
@@ -70,6 +88,18 @@ def _evaluate(flags: argparse.Namespace) -> list[Score]:
         model_meta(origin, digest, flags.name),
         Conditions(flags.dtype, flags.max_length, own),
     )
+
+
+def _print_held_out(flags: argparse.Namespace) -> None:
+    origin = find_model(flags.model)
+    if origin.run_folder is None:
+        raise CheckpointError(f"{flags.model} is no workdir and no checkpoint, and only those know their held-out rows; try --manifest")
+    config = read_record(origin.run_folder).config
+    dataset = load_dataset(config["data"]["folder"] or origin.run_folder / "data")
+    encoder = load_encoder(origin, max_length=config["batch"]["max_length"], dtype=jnp.dtype(flags.dtype))
+    dims = sorted({*origin.matryoshka_dims, origin.config.hidden_size})
+    for name, accuracy in as_in_training(encoder, dataset, config, dims).items():
+        print(f"{name:<64}{accuracy:>10.4f}")
 
 
 def _widths(dims: Sequence[str], origin: ModelSource) -> list[int]:
@@ -102,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", help='an mteb benchmark, such as "MTEB(Multilingual, v2)"')
     parser.add_argument("--tasks", nargs="+", default=[], help="mteb tasks by name")
     parser.add_argument("--manifest", help="JSON file that names your own tasks and their files")
-    parser.add_argument("--out", required=True, help="folder of results and vectors")
+    parser.add_argument("--held-out", action="store_true", help="the benchmark that training ran, on the run's own held-out rows")
+    parser.add_argument("--out", help="folder of results and vectors")
     parser.add_argument("--dims", type=_dims, default=FULL, help='widths, as in "8,32,128,full" (default full); one pass serves all')
     parser.add_argument("--instructions", help="JSON file {task, type or 'query': instruction}, before the published model's")
     parser.add_argument("--name", help="owner/name on the leaderboard (default: from the model)")

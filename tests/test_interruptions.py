@@ -1,4 +1,4 @@
-"""What may come between a run and its end: SIGTERM, infinite gradients, an object store as its workdir."""
+"""What may come between a run and its end: infinite gradients, an object store as its workdir. Kills are in test_training.py."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 import small_data
 import tiny
 from test_encoder import B, N, encode_chunk, packed
-from test_training import OVERRIDES, STEPS, assert_same_weights, losses, train
+from test_training import OVERRIDES, assert_same_weights
 
 from configs import stage2
 from f2llm_jax.batch import Batch
@@ -29,22 +29,6 @@ pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning"),
 ]
-STOPPED_AT = 13
-# Sends SIGTERM to the process as it records a given step.
-STOPPER = """
-import os, signal, sys
-from absl import app
-from f2llm_jax import main
-from f2llm_jax.training import metrics
-stopped_at = int(sys.argv.pop(1))
-record = metrics.Recorder.step
-def step(self, number, *rest):
-    if number == stopped_at:
-        os.kill(os.getpid(), signal.SIGTERM)
-    record(self, number, *rest)
-metrics.Recorder.step = step
-app.run(main.main)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +41,23 @@ def data(folder):
     return small_data.write(folder).folder
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(folder, data):
-    done = train(folder, data, "undisturbed")
-    assert done.returncode == 0, done.stderr
-    done = train(folder, data, "stopped", python=("-c", STOPPER, str(STOPPED_AT)))
-    assert done.returncode == 75 and f"stopped on request after update {STOPPED_AT} of {STEPS}, which is saved" in done.stderr, done.stderr
-    assert find_checkpoint(folder / "stopped").step == STOPPED_AT and max(losses(folder / "stopped")) == STOPPED_AT
-    done = train(folder, data, "stopped")
-    assert done.returncode == 0 and f"resumes at step {STOPPED_AT}" in done.stderr, done.stderr
-    assert (folder / "stopped" / "metrics.jsonl").read_bytes() == (folder / "undisturbed" / "metrics.jsonl").read_bytes()
-    assert_same_weights(folder / "stopped", folder / "undisturbed")
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, total_steps=9)
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    return jax.jit(make_train_step(encode_chunk(), Objective(), OPTIMIZER))
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_step_without_finite_gradients_changes_nothing(broken):
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, total_steps=9)
+def test_a_step_without_finite_gradients_changes_nothing(train_step, broken):
     params = init_decoder(tiny.CONFIG, 0)
     if broken:  # one weight that is infinite makes every gradient undefined
         params["norm"].set_value(params["norm"].get_value().at[0].set(jnp.inf))
-    state = TrainState(jnp.int32(3), params, make_optimizer(optimizer).init(params))
+    state = TrainState(jnp.int32(3), params, make_optimizer(OPTIMIZER).init(params))
     ids = jnp.arange(B), jnp.arange(B, B + B * N).reshape(B, N)
     batch = Batch(packed(2), jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids)
-    after, metrics = jax.jit(make_train_step(encode_chunk(), Objective(), optimizer))(state, None, batch)
+    after, metrics = train_step(state, None, jax.device_put(batch))
     assert float(metrics["skipped"].value) == float(broken) and int(after.step) == 4
     for old, new in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True):
         if old.ndim:

@@ -57,6 +57,22 @@ metrics.Recorder.step = step
 app.run(main.main)
 """
 
+# Sends SIGTERM to the process as it records a given step.
+STOPPER = """
+import os, signal, sys
+from absl import app
+from f2llm_jax import main
+from f2llm_jax.training import metrics
+stopped_at = int(sys.argv.pop(1))
+record = metrics.Recorder.step
+def step(self, number, *rest):
+    if number == stopped_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    record(self, number, *rest)
+metrics.Recorder.step = step
+app.run(main.main)
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -159,6 +175,17 @@ def test_a_run_killed_twice_is_the_undisturbed_one_to_the_bit(folder, data, undi
     done = train(folder, data, workdir.name)
     assert done.returncode == 0, done.stderr
     assert f"resumes at step {2 * SAVED}" in done.stderr
+    assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    assert_same_weights(workdir, undisturbed)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(folder, data, undisturbed):
+    stopped_at, workdir = 13, folder / "stopped"
+    done = train(folder, data, workdir.name, python=("-c", STOPPER, str(stopped_at)))
+    assert done.returncode == 75 and f"stopped on request after update {stopped_at} of {STEPS}, which is saved" in done.stderr, done.stderr
+    assert find_checkpoint(workdir).step == stopped_at == max(losses(workdir))
+    done = train(folder, data, workdir.name)
+    assert done.returncode == 0 and f"resumes at step {stopped_at}" in done.stderr, done.stderr
     assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
     assert_same_weights(workdir, undisturbed)
 

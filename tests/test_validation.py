@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import stage2
-from f2llm_jax import sharding
+from f2llm_jax import evaluate, sharding
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.held_out import as_in_training
 from f2llm_jax.model.origin import find_model
 from f2llm_jax.objectives import Embeddings, Samples, ranked_first
+from f2llm_jax.release import hf_folder
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.run import run
 
@@ -176,3 +177,14 @@ def test_a_lower_loss_is_better_and_names_are_checked():
     assert checkpoint.score("", found) is None and checkpoint.score("validation/loss", {}) is None
     with pytest.raises(ValueError, match="no metric of a validation; take for example validation/accuracy"):
         checkpoint.score("validation/acuracy", found)
+
+
+def test_evaluate_repeats_the_benchmark(trained, tmp_path, capsys):
+    workdir, _, found = trained
+    assert evaluate.main(["--model", str(workdir / "checkpoints" / "9"), "--held-out"]) == 0
+    printed = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines())
+    logged = {name: value for name, value in found[9].items() if name.startswith("validation/accuracy")}
+    assert {name: float(value) for name, value in printed.items()} == pytest.approx(logged, abs=5e-5)
+    hf_folder.export(find_model(str(workdir)), tmp_path / "model", hf_folder.Form(golden=False))
+    assert evaluate.main(["--model", str(tmp_path / "model"), "--held-out"]) == 1
+    assert "is no workdir and no checkpoint" in capsys.readouterr().err
