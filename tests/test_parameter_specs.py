@@ -1,0 +1,33 @@
+"""Where every parameter of every size lives: a file to read, so that a change shows as a diff.
+
+`python tests/test_parameter_specs.py` writes it anew.
+"""
+
+import pathlib
+
+import jax
+
+from f2llm_jax import sharding
+from f2llm_jax.model.decoder import abstract_decoder
+from f2llm_jax.model.sizes import SIZES
+from f2llm_jax.model.stored import flatten
+
+FILE = pathlib.Path(__file__).parent / "fixtures" / "parameter_specs.txt"
+
+
+def lines():
+    """`size path shape spec`, one parameter a line; layers are stacked."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    for size, config in SIZES.items():
+        for path, leaf in sorted(flatten(abstract_decoder(config, mesh)[1]).items()):
+            spec = ", ".join("-" if axes is None else "+".join([axes] if isinstance(axes, str) else axes) for axes in leaf.sharding.spec)
+            yield f"{size:<10}{path:<26}{' x '.join(map(str, leaf.shape)):<24}{spec}"
+
+
+def test_specs_are_those_written_down():
+    assert list(lines()) == FILE.read_text().splitlines()
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    FILE.write_text("".join(f"{line}\n" for line in lines()))
