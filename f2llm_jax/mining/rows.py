@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from f2llm_jax.mining.pool import Rows
 from f2llm_jax.mining.search import Searched
 from f2llm_jax.mining.selection import Rules
 
-BLOCK_ROWS = 8192  # selected for at once
+BLOCK_ROWS = 4096  # selected for at once
 REMEMBERED_TEXTS = 20_000  # whose 5-grams are kept
 
 
@@ -33,12 +33,13 @@ class MinedRows:
     counters: Counter
 
 
-def mined(found: Searched, source: Rows, rules: Rules) -> Iterator[MinedRows]:
-    """The rows of a source, in order, with negatives by the rules; given negatives first."""
+def mined(found: Searched, source: Rows, rules: Rules, report: Callable[[int], None]) -> Iterator[MinedRows]:
+    """The rows of a source, in order, with negatives by the rules, given negatives first; `report` is told of rows done."""
     judge = _Judge(found, rules)
     for start in range(0, len(source.query), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
         yield judge.rows(source.query[part], source.positive[part], source.given[part], start)
+        report(min(start + BLOCK_ROWS, len(source.query)))
 
 
 class _Judge:

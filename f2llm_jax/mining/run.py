@@ -87,17 +87,20 @@ def mine(
         return json.loads(summary.read_text())
     found = [search(pool, store, cache / "neighbours", rules.nearest, mesh, report) for pool in pools]
     if jax.process_index() == 0:
-        _write(found, out, rules, {"model": origin.name, "encoding": dataclasses.asdict(encoding), "made_of": made_of})
+        _write(found, out, rules, {"model": origin.name, "encoding": dataclasses.asdict(encoding), "made_of": made_of}, report)
     all_here("written")
     return json.loads(summary.read_text())
 
 
-def _write(found: Sequence[Searched], out: epath.Path, rules: Rules, facts: dict) -> None:
+def _write(found: Sequence[Searched], out: epath.Path, rules: Rules, facts: dict, report: Report) -> None:
     seen, counters, kinds = writing.Seen(), {}, {}
+    rows = sum(len(source.query) for one in found for source in one.pool.sources)
     with writing.whole_folder(out) as folder:
         for one in found:
             for source in one.pool.sources:
-                counters[source.name] = writing.write_source(folder, one.pool, source, mined(one, source, rules), rules.negatives, seen)
+                before = sum(counted["rows"] for counted in counters.values())
+                parts = mined(one, source, rules, lambda done, before=before: report("select", before + done, rows))
+                counters[source.name] = writing.write_source(folder, one.pool, source, parts, rules.negatives, seen)
                 kinds[source.name] = source.kind
         total = sum(counters.values(), Counter())
         if not total["kept"]:
