@@ -17,7 +17,7 @@ from f2llm_jax.batch import Batch
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.stored import find_checkpoint, steps_of
 from f2llm_jax.objectives import Mean, Objective
-from f2llm_jax.training.metrics import DivergedError, Recorder
+from f2llm_jax.training.metrics import DivergedError, Recorder, StepWork
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.run import run
 from f2llm_jax.training.step import TrainState, make_train_step
@@ -69,7 +69,7 @@ def test_a_step_without_finite_gradients_changes_nothing(train_step, broken):
 def test_a_run_gives_up_after_too_many_skipped_steps(tmp_path):
     def step(recorder, number, skipped):
         means = {"loss": Mean(np.float32(np.nan if skipped else 1), np.float32(1)), "skipped": Mean(np.float32(skipped), np.float32(1))}
-        recorder.step(number, means, {"source": "bad one", "epoch": 2}, 10, 20, 0.0)
+        recorder.step(number, means, {"source": "bad one", "epoch": 2}, StepWork(10, 20, 30.0, 0.0))
 
     with (
         pytest.raises(DivergedError, match=r"update 7 on a batch of source 'bad one' \(epoch 2\) and 2 before it"),

@@ -54,12 +54,14 @@ class StepData:
       batch: global arrays.
       plan: which samples they are.
       tokens: real tokens in the global batch.
+      squares: sum of the squared lengths of its texts.
       slots: token slots the devices compute on: chunks in use x M x T.
     """
 
     batch: Batch
     plan: StepPlan
     tokens: int
+    squares: int
     slots: int
 
 
@@ -123,13 +125,13 @@ class Pipeline:
         """The steps `start <= step < stop` in order, read and packed by `threads` threads up to `ahead` steps early."""
         steps = grain.MapDataset.range(start, stop).map(self._host_arrays)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        for arrays, plan, tokens, slots in steps.to_iter_dataset(options):
-            yield StepData(sharding.batch_to_devices(arrays, self._mesh), plan, tokens, slots)
+        for arrays, *facts in steps.to_iter_dataset(options):
+            yield StepData(sharding.batch_to_devices(arrays, self._mesh), *facts)
 
     def step(self, step: int) -> StepData:
         """One step alone."""
-        arrays, plan, tokens, slots = self._host_arrays(step)
-        return StepData(sharding.batch_to_devices(arrays, self._mesh), plan, tokens, slots)
+        arrays, *facts = self._host_arrays(step)
+        return StepData(sharding.batch_to_devices(arrays, self._mesh), *facts)
 
     def languages(self, step: int) -> list[str]:
         """Of each of the step's samples, in order; "" where unknown."""
@@ -144,7 +146,8 @@ class Pipeline:
         documents = np.concatenate([where[B : 2 * B, None], where[2 * B :].reshape(B, -1)], axis=1)[:b]
         return PlannedStep(plan, self._shape.pack(self._texts(plan, where)[0]), B, documents)
 
-    def _host_arrays(self, step: int) -> tuple[Batch, StepPlan, int, int]:
+    def _host_arrays(self, step: int) -> tuple[Batch, StepPlan, int, int, int]:
+        """The fields of `StepData`, the batch on the host."""
         plan = self.plan.step(step)
         where = self._where(plan)
         lengths, read = self._texts(plan, where)
@@ -164,7 +167,8 @@ class Pipeline:
             teacher=None if self._teacher is None else self._teacher_vectors(plan.source, where),
         )
         slots = int(texts.chunks) * self._config.microbatch_rows * self._config.row_tokens
-        return batch, plan, int(packing.lengths.sum()), slots
+        lengths = packing.lengths.astype(np.int64)
+        return batch, plan, int(lengths.sum()), int(lengths @ lengths), slots
 
     def _teacher_vectors(self, source: str, where: np.ndarray) -> np.ndarray:
         """float32 `[B, 2+N, W]`: of each sample's query, positive and negatives; 0 for what does not exist or lives elsewhere."""

@@ -6,6 +6,7 @@ dispatched, so it never waits for the host.
 """
 
 import collections
+import dataclasses
 import json
 import math
 import sys
@@ -18,9 +19,27 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from f2llm_jax.model.flops import PEAK_FLOPS
 from f2llm_jax.objectives import Mean
 
 RATE_WINDOW = 50  # steps over which tokens per second are averaged
+
+
+@dataclasses.dataclass(frozen=True)
+class StepWork:
+    """What a step took.
+
+    Attributes:
+      tokens: real tokens of the batch.
+      slots: token slots computed on.
+      model_flops: of the student (`model.flops`); neither a teacher's nor what is computed twice.
+      input_wait: seconds that the loop waited for the batch.
+    """
+
+    tokens: int
+    slots: int
+    model_flops: float
+    input_wait: float
 
 
 class DivergedError(ValueError):
@@ -50,7 +69,7 @@ class Recorder:
         self._max_skipped, self._skipped = max_skipped, 0
         self._log_every, self._start, self._total = log_every, start, total
         self._pending: tuple[int, dict[str, Mean], dict[str, Any], dict[str, float]] | None = None
-        self._recent: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=RATE_WINDOW)
+        self._recent: collections.deque[tuple[float, StepWork]] = collections.deque(maxlen=RATE_WINDOW)
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Recorder":
@@ -65,21 +84,19 @@ class Recorder:
         if self._bar:
             self._bar.close()
 
-    def step(self, step: int, means: Mapping[str, Mean], facts: Mapping[str, Any], tokens: int, slots: int, input_wait: float) -> None:
+    def step(self, step: int, means: Mapping[str, Mean], facts: Mapping[str, Any], work: StepWork) -> None:
         """Takes step `step` (1-based: the number of updates made) and writes the one before.
 
         Args:
           step: updates made, this one included.
           means: device values; not read now.
           facts: host values, functions of configuration and data (epoch, source, learning rate).
-          tokens: real tokens of the batch.
-          slots: token slots computed on.
-          input_wait: seconds that the loop waited for this batch.
+          work: what the step took.
         """
         self._write_pending()
         now = time.perf_counter()
-        self._recent.append((now, tokens, slots))
-        self._pending = (step, dict(means), dict(facts), {"input_wait_seconds": input_wait, **self._rates()})
+        self._recent.append((now, work))
+        self._pending = (step, dict(means), dict(facts), {"input_wait_seconds": work.input_wait, **self._rates()})
 
     def flush(self) -> None:
         """Writes the step that is still held back, and makes files whole on an object store.
@@ -137,10 +154,14 @@ class Recorder:
     def _rates(self) -> dict[str, float]:
         (first, *_), (last, *_) = self._recent[0], self._recent[-1]
         steps, seconds = len(self._recent) - 1, last - first
-        tokens, slots = (sum(r[i] for r in list(self._recent)[1:]) for i in (1, 2))
+        done = [work for _, work in self._recent][1:]
+        tokens, flops = sum(work.tokens for work in done), sum(work.model_flops for work in done)
         if not steps:
             return {}
-        return {"tokens_per_second": tokens / seconds, "steps_per_second": steps / seconds, "token_efficiency": tokens / slots}
+        rates = {"tokens_per_second": tokens / seconds, "steps_per_second": steps / seconds, "model_flops_per_second": flops / seconds}
+        if peak := PEAK_FLOPS.get(jax.devices()[0].device_kind):
+            rates["mfu"] = flops / seconds / (peak * jax.device_count())
+        return rates | {"token_efficiency": tokens / sum(work.slots for work in done)}
 
     def _show(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
         rate = f"{timing.get('tokens_per_second', 0):,.0f} tokens/s"

@@ -17,10 +17,11 @@ from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.model.decoder import count_parameters
+from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.model.stored import absolute
 from f2llm_jax.training import checkpoint, program, start
 from f2llm_jax.training.facts import write_facts
-from f2llm_jax.training.metrics import Recorder
+from f2llm_jax.training.metrics import Recorder, StepWork
 from f2llm_jax.training.preemption import Preempted, StopRequest
 from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.validation import validate
@@ -108,7 +109,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
             waited = time.perf_counter() - waited
             state, means = steps.train_step(state, teacher_params, data.batch)
             facts = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
-            recorder.step(step + 1, means, facts, data.tokens, data.slots, waited)
+            needed = training_flops(model.config, Work(data.tokens, data.squares))
+            recorder.step(step + 1, means, facts, StepWork(data.tokens, data.slots, needed, waited))
     if stopping:
         raise Preempted(f"stopped on request after update {step} of {total}, which is saved; the same command goes on")
 
