@@ -161,7 +161,9 @@ def test_a_run_learns_and_writes_down_what_it_did(undisturbed):
     assert config["optimizer"]["learning_rate"] == 4e-3 and config["batch"]["negatives"]["clustering"] == 2
     assert list((undisturbed / "tensorboard").iterdir())
     timings = [json.loads(line) for line in (undisturbed / "timings.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in timings] == list(range(1, STEPS + 1)) and timings[-1]["tokens_per_second"] > 0
+    steps = [line for line in timings if "input_wait_seconds" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1)) and steps[-1]["model_flops_per_second"] > 0
+    assert [line["step"] for line in timings if "validation_seconds" in line] == list(validation)
     assert find_checkpoint(undisturbed).step == STEPS
 
 
