@@ -112,7 +112,7 @@ def test_errors_of_the_command_are_one_line_and_leave_nothing(model, tmp_path, s
         "empty.parquet has no rows": ([pairs], "--corpus", str(tmp_path / "empty.parquet")),
         "--negatives 30 cannot be had: pairs can search 30 distinct documents, 29 besides": ([pairs], "--negatives", "30"),
         "--nearest 20 is fewer than --skip 5 and --negatives 24 together": ([pairs], "--nearest", "20"),
-        "two inputs are one source by name: pairs": ([pairs, pairs], "--corpus", str(pairs)),
+        "two inputs are one source by name: pairs": ([pairs, pairs],),
         "no row is left": ([pairs], "--negatives", "4", "--max-relative", "-5"),
     }
     for message, (queries, *more) in cases.items():

@@ -8,6 +8,7 @@ with a space between them, and pairs of a score above 0 are positives. Queries t
 
 import csv
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -77,6 +78,13 @@ def read_documents(path: epath.PathLike) -> list[str]:
         return list(_read_beir_corpus(path).values())
     file = opened(path)
     return read_columns(file, {"passage": find_column(file, DOCUMENT_COLUMNS)})["passage"]
+
+
+def check_names(sources: Sequence[Pairs]) -> None:
+    """Raises a MiningError if two sources have one name, hence one file to be written to."""
+    counts = Counter(source.name for source in sources)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise MiningError(f"two inputs are one source by name: {', '.join(twice)}; rename one of them")
 
 
 def opened(path: epath.Path) -> RawFile:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.inputs import Pairs, distinct
 
 
@@ -52,14 +51,7 @@ class Pool:
 
 
 def make_pool(sources: Sequence[Pairs], corpus: Sequence[str]) -> Pool:
-    """Numbers the texts of sources that search in one corpus; rows of one query share their positives, in all sources.
-
-    Raises:
-      MiningError: two sources of one name, or no documents.
-    """
-    if len(names := {source.name for source in sources}) < len(sources):
-        twice = sorted(name for name in names if sum(source.name == name for source in sources) > 1)
-        raise MiningError(f"two inputs are one source by name: {', '.join(twice)}; rename one of them")
+    """Numbers the texts of sources that search in one corpus; rows of one query share their positives, in all sources."""
     given = [[negative for negatives in source.given for negative in negatives] for source in sources]
     passages = [passage for source in sources for passage in source.passages]
     documents, number = distinct([*corpus, *passages, *(text for texts in given for text in texts)])

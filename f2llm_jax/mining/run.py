@@ -14,7 +14,7 @@ from f2llm_jax import sharding
 from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.mining import writing
 from f2llm_jax.mining.errors import MiningError
-from f2llm_jax.mining.inputs import Pairs
+from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, make_pool
 from f2llm_jax.mining.rows import mined
 from f2llm_jax.mining.search import Report, Searched, all_here, search
@@ -67,6 +67,7 @@ def mine(
       MiningError: inputs, rules or vectors that cannot be mined with, or something else at `out`.
     """
     rules.check()
+    check_names(sources)
     out, cache = epath.Path(out), epath.Path(cache or f"{out}.cache")
     pools = [make_pool(sources, corpus)] if corpus is not None else [make_pool([source], ()) for source in sources]
     for pool in pools:

@@ -25,7 +25,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from f2llm_jax.mining.errors import MiningError
-from f2llm_jax.mining.inputs import Pairs
+from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, Rows
 from f2llm_jax.mining.rows import MinedRows
 
@@ -108,8 +108,9 @@ def write_built(sources: Sequence[Pairs], counters: Mapping[str, Counter], out: 
     """Writes sources whose negatives are all given, without scores; returns what summary.json says.
 
     Raises:
-      MiningError: there is something at `out` and it is not to be replaced.
+      MiningError: two sources have one name, or there is something at `out` and it is not to be replaced.
     """
+    check_names(sources)
     out = epath.Path(out)
     if out.exists() and not overwrite:
         raise MiningError(f"{out} exists; remove it, or pass --overwrite")
