@@ -19,7 +19,7 @@ from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
 from mteb.types import PromptType
 
 from f2llm_jax import evaluate
-from f2llm_jax.evaluation import instructions, vector_cache
+from f2llm_jax.evaluation import encode, instructions
 from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
 from f2llm_jax.evaluation.vector_cache import CachedEncoder, VectorCacheError
@@ -173,25 +173,21 @@ def test_instructions_are_those_of_mtebs_wrapper_for_every_task_it_has():
 def test_a_killed_evaluation_encodes_only_what_is_missing(folder, tmp_path, monkeypatch):
     manifest = write_manifest(tmp_path / "tasks", QUICK)
     flags = ["--model", str(folder), "--manifest", str(manifest), "--out", str(tmp_path), "--name", "us/tiny"]
-    monkeypatch.setattr(vector_cache, "SEGMENT_TEXTS", 16)
-    encode, seen = vector_cache.TextEncoder.encode, []
+    monkeypatch.setattr(encode, "BLOCK_TEXTS", 16)
+    blocks, seen, limit = encode.TextEncoder.encode_blocks, [], 128
 
-    def dies(self, texts, prompt="", report=None):
-        if len(seen) >= 128:
-            raise KeyboardInterrupt
-        seen.extend(prompt + text for text in texts)
-        return encode(self, texts, prompt, report)
+    def counted(self, texts, prompt=""):
+        for vectors in blocks(self, texts, prompt):
+            if len(seen) >= limit:
+                raise KeyboardInterrupt
+            yield vectors
+            seen.extend(prompt + text for text in texts[: len(vectors)])  # the cache has them now
+            texts = texts[len(vectors) :]
 
-    monkeypatch.setattr(vector_cache.TextEncoder, "encode", dies)
+    monkeypatch.setattr(encode.TextEncoder, "encode_blocks", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(flags)
-    first = list(seen)
-
-    def counts(self, texts, prompt="", report=None):
-        seen.extend(prompt + text for text in texts)
-        return encode(self, texts, prompt, report)
-
-    monkeypatch.setattr(vector_cache.TextEncoder, "encode", counts)
+    first, limit = list(seen), float("inf")
     assert evaluate.main(flags) == 0
     assert 128 <= len(first) < 144 < len(seen) == len(set(seen))  # nothing twice, before or after the kill or between tasks
     scores = results(tmp_path)

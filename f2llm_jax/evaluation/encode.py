@@ -7,6 +7,7 @@ to the next longer row length. Each row length is one compiled program, and one 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +69,27 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str], prompt: str = "", report: Report | None = None) -> Float[np.ndarray, "S D"]:
         """Raw embeddings, float32 `[S, D]`, of `prompt + text` for each text, in the order given."""
-        embeddings = np.empty((len(texts), self.width), np.float32)
-        for start in range(0, len(texts), BLOCK_TEXTS):
-            block = texts[start : start + BLOCK_TEXTS]
-            embeddings[start : start + len(block)] = self.encode_ids(
-                self._tokenizer.encode([prompt + text for text in block], self.max_length)
-            )
+        embeddings, done = np.empty((len(texts), self.width), np.float32), 0
+        for vectors in self.encode_blocks(texts, prompt):
+            embeddings[done : done + len(vectors)] = vectors
+            done += len(vectors)
             if report:
-                report(start + len(block), len(texts))
+                report(done, len(texts))
         return embeddings
+
+    def encode_blocks(self, texts: Sequence[str], prompt: str = "") -> Iterator[Float[np.ndarray, "S D"]]:
+        """What `encode` gives, `BLOCK_TEXTS` texts at a time; the next block is tokenised while the device encodes this one."""
+
+        def tokenised(start: int) -> list[np.ndarray]:
+            return self._tokenizer.encode([prompt + text for text in texts[start : start + BLOCK_TEXTS]], self.max_length)
+
+        with futures.ThreadPoolExecutor(1) as thread:
+            following = thread.submit(tokenised, 0)
+            for start in range(0, len(texts), BLOCK_TEXTS):
+                ids = following.result()
+                if start + BLOCK_TEXTS < len(texts):
+                    following = thread.submit(tokenised, start + BLOCK_TEXTS)
+                yield self.encode_ids(ids)
 
     def encode_ids(self, ids: list[np.ndarray]) -> Float[np.ndarray, "S D"]:
         """Raw embeddings, float32 `[S, D]`, of token ids (int32, EOS last, at most `max_length`), in the order given."""

@@ -17,7 +17,6 @@ from jaxtyping import Float
 from f2llm_jax.evaluation.encode import Report, TextEncoder
 
 KEY_BYTES = 16
-SEGMENT_TEXTS = 4096  # encoded before they are written; what a kill loses at most
 
 
 class VectorCacheError(ValueError):
@@ -105,16 +104,16 @@ class CachedEncoder:
     def encode(self, texts: Sequence[str], prompt: str = "", dim: int | None = None, report: Report | None = None) -> np.ndarray:
         """The first `dim` components (all if None) of the raw embeddings of `prompt + text`, float32 `[S, K]`, in the order given.
 
-        What is missing is encoded once, longest texts first, and written segment by segment; `report` counts only that.
+        What is missing is encoded once, longest texts first, and written block by block; `report` counts only that.
         """
         cache = self._cache(prompt)
-        missing = sorted(cache.missing(texts), key=len, reverse=True)
-        for start in range(0, len(missing), SEGMENT_TEXTS):
-            segment = missing[start : start + SEGMENT_TEXTS]
-            cache.add(segment, self._encoder.encode(segment, prompt))
-            self.encoded += len(segment)
+        missing, done = sorted(cache.missing(texts), key=len, reverse=True), 0
+        for vectors in self._encoder.encode_blocks(missing, prompt):
+            cache.add(missing[done : done + len(vectors)], vectors)
+            done += len(vectors)
+            self.encoded += len(vectors)
             if report:
-                report(start + len(segment), len(missing))
+                report(done, len(missing))
         return cache.read(texts, dim or self.width)
 
     def _cache(self, prompt: str) -> VectorCache:

@@ -32,8 +32,8 @@ from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer, strip_instruction
 
 THREADS = 2
-BATCH_SIZES = (4, 8, 16, 32, 64, 128)
-TRIAL_TEXTS = 1000
+BATCH_SIZES = (4, 8, 16, 32, 64)
+TRIAL_TEXTS = 300
 
 
 def sample(raw: pathlib.Path, count: int) -> list[str]:
