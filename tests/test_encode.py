@@ -1,6 +1,7 @@
 """Encoding, embedding and retrieval: order, row lengths, prompts, files and errors."""
 
 import json
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +67,28 @@ def test_row_lengths_blocks_and_chunks_do_not_show(origin, monkeypatch):
     np.testing.assert_allclose(small.encode(texts, report=lambda *done: seen.append(done)), want, rtol=0, atol=1e-4)
     assert seen == [(17, 69), (34, 69), (51, 69), (68, 69), (69, 69)]
     assert encoding._program._cache_size() == programs + 3  # one program a row length, however many chunks
+
+
+def test_the_next_block_is_tokenised_while_this_one_is_encoded(origin, monkeypatch):
+    tokenised, second, kind = [], threading.Event(), type(origin.tokenizer)
+    encode, encode_ids = kind.encode, TextEncoder.encode_ids
+
+    def recorded(self, texts, max_length):
+        tokenised.append(list(texts))
+        if len(tokenised) == 2:
+            second.set()
+        return encode(self, texts, max_length)
+
+    def waits(self, ids):
+        assert second.wait(60)  # for ever, if the second block were tokenised after the first is encoded
+        return encode_ids(self, ids)
+
+    want = load_encoder(origin).encode(tiny.TEXTS[:6], "Q: ")
+    monkeypatch.setattr(encoding, "BLOCK_TEXTS", 2)
+    monkeypatch.setattr(kind, "encode", recorded)
+    monkeypatch.setattr(TextEncoder, "encode_ids", waits)
+    np.testing.assert_allclose(load_encoder(origin).encode(tiny.TEXTS[:6], "Q: "), want, rtol=0, atol=1e-5)
+    assert [text for block in tokenised for text in block] == ["Q: " + text for text in tiny.TEXTS[:6]]
 
 
 def test_a_mesh_gives_the_same_vectors(origin, encoder):
