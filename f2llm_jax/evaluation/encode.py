@@ -23,7 +23,7 @@ from f2llm_jax.model.origin import ModelOrigin
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer
 
-ROW_TOKENS = (128, 512, 2048)  # and the longest text, if longer
+ROW_TOKENS = (128, 256, 512, 2048)  # and the longest text, if longer
 ROW_TEXTS = 32  # most texts in the shortest row
 CHUNK_TOKENS = {"cpu": 1024}  # encoded at once; fastest of 1024, 2048, 4096 on two cores, and least wasted on a few texts
 CHUNK_TOKENS_ACCELERATOR = 32_768
