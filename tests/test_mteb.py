@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import threadpoolctl
 import tiny
+import torch
 from mteb.models import ModelMeta
 from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
 from mteb.types import PromptType
@@ -82,6 +84,16 @@ def write_manifest(folder, types=()):
     path = folder / "tasks.json"
     path.write_text(json.dumps({"tasks": [task for task in tasks if not types or task["type"] in types]}))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Fits of 60 texts, and torch on a model so small, spend their time waiting for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpoolctl.threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
