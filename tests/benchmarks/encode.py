@@ -34,7 +34,7 @@ from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer, strip_instruction
 
 THREADS = 2
-BATCH_SIZES = (8, 16, 32, 64, 128, 256)
+BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128)
 TRIAL_TEXTS = 300
 
 
