@@ -83,6 +83,7 @@ def test_a_run_gives_up_after_too_many_skipped_steps(tmp_path):
     assert all(("loss" in line) != ("skipped" in line) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_bucket_as_workdir(data, folder):
     """Trained, stopped, gone on with: the metrics are those of a run on a disk, and nothing but them and checkpoints is needed."""
 
