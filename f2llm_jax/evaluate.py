@@ -23,13 +23,13 @@ from f2llm_jax.evaluation.mteb_encoder import Conditions, model_meta
 from f2llm_jax.evaluation.mteb_run import Score, TaskNameError, find_tasks, run_tasks
 from f2llm_jax.evaluation.record import read_record
 from f2llm_jax.evaluation.vector_cache import CachedEncoder, VectorCacheError
+from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.model.digest import model_digest
 from f2llm_jax.model.hf_import import ModelFolderError
 from f2llm_jax.model.origin import ModelSource, find_model
 from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.text import TokenizerError
 
-FULL = "full"
 ERRORS = (
     CheckpointError,
     DatasetError,
@@ -134,20 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--manifest", help="JSON file that names your own tasks and their files")
     parser.add_argument("--held-out", action="store_true", help="the benchmark that training ran, on the run's own held-out rows")
     parser.add_argument("--out", help="folder of results and vectors")
-    parser.add_argument("--dims", type=_dims, default=FULL, help='widths, as in "8,32,128,full" (default full); one pass serves all')
+    parser.add_argument("--dims", type=parse_dims, default=FULL, help='widths, as in "8,32,128,full" (default full); one pass serves all')
     parser.add_argument("--instructions", help="JSON file {task, type or 'query': instruction}, before the published model's")
     parser.add_argument("--name", help="owner/name on the leaderboard (default: from the model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
     parser.add_argument("--max-length", type=_positive, help="tokens at which texts are cut (default: the model's own limit)")
     parser.add_argument("--batch-tokens", type=_positive, help="tokens on the device at once; memory only (default: by device)")
     return parser
-
-
-def _dims(text: str) -> list[str]:
-    dims = text.split(",")
-    if wrong := [dim for dim in dims if dim != FULL and not (dim.isdecimal() and int(dim))]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is neither a width nor {FULL!r}")
-    return dims
 
 
 def _positive(text: str) -> int:

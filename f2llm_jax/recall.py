@@ -15,12 +15,12 @@ from tqdm import tqdm
 from f2llm_jax.evaluation import retrieval
 from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.retrieval import Pairs, PairsError, Recall
+from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.model.hf_import import ModelFolderError
 from f2llm_jax.model.origin import find_model
 from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.text import TokenizerError
 
-FULL = "full"
 EXTREMES = 3  # languages shown from either end
 Results = dict[str, dict[str, dict[str, Recall]]]  # by model, file, width
 
@@ -101,16 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="recall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, action="append", help="Hugging Face folder, Hub id, workdir or checkpoint; repeatable")
     parser.add_argument("--pairs", required=True, nargs="+", help="parquet files")
-    parser.add_argument("--dims", type=_dims, default=FULL, help='widths to cut to, as in "32,full" (default: full)')
+    parser.add_argument("--dims", type=parse_dims, default=FULL, help='widths to cut to, as in "32,full" (default: full)')
     parser.add_argument("--json", type=pathlib.Path, help="also write every figure, by language, to this file")
     return parser
-
-
-def _dims(text: str) -> list[str]:
-    dims = text.split(",")
-    if wrong := [dim for dim in dims if dim != FULL and not (dim.isdecimal() and int(dim))]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is neither a width nor {FULL!r}")
-    return dims
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, decided before JAX is first used; and the parity kit."""
+"""Eight fake CPU devices for every test, decided before JAX is first used; and what several files need."""
 
 import os
 import pathlib
@@ -9,6 +9,14 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For programs that take XLA long to optimise and no time to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

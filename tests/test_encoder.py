@@ -17,6 +17,7 @@ from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective, Samples
 from f2llm_jax.training.step import by_role
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, N = 6, 2
 TEXTS = B * (2 + N)
 SHAPE = RowShape(chunk_rows=2, row_tokens=16, row_texts=16)
@@ -28,14 +29,6 @@ OBJECTIVES = {
     "no passage gradient": Objective(contrastive=ContrastiveConfig(in_batch_passage_grad="none")),
     "distillation": Objective(distillation_weight=2.0, spread_out_weight=1.0),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """All objectives in one program take XLA long to optimise and no time to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import gcs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +22,6 @@ from f2llm_jax.training.metrics import DivergedError, Recorder, StepWork
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.run import run
 from f2llm_jax.training.step import TrainState, make_train_step
-
-pytest.importorskip("gcp_storage_emulator", reason="the gs:// tests need the extra `test`")
-import gcs
 
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),

@@ -26,15 +26,9 @@ from f2llm_jax.training import checkpoint
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import TableRanks, TrainState, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RANK = 16
 CONFIG = dataclasses.replace(tiny.CONFIG, table_rank=RANK)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,6 @@ NAMES |= {"max_score": "--max-score", "min_score": "--min-score", "absolute_marg
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.filterwarnings("ignore")
 def test_rows_are_those_of_sentence_transformers(model, tmp_path, small, name):
-    pytest.importorskip("datasets")
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import mine_hard_negatives

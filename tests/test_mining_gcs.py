@@ -1,10 +1,8 @@
 """Mining from and to an object store."""
 
+import gcs
 import pytest
 import tiny
-
-pytest.importorskip("gcp_storage_emulator", reason="the gs:// tests need the extra `test`")
-import gcs
 from etils import epath
 from test_mining import write_pairs
 

@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 
+import gcs
 import pytest
 import small_data
 import tiny
-
-pytest.importorskip("gcp_storage_emulator", reason="the gs:// tests need the extra `test`")
-import gcs
 from etils import epath
 
 from f2llm_jax import convert, prune

@@ -11,6 +11,7 @@ import math
 import types
 import typing
 
+import gguf
 import huggingface_hub
 import pytest
 import sentence_transformers
@@ -162,7 +163,6 @@ def test_tensors_are_the_configs(folder):
 
 def test_llama_cpp_knows_every_tensor(folder):
     """Its converter maps a `Qwen3Model`'s names through gguf's table, with `model.` put before."""
-    gguf = pytest.importorskip("gguf", reason="llama.cpp's names come with the extra `test`")
     layers = read(folder / "config.json")["num_hidden_layers"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, layers)
     with safe_open(folder / "model.safetensors", framework="numpy") as file:

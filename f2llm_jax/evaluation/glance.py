@@ -6,11 +6,10 @@ import numpy as np
 from jaxtyping import Float
 
 from f2llm_jax.data.records import CORPUS, Dataset
-from f2llm_jax.evaluation.encode import TextEncoder, truncate_and_normalize
-from f2llm_jax.text import truncate
+from f2llm_jax.evaluation.encode import TextEncoder
+from f2llm_jax.evaluation.held_out import SPLIT, encode_stored
 
 ROWS = 600  # of all sources together
-SPLIT = "validation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +54,14 @@ def take_glance(encoder: TextEncoder, dataset: Dataset) -> Glance:
 
 def _of_source(encoder: TextEncoder, dataset: Dataset, name: str, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     documents = dataset.tables(name, SPLIT).documents[:most, :4]
-    query = _encoded(encoder, dataset, dataset.reader(name, SPLIT).read(range(len(documents))))
+    query = encode_stored(encoder, dataset, dataset.reader(name, SPLIT).read(range(len(documents))))
     distinct, place = np.unique(documents[documents >= 0], return_inverse=True)
-    vectors = _encoded(encoder, dataset, dataset.reader(name, CORPUS).read(distinct))
+    vectors = encode_stored(encoder, dataset, dataset.reader(name, CORPUS).read(distinct))
     where = np.full(documents.shape, -1)
     where[documents >= 0] = place
     rows, columns = np.nonzero(documents[:, 1:] >= 0)
     cosine = np.einsum("qd,qd->q", query[rows], vectors[where[rows, columns + 1]])
     return query, vectors[where[:, 0]], cosine
-
-
-def _encoded(encoder: TextEncoder, dataset: Dataset, ids: list[np.ndarray]) -> np.ndarray:
-    cut = [truncate(one, encoder.max_length, dataset.eos_id) for one in ids]
-    return truncate_and_normalize(encoder.encode_ids(cut), encoder.width)
 
 
 def principal_plane(vectors: Float[np.ndarray, "S D"]) -> Float[np.ndarray, "S 2"]:

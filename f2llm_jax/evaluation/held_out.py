@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import CORPUS, Dataset
@@ -39,8 +39,8 @@ def _first(encoder: TextEncoder, dataset: Dataset, pipeline: Pipeline, step: int
     name, retrieval = planned.plan.source, planned.plan.kind == "retrieval"
     distinct, place = np.unique(planned.documents, return_inverse=True)
     absent = int(distinct[0] < 0)
-    queries = _encode(encoder, dataset, dataset.reader(name, SPLIT).read(planned.plan.rows))
-    found = _encode(encoder, dataset, dataset.reader(name, CORPUS).read(distinct[absent:]))
+    queries = encode_stored(encoder, dataset, dataset.reader(name, SPLIT).read(planned.plan.rows))
+    found = encode_stored(encoder, dataset, dataset.reader(name, CORPUS).read(distinct[absent:]))
     own = place.reshape(planned.documents.shape) - absent  # of each row: its positive, then its negatives; -1 for none
     rivals = np.zeros((len(queries), len(found)), bool)
     rivals[:] = retrieval
@@ -67,14 +67,15 @@ def _accuracy(encoder: TextEncoder, dataset: Dataset, source: str) -> float:
     documents = np.asarray(dataset.tables(source, SPLIT).documents)
     distinct, place = np.unique(documents, return_inverse=True)
     absent = int(distinct[0] < 0)  # -1 stands for a negative that a row does not have
-    queries = _encode(encoder, dataset, dataset.reader(source, SPLIT).read(range(len(documents))))
-    found = _encode(encoder, dataset, dataset.reader(source, CORPUS).read(distinct[absent:]))
+    queries = encode_stored(encoder, dataset, dataset.reader(source, SPLIT).read(range(len(documents))))
+    found = encode_stored(encoder, dataset, dataset.reader(source, CORPUS).read(distinct[absent:]))
     found = np.concatenate([np.zeros((absent, encoder.width), np.float32), found])
     scores = np.einsum("bd,bnd->bn", queries, found[place.reshape(documents.shape)])
     scores[documents < 0] = -np.inf
     return float((scores[:, 0] > scores[:, 1:].max(axis=1, initial=-np.inf)).mean())
 
 
-def _encode(encoder: TextEncoder, dataset: Dataset, ids: list[np.ndarray]) -> np.ndarray:
+def encode_stored(encoder: TextEncoder, dataset: Dataset, ids: list[np.ndarray]) -> Float[np.ndarray, "S D"]:
+    """Normalised embeddings of texts as a dataset stores them, cut where the encoder cuts."""
     cut = [truncate(one, encoder.max_length, dataset.eos_id) for one in ids]
     return truncate_and_normalize(encoder.encode_ids(cut), encoder.width)
