@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from f2llm_jax.data import records
 
 PERCENTILES = (50, 95, 99)
+BLOCK_TEXTS = 1_048_576  # of a table that are counted at once
 SHOWN_LANGUAGES = 40
 
 
@@ -56,7 +57,9 @@ def _token_lengths(folder: epath.Path, source: records.SourceInfo) -> np.ndarray
     """Number of texts (queries, distinct documents) of each length, int64 `[longest + 1]`."""
     target = records.tables_folder(folder, source.name)
     files = [target / f"{split}.query_length.npy" for split in records.QUERY_SPLITS] + [target / f"{records.CORPUS}.length.npy"]
-    counts = [np.bincount(records.load_array(file)) for file in files]
+    tables = [records.load_array(file) for file in files]
+    blocks = [table[start : start + BLOCK_TEXTS] for table in tables for start in range(0, len(table), BLOCK_TEXTS)]
+    counts = [np.bincount(block) for block in blocks]
     total = np.zeros(max(map(len, counts)), np.int64)
     for count in counts:
         total[: len(count)] += count

@@ -1,11 +1,14 @@
 """The tables of a source, from what its workers left; see `records` for what they hold.
 
-Memory: keys and lengths of the distinct documents (12 bytes each); everything a row has is streamed.
+Memory: the documents of one bucket and `STREAMED_ROWS` rows; the keys of a whole source are looked up in a mapped file.
 """
 
 import dataclasses
 import json
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -21,7 +24,7 @@ def shard_counts(work: epath.Path, parts: int) -> dict[str, dict[int, int]]:
     """Records of each shard by its index, for each split, from what the workers of `parts` parts wrote to `work`."""
     rows = [_part(work, index)["rows"] for index in range(parts)]
     counts = {split: {index: found.get(split, 0) for index, found in enumerate(rows)} for split in records.QUERY_SPLITS}
-    return counts | {records.CORPUS: {bucket: len(keys) for bucket, (keys, _) in _buckets(work).items()}}
+    return counts | {records.CORPUS: {bucket: len(keys) for bucket, keys, _ in _buckets(work)}}
 
 
 def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> records.SourceInfo:
@@ -32,15 +35,14 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
     """
     target = records.tables_folder(epath.Path(folder), source.name)
     target.mkdir(parents=True, exist_ok=True)
-    buckets = _buckets(work)
-    keys = np.concatenate([found for found, _ in buckets.values()])
-    lengths = np.concatenate([found for _, found in buckets.values()])
-    with (target / f"{records.CORPUS}.length.npy").open("wb") as file:
-        np.save(file, lengths)
     counts = shard_counts(work, len(source.parts))
-    for split in records.QUERY_SPLITS:
-        _stream(work, counts[split], split, "query_length", np.int32, (), target, lambda values: values)
-        _stream(work, counts[split], split, "documents", np.int64, (1 + source.negatives,), target, lambda found: _positions(keys, found))
+    with tempfile.TemporaryFile() as file:
+        document_tokens = _write_corpus(work, target, sum(counts[records.CORPUS].values()), file)
+        keys = np.memmap(file, np.int64, "r")
+        for split in records.QUERY_SPLITS:
+            _stream(work, counts[split], split, "query_length", np.int32, (), target, lambda values: values)
+            width = (1 + source.negatives,)
+            _stream(work, counts[split], split, "documents", np.int64, width, target, lambda found: _positions(keys, found))
     counters, languages = Counter(), Counter()
     for index in range(len(source.parts)):
         part = _part(work, index)
@@ -52,9 +54,9 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
         kind=source.kind,
         languages=dict(sorted(languages.items())),
         rows={split: sum(counts[split].values()) for split in records.QUERY_SPLITS},
-        documents=len(keys),
+        documents=sum(counts[records.CORPUS].values()),
         negatives=source.negatives,
-        tokens={"queries": counters.pop("query_tokens"), "documents": int(lengths.sum(dtype=np.int64))},
+        tokens={"queries": counters.pop("query_tokens"), "documents": document_tokens},
         counters=dict(sorted(counters.items())),
     )
     records.write_json(target / "source.json", dataclasses.asdict(info))
@@ -65,13 +67,24 @@ def _part(work: epath.Path, index: int) -> dict:
     return json.loads((work / f"part-{index:05d}.json").read_text())
 
 
-def _buckets(work: epath.Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Keys and lengths of the documents of each bucket, in order."""
-    found = {}
+def _buckets(work: epath.Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Index, keys and lengths of the documents of each bucket, in order."""
     for path in sorted(work.glob("corpus-*.npz")):
         with path.open("rb") as file, np.load(file) as arrays:
-            found[int(path.stem.removeprefix("corpus-"))] = arrays["keys"], arrays["lengths"]
-    return found
+            yield int(path.stem.removeprefix("corpus-")), arrays["keys"], arrays["lengths"]
+
+
+def _write_corpus(work: epath.Path, target: epath.Path, documents: int, keys_file: IO[bytes]) -> int:
+    """Writes the lengths table of the corpus, and its ascending keys to `keys_file`; returns the tokens of all documents."""
+    tokens = 0
+    with (target / f"{records.CORPUS}.length.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (documents,)})
+        for _, keys, lengths in _buckets(work):
+            file.write(lengths.astype("<i4").tobytes())
+            keys_file.write(keys.astype(np.int64).tobytes())
+            tokens += int(lengths.sum(dtype=np.int64))
+    keys_file.flush()
+    return tokens
 
 
 def _stream(work, counts, split, table, dtype, width, target, convert) -> None:

@@ -68,7 +68,7 @@ def run_peer(raw: str, folder: str, out: str, processes: int, every: bool) -> No
 
 
 def measure(command: list[str], sample: bool = False) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds and, if asked to `sample`, peak bytes of unshared memory of a command, its children included."""
+    """Wall seconds, CPU seconds and, if asked to `sample`, peak anonymous bytes of a command, its children included."""
     before = psutil.Process().cpu_times()
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -84,13 +84,14 @@ def measure(command: list[str], sample: bool = False) -> tuple[float, float, flo
 
 
 def watch(process: subprocess.Popen, peak: list[int]) -> None:
-    """Keeps the largest sum of memory that the processes hold for themselves; mapped files are the kernel's to drop."""
+    """Keeps the largest sum of the processes' anonymous memory; pages of mapped files are the kernel's to drop."""
     while process.poll() is None:
         total = 0
         try:
             for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-                total += one.memory_full_info().uss
-        except psutil.Error:
+                rollup = pathlib.Path(f"/proc/{one.pid}/smaps_rollup").read_text()
+                total += 1024 * int(rollup.split("Anonymous:")[1].split()[0])
+        except (psutil.Error, OSError, IndexError):
             continue
         peak[0] = max(peak[0], total)
         time.sleep(SAMPLE_SECONDS)
