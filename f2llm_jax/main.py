@@ -7,6 +7,12 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, e.g. configs/stage1.py:size=0.6b.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go; local or gs://. The same command resumes.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "Of several processes: host:port of process 0, found by itself on TPU pods, GKE and Slurm."
+)
+COUNT = flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
+INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+LIMIT = flags.DEFINE_integer("initialization_timeout", 300, "Seconds within which all processes must have started.", lower_bound=1)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -17,12 +23,14 @@ def main(argv: list[str]) -> int | None:
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
+    from f2llm_jax.training import hosts
     from f2llm_jax.training.preemption import EXIT_CODE, Preempted  # after flag parsing: --help needs no JAX
     from f2llm_jax.training.run import run
 
     logging.set_verbosity(logging.WARNING)
     try:
-        run(CONFIG.value, WORKDIR.value)
+        place = hosts.find_place(COORDINATOR.value, COUNT.value, INDEX.value, LIMIT.value)
+        run(CONFIG.value, WORKDIR.value, place, LIMIT.value)
     except Preempted as notice:
         print(f"f2llm_jax.main: {notice}", file=sys.stderr)
         return EXIT_CODE

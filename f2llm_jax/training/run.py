@@ -1,9 +1,11 @@
-"""The run, on one page: mesh, data, model, state, step, loop.
+"""The run, on one page: hosts, mesh, data, model, state, step, loop.
 
 Re-running the same command resumes: the order of data is a function of the step, so a resumed run sees the very next batch.
 """
 
 import dataclasses
+import os
+import socket
 import time
 from collections.abc import Mapping
 
@@ -19,24 +21,38 @@ from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.model.stored import absolute
-from f2llm_jax.training import checkpoint, program, start
+from f2llm_jax.training import checkpoint, hosts, program, start
 from f2llm_jax.training.facts import write_facts
+from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import Recorder, StepWork
 from f2llm_jax.training.preemption import Preempted, StopRequest
 from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.validation import validate
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains as `config` says (see configs/common.py for every field) and leaves checkpoints and metrics in `workdir`.
+def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts.Place = hosts.ALONE, limit: int = 300) -> None:
+    """Trains as `config` says (see configs/common.py for every field) and leaves checkpoints, metrics and logs in `workdir`.
+
+    Args:
+      config: every field of a run.
+      workdir: local or `gs://`; of several hosts, one that all see.
+      place: of this process among those of the run.
+      limit: seconds within which all of them must have started.
 
     Raises:
       ValueError: something in the configuration, the data or the starting weights does not fit; before the first step.
+      RollCallError: processes are missing, or run other code or another configuration.
       DivergedError: too many steps in a row had no finite loss and gradient.
       Preempted: SIGTERM came; the state is saved.
     """
     workdir = absolute(workdir)
+    with HostLog(workdir, place.process_id) as log:
+        log.say(f"started: process {place.process_id} of {place.num_processes} on {socket.gethostname()}, pid {os.getpid()}")
+        hosts.join(place, hosts.facts_of(config, workdir), limit)
+        _train(config, workdir, log)
 
+
+def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog) -> None:
     # Mesh
     mesh = sharding.make_mesh(**config.mesh)
     jax.set_mesh(mesh)
@@ -85,7 +101,9 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     first = int(state.step)
     recorder = Recorder(workdir, first, total, config.log_every, config.max_skipped_steps)
     with checkpoints, StopRequest() as stop, Profile(workdir / "profile", **config.profile) as profile, recorder:
-        recorder.say(_banner(model, dataset, batches, mesh, total, first))
+        banner = _banner(model, dataset, batches, mesh, total, first)
+        recorder.say(banner)
+        log.say(banner)
         arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
         for step in range(first, total + 1):
             done, found = step == total, {}

@@ -1,0 +1,229 @@
+"""Several processes as one run: the roll call, the same losses, a stop that all make at one step. Processes are real, joined by gloo."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import small_data
+from test_training import OVERRIDES, ROOT
+
+import f2llm_jax
+from configs import stage2
+from f2llm_jax.training import hosts
+from f2llm_jax.training.roll_call import Roll, RollCallError, roll_call
+
+# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
+
+FACTS = {"f2llm_jax": "1.0 with sources abc", "--config.batch.size": "24"}
+
+
+def free_port():
+    """A port that is free, as is the one below it."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("", 0)) as probe:
+            port = probe.getsockname()[1]
+            with socket.create_server(("", port - 1)):
+                return port
+
+
+@contextlib.contextmanager
+def calling(count, limit, facts, names=()):
+    """Calls the roll of `count` processes in a thread each, of those that have facts; yields their outcomes, then waits for all."""
+    roll, outcomes = Roll("localhost", free_port(), count, names), {}
+
+    def call(index):
+        begun = time.monotonic()
+        try:
+            roll_call(roll, index, facts[index], limit)
+            problem = ""
+        except RollCallError as error:
+            problem = str(error)
+        outcomes[index] = problem, time.monotonic() - begun
+
+    threads = {index: threading.Thread(target=call, args=[index], daemon=True) for index in facts}
+    yield roll, outcomes, threads
+    for thread in threads.values():
+        thread.join(timeout=limit + 10)
+
+
+def call_all(count, limit, facts, names=()):
+    with calling(count, limit, facts, names) as (_, outcomes, threads):
+        for index in reversed(threads):  # process 0 last: the others try until it listens
+            threads[index].start()
+            time.sleep(0.3)
+    assert outcomes.keys() == facts.keys()
+    return {index: problem for index, (problem, _) in outcomes.items()}
+
+
+def test_all_there_and_alike():
+    assert set(call_all(5, 20, dict.fromkeys(range(5), FACTS)).values()) == {""}
+
+
+def test_the_missing_are_named_by_all_who_came_within_the_limit():
+    present = dict.fromkeys((0, 1, 3), FACTS)
+    with calling(5, 3, present, names=[f"pod-{i}" for i in range(5)]) as (_, outcomes, threads):
+        threads[3].start()
+        time.sleep(1)  # the limit counts from the first to start
+        threads[0].start()
+        threads[1].start()
+    assert {problem for problem, _ in outcomes.values()} == {outcomes[0][0]}
+    assert "process 2 (pod-2), process 4 (pod-4) of 5 did not answer" in outcomes[0][0]
+    assert all(f"process {i} ({socket.gethostname()})" in outcomes[0][0] for i in present)
+    assert outcomes[3][1] < 3.5 and outcomes[0][1] < 2.8
+
+
+def test_process_0_missing():
+    (problem,) = call_all(2, 1, {1: FACTS}).values()
+    assert "process 0 of 2 did not answer at localhost:" in problem and "within 1 s" in problem
+
+
+def test_who_differs_is_named_with_what_differs():
+    other, older = FACTS | {"--config.batch.size": "32"}, FACTS | {"f2llm_jax": "1.0 with sources def"}
+    problems = call_all(5, 20, {0: FACTS, 1: FACTS, 2: other, 3: FACTS, 4: older})
+    here = socket.gethostname()
+    assert len(set(problems.values())) == 1
+    assert f"process 2 ({here}) differs from process 0 ({here}): --config.batch.size is 32, not 24" in problems[0]
+    assert f"process 4 ({here}) differs from process 0 ({here}): f2llm_jax is 1.0 with sources def, not" in problems[0]
+    odd_one = call_all(3, 20, {0: other, 1: FACTS, 2: FACTS})[2]  # the many are right
+    assert "process 0" in odd_one.split(" differs from ")[0] and "process 1" not in odd_one.split(" differs from ")[0]
+
+
+def test_another_number_of_processes_and_one_number_twice():
+    roll = Roll("localhost", free_port(), 2)
+    problems = []
+
+    def call(index, count):
+        with pytest.raises(RollCallError) as caught:
+            roll_call(Roll(roll.host, roll.port, count), index, FACTS, 20)
+        problems.append(str(caught.value))
+
+    for pair, expected in (([(0, 2), (3, 4)], "number of processes is 4, not 2"), ([(0, 3), (1, 3), (1, 3)], "claim the same number")):
+        threads = [threading.Thread(target=call, args=each) for each in pair]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert len(problems) == len(pair) and all(expected in problem for problem in problems), problems
+        problems.clear()
+
+
+def test_who_starts_over_is_taken_and_strangers_are_not():
+    with calling(3, 20, dict.fromkeys(range(3), FACTS)) as (roll, outcomes, threads):
+        threads[0].start()
+        for line in (b"GET / HTTP/1.1\r\n\r\n", b"", b'{"index": 1}\n'):
+            while True:
+                with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", roll.port)) as stranger:
+                    stranger.sendall(line)
+                    break
+        killed = {"index": 1, "host": "killed", "facts": {"number of processes": "3"}, "left": 20}
+        with socket.create_connection(("localhost", roll.port)) as connection:
+            connection.sendall(json.dumps(killed).encode() + b"\n")
+            time.sleep(0.5)
+        threads[1].start()
+        threads[2].start()
+    assert {problem for problem, _ in outcomes.values()} == {""}
+
+
+def test_places(monkeypatch):
+    assert hosts.find_place(None, None, None, 1) == hosts.ALONE
+    assert hosts.find_place("a:1234", 3, 2, 1) == hosts.Place("a:1234", 3, 2)
+    for given, expected in (
+        (("a:1234", 3, None), "--process_id missing"),
+        ((None, 3, 1), "--coordinator_address missing"),
+        (("a:1234", 3, 3), "one of 0 to 2"),
+        (("a", 3, 1), "must be host:port"),
+    ):
+        with pytest.raises(hosts.HostsError, match=expected):
+            hosts.find_place(*given, 1)
+    slurm = {"JOB_ID": "4095", "STEP_NODELIST": "node[007-009]", "NTASKS": "3", "PROCID": "2", "LOCALID": "0", "STEP_NUM_NODES": "3"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert hosts.find_place(None, None, None, 1) == hosts.Place("node007:65535", 3, 2)  # whose next port there is none
+
+
+def test_facts_tell_code_and_every_field(monkeypatch, tmp_path):
+    config = stage2.get_config("runlocal")
+    facts = hosts.facts_of(config, tmp_path)
+    assert facts["--config.batch.negatives.clustering"] == "3" and facts["--workdir"] == str(tmp_path)
+    with config.unlocked():
+        config.batch.negatives.clustering = 4
+    shutil.copytree(ROOT / "f2llm_jax", tmp_path / "copy")
+    with (tmp_path / "copy" / "data" / "plan.py").open("a") as file:
+        file.write("\n")
+    monkeypatch.setattr(f2llm_jax, "__file__", str(tmp_path / "copy" / "__init__.py"))
+    changed = hosts.facts_of(config, tmp_path)
+    assert {name for name in facts if facts[name] != changed[name]} == {"--config.batch.negatives.clustering", "f2llm_jax"}
+
+
+def start(folder, data, workdir, *flags, devices=1, python=("-m", "f2llm_jax.main"), root=ROOT):
+    """A run in a process of its own, as `test_training.train`, but begun only."""
+    overrides = [f"--config.{name}={value}" for name, value in {"data.folder": data, **OVERRIDES}.items()]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    }
+    command = [sys.executable, *python, f"--config={ROOT}/configs/stage2.py:runlocal", f"--workdir={workdir}", *overrides, *flags]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def place(port, count, index, limit=60):
+    flags = {"coordinator_address": f"localhost:{port}", "num_processes": count, "process_id": index, "initialization_timeout": limit}
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def end(*processes, timeout=400):
+    """Waits; the exit codes and what each printed on stderr."""
+    try:
+        printed = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], printed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return small_data.write(folder).folder
+
+
+def test_a_process_alone_says_who_is_missing(folder, tmp_path):
+    begun = [start(folder, "absent", tmp_path / "run", *place(free_port(), 2, index, limit=3)) for index in (0, 1)]
+    codes, printed = end(*begun, timeout=60)
+    assert codes == [1, 1]
+    for index in (0, 1):
+        assert f"f2llm_jax.main: error: roll call: process {1 - index} of 2 did not answer" in printed[index], printed[index]
+        assert "within 3 s" in printed[index] and "Traceback" not in printed[index]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_other_code_or_another_configuration_is_refused_by_all(folder, tmp_path):
+    for package in ("f2llm_jax", "configs"):
+        shutil.copytree(ROOT / package, tmp_path / "older" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "older" / "f2llm_jax" / "text.py").open("a") as file:
+        file.write("# of yesterday\n")
+    port = free_port()
+    begun = [
+        start(folder, "absent", tmp_path / "run", *place(port, 3, 0)),
+        start(folder, "absent", tmp_path / "run", *place(port, 3, 1), root=tmp_path / "older"),
+        start(folder, "absent", tmp_path / "run", *place(port, 3, 2), "--config.seed=7"),
+    ]
+    codes, printed = end(*begun, timeout=90)
+    assert codes == [1, 1, 1]
+    for text in printed:
+        assert "process 2" in text and "--config.seed is 7, not 0" in text, text
+        assert "process 1" in text and "f2llm_jax is " in text and "Traceback" not in text
