@@ -47,6 +47,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.steps = 0  # updates; 0 means `epochs` epochs
     config.dtype = "bfloat16"  # compute dtype; parameters and optimizer state are float32
     config.remat = "full"  # what the backward pass recomputes: none, dots or full
+    config.attention = "auto"  # kernel: xla, splash (TPU), cudnn (GPU), or the best that serves the devices
     config.max_skipped_steps = 20  # in a row, without a finite loss and gradient, before the run gives up
     config.log_every = 20  # steps between progress lines where there is no terminal
 

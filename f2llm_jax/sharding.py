@@ -34,11 +34,10 @@ PARAMETER_SPECS = {
     "D": P(None),
     "E": P(None),
 }
-# The same parameters as a layer multiplies with them: gathered over fsdp, still split over tensor. "Reduced" over an axis means
+# The same parameters as a layer multiplies with them: gathered over fsdp, still split over tensor (the table of tokens is never
+# gathered: its rows are fetched). "Reduced" over an axis means
 # that every device there multiplies it with other positions; its gradient then is a sum that is still to be taken (see `lazy`).
 GATHERED_SPECS = {
-    "VD": P(None, None, reduced=set(BATCH)),
-    "VZ": P(None, None, reduced=set(BATCH)),
     "ZD": P(None, None, reduced=set(BATCH)),
     "DHE": P(None, "tensor", None, reduced=set(BATCH)),
     "DKE": P(None, "tensor", None, reduced=set(BATCH)),
@@ -52,9 +51,12 @@ GATHERED_SPECS = {
 ROWS_T = P(BATCH, None)
 ROWS_TD = P(BATCH, None, None)
 ROWS_THE = P(BATCH, None, "tensor", None)
+POSITIONS = P(BATCH)
 POSITIONS_D = P(BATCH, None)
 POSITIONS_F = P(BATCH, "tensor")
 POSITIONS_HE = P(BATCH, "tensor", None)
+TABLE_IDS = P("data")  # ids of all positions that meet one copy of the embedding table
+TABLE_ROWS = P("data", ("fsdp", "tensor"))  # their rows, still in columns as the table is
 CHUNKS_RT = P(None, BATCH, None)  # a batch on its way in: chunks, rows of a chunk, positions
 SAMPLES_D = P(BATCH, None)
 

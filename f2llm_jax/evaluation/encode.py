@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.data.packing import RowShape, lay_out
+from f2llm_jax.model import attention
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder
 from f2llm_jax.model.origin import ModelOrigin
@@ -123,7 +124,8 @@ class TextEncoder:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _program(config: DecoderConfig, dtype: jnp.dtype, params: nnx.State, *rows: Int[Array, "M _"]) -> Float[Array, "M X D"]:
     """Embeddings of one chunk. Not a method, so that encoders of one shape share what is compiled."""
-    encode_chunk = chunk_encoder(abstract_decoder(config)[0], dtype, remat="none")
+    kernel = attention.choose("auto", jax.default_backend(), dtype, rows[0].shape[1], config.head_dim)
+    encode_chunk = chunk_encoder(abstract_decoder(config)[0], dtype, remat="none", kernel=kernel)
     return sharding.shard(encode_chunk(params, *rows), sharding.P(None, None, None))  # every host can read the result
 
 

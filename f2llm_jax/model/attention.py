@@ -1,10 +1,50 @@
-"""Causal grouped-query attention over packed rows, behind one signature."""
+"""Causal grouped-query attention over packed rows: several kernels behind one signature.
+
+* "xla": plain matrix products, on every device and for every shape. It holds all scores, R * H * T * T.
+* "splash": the TPU kernel that comes with JAX. It holds a block of scores at a time and skips blocks above the diagonal.
+* "cudnn": the fused kernel of NVIDIA's library, through `jax.nn.dot_product_attention`.
+
+`choose` says which one a device takes.
+"""
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jaxtyping import Array, Bool, Float, Int
 
 from f2llm_jax import sharding
+
+Kernel = Literal["xla", "splash", "cudnn"]
+SPLASH_LANES = 128  # the TPU's vector width, of which the kernel takes whole multiples
+SPLASH_BLOCK = 128  # of queries and of keys: the finest, hence the least work above the diagonal
+RESIDUAL = "attention"  # what the kernels name their result, for rematerialisation policies to keep it
+
+
+def choose(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_dim: int) -> Kernel:
+    """The kernel for devices of a `platform` ("cpu", "gpu", "tpu"): the one `wanted`, or with "auto" the best that serves.
+
+    On TPUs that is "splash" for bfloat16 where row and head are multiples of 128, else "xla". On GPUs it is "xla": "cudnn" is to
+    be asked for by name.
+
+    Raises:
+      ValueError: no such kernel, or it cannot serve this platform, dtype or shape.
+    """
+    lanes = row_tokens % SPLASH_LANES == 0 and head_dim % SPLASH_LANES == 0
+    if wanted == "auto":
+        return "splash" if platform == "tpu" and dtype == jnp.bfloat16 and lanes else "xla"
+    if wanted not in get_args(Kernel):
+        raise ValueError(f"there is no attention kernel {wanted!r}; take auto, {', '.join(get_args(Kernel))}")
+    if wanted == "splash" and not (platform == "tpu" and lanes):
+        raise ValueError(
+            f"attention=splash needs a TPU and multiples of {SPLASH_LANES} as row_tokens and head_dim; "
+            f"here are {platform!r}, {row_tokens} and {head_dim}: take attention=auto or xla"
+        )
+    if wanted == "cudnn" and not (platform == "gpu" and dtype != jnp.float32):
+        raise ValueError(f"attention=cudnn needs an NVIDIA GPU and 16 bits, here are {platform!r} and {dtype}: take attention=auto or xla")
+    return wanted
 
 
 def attention(
@@ -12,20 +52,56 @@ def attention(
     k: Float[Array, "R T K E"],
     v: Float[Array, "R T K E"],
     segment_ids: Int[Array, "R T"],
+    kernel: Kernel = "xla",
 ) -> Float[Array, "R T H E"]:
     """Softmax attention in which a position sees itself and earlier positions of its own segment.
 
     Query head h reads key/value head `h // (H / K)`. Scores are scaled by `E ** -0.5` and the softmax is fp32 whatever
     the dtype of the inputs. Segment 0 is padding: it attends within itself and nobody reads it.
     """
+    if kernel == "xla":
+        return _xla(q, k, v, segment_ids)
+    local = _splash if kernel == "splash" else _cudnn
+    if not sharding.in_mesh():
+        return local(q, k, v, segment_ids)
+    # Rows and heads do not meet in attention, so each device runs the kernel on its own.
+    specs = (sharding.ROWS_THE, sharding.ROWS_THE, sharding.ROWS_THE, sharding.ROWS_T)
+    return jax.shard_map(local, in_specs=specs, out_specs=sharding.ROWS_THE, check_vma=False)(q, k, v, segment_ids)
+
+
+def _xla(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     R, T, H, E = q.shape
     K = k.shape[2]
     # Explicit specs: with H split over `tensor`, splitting H into (K, H/K) keeps the split on K.
     grouped = q.reshape(R, T, K, H // K, E, out_sharding=sharding.spec(sharding.P(sharding.BATCH, None, "tensor", None, None)))
     scores = jnp.einsum("rtkge,rske->rkgts", grouped, k, preferred_element_type=jnp.float32) * E**-0.5
-    position = jnp.arange(T)
-    visible = (position[:, None] >= position[None, :]) & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(_visible(segment_ids)[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("rkgts,rske->rtkge", weights, v)
     return mixed.reshape(R, T, H, E, out_sharding=sharding.spec(sharding.ROWS_THE))
+
+
+def _visible(segment_ids: Int[Array, "R T"]) -> Bool[Array, "R T T"]:
+    position = jnp.arange(segment_ids.shape[1])
+    return (position[:, None] >= position[None, :]) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def _splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    """One device's rows and heads. The kernel does not scale, so the queries come scaled."""
+    T, H, E = q.shape[1:]
+    block = SPLASH_BLOCK
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
+    )
+    causal = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * H)
+    kernel = splash_attention_kernel.make_splash_mha(
+        causal, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=RESIDUAL
+    )
+    segments = splash_attention_kernel.SegmentIds(segment_ids, segment_ids)
+    q, k, v = (x.swapaxes(1, 2) for x in (q * E**-0.5, k, v))
+    return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
+
+
+def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    mask = _visible(segment_ids)[:, None]
+    return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"), RESIDUAL)

@@ -15,15 +15,18 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
-from f2llm_jax.model.attention import attention
+from f2llm_jax.model.attention import RESIDUAL, Kernel, attention
 from f2llm_jax.model.sizes import DecoderConfig
 
 INITIALIZER_RANGE = 0.02  # Qwen3 config.json, `initializer_range`
 
-# What the backward pass keeps of a layer. "full" keeps only the layer's input and recomputes the rest.
+# What the backward pass keeps of a layer. "full" keeps only the layer's input and recomputes the rest; "dots" keeps what weights
+# were multiplied to, and the result of a fused attention kernel.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(RESIDUAL)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -95,6 +98,7 @@ class Layer(nnx.Module):
         rotary: tuple[Float[Array, "R T 1 E"], Float[Array, "R T 1 E"]],
         segment_ids: Int[Array, "R T"],
         eps: float,
+        kernel: Kernel = "xla",
         tap: LayerTap = lambda name, value: None,
     ) -> Float[Array, "P D"]:
         """P = R * T positions: plain matrix products, which every backend runs at full speed, gradients included.
@@ -104,17 +108,17 @@ class Layer(nnx.Module):
         """
         normed = rms_norm(x, _at_use(self.attention_norm, x.dtype), eps)
         tap("attention", normed)
-        x = x + self._attend(normed, rotary, segment_ids, eps)
+        x = x + self._attend(normed, rotary, segment_ids, eps, kernel)
         normed = rms_norm(x, _at_use(self.mlp_norm, x.dtype), eps)
         tap("mlp", normed)
         return x + self._mlp(normed, tap)
 
-    def _attend(self, x, rotary, segment_ids, eps):
+    def _attend(self, x, rotary, segment_ids, eps, kernel):
         with jax.named_scope("attention"):
             q = rotate(rms_norm(self._heads(x, self.query, segment_ids), _at_use(self.query_norm, x.dtype), eps), *rotary)
             k = rotate(rms_norm(self._heads(x, self.key, segment_ids), _at_use(self.key_norm, x.dtype), eps), *rotary)
             v = self._heads(x, self.value, segment_ids)
-            mixed = attention(q, k, v, segment_ids)
+            mixed = attention(q, k, v, segment_ids, kernel)
             mixed = mixed.reshape(x.shape[0], *mixed.shape[2:], out_sharding=sharding.spec(sharding.POSITIONS_HE))
             return _project("phe,hed->pd", mixed, self.output, sharding.POSITIONS_D)
 
@@ -150,9 +154,13 @@ class Decoder(nnx.Module):
         self.norm = _ones("D", config.hidden_size)
 
     def _embed(self, ids: Int[Array, " P"], dtype: jnp.dtype) -> Float[Array, "P D"]:
-        """The tokens' rows of the table. Of a table in factors only these rows are ever multiplied out."""
+        """The tokens' rows of the table. Of a table in factors only these rows are ever multiplied out.
+
+        The table stays where it is: each device takes its columns for the tokens of all, and rows change places.
+        """
         table = self.embedding_left if self.config.table_rank else self.embedding
-        rows = _at_use(table, dtype).at[ids].get(out_sharding=sharding.spec(sharding.POSITIONS_D))
+        rows = table[...].at[ids].get(out_sharding=sharding.spec(sharding.TABLE_ROWS)).astype(dtype)
+        rows = sharding.shard(rows, sharding.POSITIONS_D)
         return _project("pz,zd->pd", rows, self.embedding_right, sharding.POSITIONS_D) if self.config.table_rank else rows
 
     def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -167,6 +175,7 @@ class Decoder(nnx.Module):
         *,
         dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
+        kernel: Kernel = "xla",
         tap: Callable[[Float[Array, "R T D"]], Array] | None = None,
     ) -> Float[Array, "R T D"] | tuple[Float[Array, "R T D"], Array]:
         """Final-norm hidden states of packed rows.
@@ -177,19 +186,20 @@ class Decoder(nnx.Module):
           segment_ids: 1, 2, ... for the texts of a row, 0 for padding. Texts do not see each other.
           dtype: compute dtype of activations and of weights at use.
           remat: a key of `REMAT_POLICIES`.
+          kernel: of attention (see `attention.choose`).
           tap: if given, called on each layer's output (before the final norm); its results, stacked on a leading axis L,
             are returned beside the hidden states.
         """
         config = self.config
-        ids = token_ids.reshape(-1, out_sharding=sharding.spec(sharding.P(sharding.BATCH)))
-        x = self._embed(ids, dtype)
+        ids = token_ids.reshape(-1, out_sharding=sharding.spec(sharding.POSITIONS))
+        x = self._embed(sharding.shard(ids, sharding.TABLE_IDS), dtype)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
 
         def rows(x):
             return x.reshape(*token_ids.shape, -1, out_sharding=sharding.spec(sharding.ROWS_TD))
 
         def step(x, layer):
-            x = layer(x, rotary, segment_ids, config.rms_norm_eps)
+            x = layer(x, rotary, segment_ids, config.rms_norm_eps, kernel)
             return x, tap(rows(x)) if tap else None
 
         if (policy := REMAT_POLICIES[remat]) is not None:

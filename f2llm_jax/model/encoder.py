@@ -9,6 +9,7 @@ one chunk and nothing is compiled twice; the last chunk keeps what its backward 
 never recomputed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import PackedTexts
+from f2llm_jax.model.attention import Kernel
 
 # (params, token_ids [M T], positions [M T], segment_ids [M T], last [M X]) -> embeddings [M X ...]
 EncodeChunk = Callable[..., Float[Array, "M X ..."]]
@@ -29,7 +31,9 @@ def last_token(hidden: Float[Array, "R T D"], last: Int[Array, "R X"]) -> Float[
     return jax.vmap(lambda row, at: row[at])(hidden, last)
 
 
-def chunk_encoder(graphdef: nnx.GraphDef, dtype: jnp.dtype, remat: str, layers: tuple[int, ...] = ()) -> EncodeChunk:
+def chunk_encoder(
+    graphdef: nnx.GraphDef, dtype: jnp.dtype, remat: str, layers: tuple[int, ...] = (), kernel: Kernel = "xla"
+) -> EncodeChunk:
     """The pure function that encodes one chunk of rows with a decoder's parameters, to fp32 `[M, X, D]`.
 
     With `layers` it is `[M, X, J, D]`: what the decoder would give if it ended after each of these J layers (1-based), through
@@ -38,10 +42,10 @@ def chunk_encoder(graphdef: nnx.GraphDef, dtype: jnp.dtype, remat: str, layers: 
 
     def encode_chunk(params, token_ids, positions, segment_ids, last):
         decoder = nnx.merge(graphdef, params)
-        rows = token_ids, positions, segment_ids
+        run = functools.partial(decoder, token_ids, positions, segment_ids, dtype=dtype, remat=remat, kernel=kernel)
         if not layers:
-            return last_token(decoder(*rows, dtype=dtype, remat=remat), last).astype(jnp.float32)
-        _, tapped = decoder(*rows, dtype=dtype, remat=remat, tap=lambda x: last_token(x, last))
+            return last_token(run(), last).astype(jnp.float32)
+        _, tapped = run(tap=lambda x: last_token(x, last))
         return jnp.stack([decoder.final_norm(tapped[layer - 1]) for layer in layers], axis=2).astype(jnp.float32)
 
     return encode_chunk

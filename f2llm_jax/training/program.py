@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from f2llm_jax import sharding
+from f2llm_jax.model import attention
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import EncodeChunk, chunk_encoder, layer_matryoshka
 from f2llm_jax.model.sizes import DecoderConfig
@@ -31,6 +32,7 @@ class Program:
       dims: widths that are trained, ascending; empty for the full one alone.
       scored: widths that the evaluation step scores, ascending; the last is the full one.
       depths: numbers of layers that are trained to serve, ascending; empty for all layers alone.
+      kernel: of attention, of student and teacher.
     """
 
     train_step: Step
@@ -39,24 +41,37 @@ class Program:
     dims: tuple[int, ...]
     scored: tuple[int, ...]
     depths: tuple[int, ...]
+    kernel: attention.Kernel
 
 
 def build(
-    config: ml_collections.ConfigDict, model: DecoderConfig, total_steps: int, teacher: DecoderConfig | None = None, cached: bool = False
+    config: ml_collections.ConfigDict,
+    model: DecoderConfig,
+    total_steps: int,
+    platform: str,
+    teacher: DecoderConfig | None = None,
+    cached: bool = False,
 ) -> Program:
-    """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from `cached` vectors."""
+    """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from `cached` vectors.
+
+    `platform` is that of the devices ("cpu", "gpu", "tpu").
+
+    Raises:
+      ValueError: the attention kernel of the configuration cannot serve there.
+    """
     dtype = jnp.dtype(config.dtype)
+    kernel = attention.choose(config.attention, platform, dtype, config.batch.row_tokens, model.head_dim)
     depths = layer_matryoshka(model.num_hidden_layers) if config.objective.layer_matryoshka else ()
     widths = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.hidden_size, config.objective.matryoshka_minimum)
     dims = widths if config.objective.matryoshka else ()
     scored = tuple(sorted({*widths, model.hidden_size}))
     objective = _objective(config.objective, dims, distil=teacher is not None or cached)
     optimizer = OptimizerConfig(total_steps=total_steps, **config.optimizer)
-    frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none"))
+    frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none", kernel))
     ranks = TableRanks(config.table_rank, config.seed) if config.table_rank else None
-    train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, depths), objective, optimizer, frozen, ranks)
-    eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat), objective, scored)
-    return Program(jax.jit(train_step, donate_argnums=0), jax.jit(eval_step), optimizer, dims, scored, depths)
+    train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, kernel, depths), objective, optimizer, frozen, ranks)
+    eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat, kernel), objective, scored)
+    return Program(jax.jit(train_step, donate_argnums=0), jax.jit(eval_step), optimizer, dims, scored, depths, kernel)
 
 
 def fresh_state(params: nnx.State, optimizer: OptimizerConfig) -> TrainState:
@@ -92,6 +107,8 @@ def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], distil:
     )
 
 
-def _chunk_encoder(model: DecoderConfig, dtype: jnp.dtype, remat: str, depths: tuple[int, ...] = ()) -> EncodeChunk:
+def _chunk_encoder(
+    model: DecoderConfig, dtype: jnp.dtype, remat: str, kernel: attention.Kernel, depths: tuple[int, ...] = ()
+) -> EncodeChunk:
     graphdef, _ = abstract_decoder(model)
-    return chunk_encoder(graphdef, dtype, remat, depths)
+    return chunk_encoder(graphdef, dtype, remat, depths, kernel)

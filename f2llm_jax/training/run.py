@@ -78,7 +78,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     # Order and program
     batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached)
     total = config.steps or config.epochs * batches.plan.steps_per_epoch
-    steps = program.build(config, model.config, total, teacher and teacher.config, cached=cached is not None)
+    steps = program.build(config, model.config, total, mesh.devices.flat[0].platform, teacher and teacher.config, cached is not None)
 
     # State: from this run, else from the given weights, else random
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", config.checkpoint.keep, best=bool(config.checkpoint.best))
@@ -101,7 +101,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     first = int(state.step)
     recorder = Recorder(workdir, first, total, config.log_every, config.max_skipped_steps)
     with checkpoints, StopRequest() as stop, Profile(workdir / "profile", **config.profile) as profile, recorder:
-        banner = _banner(model, dataset, batches, mesh, total, first)
+        banner = _banner(model, dataset, batches, mesh, steps.kernel, total, first)
         recorder.say(banner)
         log.say(banner)
         arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
@@ -144,10 +144,12 @@ def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epat
     return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)
 
 
-def _banner(model: start.StartingPoint, dataset: Dataset, batches: Pipeline, mesh: jax.sharding.Mesh, total: int, first: int) -> str:
+def _banner(
+    model: start.StartingPoint, dataset: Dataset, batches: Pipeline, mesh: jax.sharding.Mesh, kernel: str, total: int, first: int
+) -> str:
     shape: Mapping[str, int] = mesh.shape
     return (
         f"{count_parameters(model.config):,} parameters {model.description}; {len(dataset.sources)} sources, "
-        f"{batches.plan.steps_per_epoch} steps an epoch; mesh {dict(shape)} of {jax.devices()[0].device_kind}; "
+        f"{batches.plan.steps_per_epoch} steps an epoch; mesh {dict(shape)} of {jax.devices()[0].device_kind}, {kernel} attention; "
         f"{'starts' if first == 0 else f'resumes at step {first}'}, {total} steps"
     )

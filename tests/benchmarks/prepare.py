@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MAX_LENGTH = 1024
-SIZES = (60_000, 180_000)  # both beyond the 500,000 texts of a bucket, which is the largest thing held
+SIZES = (50_000, 200_000)  # 500,000 and 2,000,000 texts: one and four full buckets of records, the largest thing held
 NEGATIVES = 8
 SAMPLE_SECONDS = 0.2
 

@@ -1,0 +1,90 @@
+"""The attention kernels against each other: values, gradients, packed segments, grouped heads, with a mesh and without."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from f2llm_jax import sharding
+from f2llm_jax.model import attention
+
+R, T, H, K, E = 4, 256, 4, 2, 128
+LENGTHS = ((256,), (100, 31, 119), (1, 127, 1, 127), (130,))  # of the texts of a row; the rest is padding
+
+
+@pytest.fixture(scope="module", autouse=True)
+def splash_in_interpret_mode():
+    with pytest.MonkeyPatch.context() as patch:
+        made = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+        patch.setattr(splash_attention_kernel, "make_splash_mha", made)
+        yield
+
+
+def segment_ids():
+    ids = np.zeros((R, T), np.int32)
+    for row, lengths in enumerate(LENGTHS):
+        ends = np.cumsum(lengths)
+        for number, (end, length) in enumerate(zip(ends, lengths, strict=True), 1):
+            ids[row, end - length : end] = number
+    return ids
+
+
+def values_and_gradients(kernel, dtype, mesh=None):
+    """Of attention to a random direction, for real positions; numpy fp32."""
+    rng = np.random.default_rng(0)
+    q, k, v, direction = (rng.normal(size=(R, T, heads, E)).astype(np.float32) for heads in (H, K, K, H))
+    ids = segment_ids()
+    direction *= (ids > 0)[:, :, None, None]
+    arrays = [jnp.asarray(jnp.asarray(x, jnp.bfloat16), dtype) for x in (q, k, v, direction)]  # bfloat16 has all of these values
+    if mesh:
+        arrays = [sharding.shard(x, sharding.ROWS_THE) for x in arrays]
+        ids = sharding.shard(jnp.asarray(ids), sharding.ROWS_T)
+
+    @functools.partial(jax.jit, static_argnums=5)
+    def run(q, k, v, direction, ids, kernel):
+        mixed, backward = jax.vjp(lambda q, k, v: attention.attention(q, k, v, ids, kernel), q, k, v)
+        return mixed * (direction != 0), *backward(direction)
+
+    return [np.asarray(x, np.float32) for x in run(*arrays, ids, kernel)]
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 4, 2)])
+def test_splash_is_xla_in_fp32(shape):
+    mesh = shape and sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    wanted = values_and_gradients("xla", jnp.float32)
+    if mesh:
+        with jax.set_mesh(mesh):
+            found = values_and_gradients("splash", jnp.float32, mesh)
+    else:
+        found = values_and_gradients("splash", jnp.float32)
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_splash_is_xla_in_bfloat16():
+    """Mean difference below 2e-3, and about as near to the fp32 result as the plain path in bfloat16 is."""
+    exact = values_and_gradients("xla", jnp.float32)
+    plain, fused = (values_and_gradients(kernel, jnp.bfloat16) for kernel in ("xla", "splash"))
+    for truth, one, other in zip(exact, plain, fused, strict=True):
+        assert np.abs(one - other).mean() < 2e-3
+        assert np.linalg.norm(other - truth) < 2.5 * np.linalg.norm(one - truth)  # scaled queries are rounded once more
+
+
+def test_auto_takes_the_best_that_serves():
+    choose = attention.choose
+    assert choose("auto", "tpu", jnp.bfloat16, 1024, 128) == "splash"
+    assert choose("auto", "tpu", jnp.float32, 1024, 128) == "xla"
+    assert choose("auto", "tpu", jnp.bfloat16, 64, 128) == choose("auto", "tpu", jnp.bfloat16, 1024, 64) == "xla"
+    assert choose("auto", "cpu", jnp.float32, 1024, 128) == choose("auto", "gpu", jnp.bfloat16, 1024, 128) == "xla"
+    assert choose("cudnn", "gpu", jnp.bfloat16, 1024, 128) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "message"), [("flash", "tpu", "no attention kernel"), ("splash", "cpu", "TPU"), ("cudnn", "tpu", "NVIDIA")]
+)
+def test_a_kernel_that_cannot_serve_is_refused(wanted, platform, message):
+    with pytest.raises(ValueError, match=message):
+        attention.choose(wanted, platform, jnp.bfloat16, 1024, 128)
