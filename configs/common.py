@@ -12,6 +12,11 @@ import ml_collections
 LEARNING_RATE = {"80m": 4e-5, "160m": 3e-5, "330m": 2e-5, "0.6b": 1e-5, "1.7b": 9e-6, "4b": 7e-6, "8b": 6e-6, "14b": 5e-6}
 EPOCHS = {"80m": 4, "160m": 3, "330m": 3, "0.6b": 2, "1.7b": 2, "4b": 2, "8b": 2, "14b": 2}
 
+# The slice that compile_check finds each size to fit in with room to spare, and how many packed rows at once (launch/README.md).
+SLICE = {"80m": "v5e:2x4", "160m": "v5e:2x4", "330m": "v5e:2x4", "0.6b": "v5e:2x4", "1.7b": "v5e:4x4"}
+SLICE |= {"4b": "v5e:8x8", "8b": "v6e:8x8", "14b": "v5p:4x4x4"}
+MICROBATCH_ROWS = {"80m": 288, "160m": 288, "330m": 128, "0.6b": 64, "1.7b": 64, "4b": 128, "8b": 256, "14b": 576}
+
 
 def parse_arg(arg: str | None, **defaults: str | bool) -> ml_collections.ConfigDict:
     """Parses `size=0.6b,runlocal` into the types of `defaults`; a bare name of a bool means True.
@@ -46,7 +51,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.epochs = EPOCHS[size]
     config.steps = 0  # updates; 0 means `epochs` epochs
     config.dtype = "bfloat16"  # compute dtype; parameters and optimizer state are float32
-    config.remat = "full"  # what the backward pass recomputes: none, dots or full
+    config.remat = "dots"  # what the backward pass recomputes, of least to most: none, dots or full
     config.attention = "auto"  # kernel: xla, splash (TPU), cudnn (GPU), or the best that serves the devices
     config.max_skipped_steps = 20  # in a row, without a finite loss and gradient, before the run gives up
     config.log_every = 20  # steps between progress lines where there is no terminal
@@ -64,7 +69,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.batch.max_length = 1024  # tokens of a text, EOS included
     config.batch.row_tokens = 1024  # tokens of a packed row
     config.batch.row_texts = 128  # most texts in a packed row
-    config.batch.microbatch_rows = 64  # packed rows on the devices at once, over all of them; memory only
+    config.batch.microbatch_rows = MICROBATCH_ROWS[size]  # packed rows on the devices at once, over all of them; memory only
     config.batch.negatives = ml_collections.ConfigDict({"retrieval": 7, "clustering": 9, "classification": 1})  # drawn of those stored
     config.batch.negatives_per_sample = "batch"  # one draw of negative columns a "batch" (published) or a "row"
 
@@ -104,7 +109,6 @@ def _runlocal(config: ml_collections.ConfigDict, stage: int) -> ml_collections.C
     config.size = "toy"
     config.data.embedded_stage = stage
     config.dtype = "float32"
-    config.remat = "dots"
     config.epochs = 1
     config.batch.update({"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96})
     config.batch.negatives.update({"retrieval": 1, "clustering": 3})  # a small model learns more from more samples

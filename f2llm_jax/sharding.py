@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,6 +58,7 @@ POSITIONS_F = P(BATCH, "tensor")
 POSITIONS_HE = P(BATCH, "tensor", None)
 TABLE_IDS = P("data")  # ids of all positions that meet one copy of the embedding table
 TABLE_ROWS = P("data", ("fsdp", "tensor"))  # their rows, still in columns as the table is
+TABLE_ROWS_GATHERED = P("data", "fsdp")  # the same gathered over tensor; what is left is one all-to-all
 CHUNKS_RT = P(None, BATCH, None)  # a batch on its way in: chunks, rows of a chunk, positions
 SAMPLES_D = P(BATCH, None)
 
@@ -64,8 +66,10 @@ SAMPLES_D = P(BATCH, None)
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """An explicit `(data, fsdp, tensor)` mesh over `devices` (all by default); one size may be -1 and is filled in.
 
+    Where the devices are in several slices, `data` goes across them: the one sum of gradients a step is all that leaves a slice.
+
     Raises:
-      ValueError: more than one -1, or the sizes do not multiply to the number of devices.
+      ValueError: more than one -1, the sizes do not multiply to the number of devices, or `data` to that of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -77,7 +81,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
         raise ValueError(
             f"mesh sizes (data, fsdp, tensor) = {(data, fsdp, tensor)} do not fill {len(devices)} devices; set one of them to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, devices=devices)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if sizes[0] % slices:
+        raise ValueError(f"the devices are in {slices} slices, over which mesh size data={data} cannot be split; set it to {slices}")
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, devices=devices)
+    inside, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
 
 
 def in_mesh() -> bool:

@@ -19,7 +19,9 @@ from f2llm_jax import sharding
 
 Kernel = Literal["xla", "splash", "cudnn"]
 SPLASH_LANES = 128  # the TPU's vector width, of which the kernel takes whole multiples
-SPLASH_BLOCK = 128  # of queries and of keys: the finest, hence the least work above the diagonal
+# Of queries and of keys. Coarser ones compute more above the diagonal; finer ones move more memory, because the fused backward
+# kernel writes a share of the queries' gradient for each block of keys.
+SPLASH_BLOCK = 256
 RESIDUAL = "attention"  # what the kernels name their result, for rematerialisation policies to keep it
 
 
@@ -89,7 +91,7 @@ def _visible(segment_ids: Int[Array, "R T"]) -> Bool[Array, "R T T"]:
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """One device's rows and heads. The kernel does not scale, so the queries come scaled."""
     T, H, E = q.shape[1:]
-    block = SPLASH_BLOCK
+    block = SPLASH_BLOCK if T % SPLASH_BLOCK == 0 else SPLASH_LANES
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
     )

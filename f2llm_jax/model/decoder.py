@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
         """
         table = self.embedding_left if self.config.table_rank else self.embedding
         rows = table[...].at[ids].get(out_sharding=sharding.spec(sharding.TABLE_ROWS)).astype(dtype)
-        rows = sharding.shard(rows, sharding.POSITIONS_D)
+        rows = sharding.shard(sharding.shard(rows, sharding.TABLE_ROWS_GATHERED), sharding.POSITIONS_D)
         return _project("pz,zd->pd", rows, self.embedding_right, sharding.POSITIONS_D) if self.config.table_rank else rows
 
     def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -78,19 +78,24 @@ def value_and_grad(
     """
     params = sharding.lazy(params)
     final = texts.chunks - 1
-    embeddings = encode(encode_chunk, params, _first(texts, final), text_count)
-    pooled, backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, final)), params)
-    embeddings = _place(embeddings, pooled, texts.text[final])
+    with jax.named_scope("encode"):
+        embeddings = encode(encode_chunk, params, _first(texts, final), text_count)
+    with jax.named_scope("last_chunk"):
+        pooled, backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, final)), params)
+        embeddings = _place(embeddings, pooled, texts.text[final])
 
-    (loss, aux), cotangents = jax.value_and_grad(objective, has_aux=True)(embeddings)
+    with jax.named_scope("objective"):
+        (loss, aux), cotangents = jax.value_and_grad(objective, has_aux=True)(embeddings)
 
     def accumulate(chunk, gradients):
         _, chunk_backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, chunk)), params)
         (share,) = chunk_backward(_pick(cotangents, texts.text[chunk]))
         return jax.tree.map(jnp.add, gradients, share)
 
-    (gradients,) = backward(_pick(cotangents, texts.text[final]))
-    return (loss, aux), sharding.settle(jax.lax.fori_loop(0, final, accumulate, gradients))
+    with jax.named_scope("last_chunk"):
+        (gradients,) = backward(_pick(cotangents, texts.text[final]))
+    with jax.named_scope("gradients"):
+        return (loss, aux), sharding.settle(jax.lax.fori_loop(0, final, accumulate, gradients))
 
 
 def _rows(texts: PackedTexts, chunk: Int[Array, ""]) -> tuple[Array, ...]:

@@ -1,0 +1,110 @@
+"""The collectives of a compiled program, from its text: what moves, how much, how often, in which phase of the step.
+
+XLA writes an asynchronous collective several times (start, steps, done) under one channel id, and a reduce-scatter of a TPU as an
+all-reduce in a computation of its own; both are seen through here. The body of a loop counts as often as the loop runs.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_CALLS = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?%?([\w.\-]+(?:, ?%?[\w.\-]+)*)")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_NAME = re.compile(r'op_name="jit\(\w+\)/([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      shapes: of its result on one device, as XLA writes them.
+      ways: devices that take part together.
+      phase: named scope of the step that it belongs to.
+      times: how often a step runs it.
+      received: bytes that a device receives each time.
+    """
+
+    kind: str
+    shapes: tuple[str, ...]
+    ways: int
+    phase: str
+    times: int
+    received: float
+
+
+def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
+    """Of the program `text`; `chunks` says how often a loop without a static length runs, from the scope that it stands in."""
+    computations, entry = _computations(text)
+    found: dict[str, Collective] = {}
+
+    def visit(name: str, times: int, phase: str) -> None:
+        for line in computations.get(name, ()):
+            scope = _NAME.search(line)
+            here = scope[1] if scope else phase
+            if match := _COLLECTIVE.search(line):
+                one = _collective(match, line, name, times, here)
+                found.setdefault(_identity(line, len(found)), one)
+            if loop := _LOOP.search(line):
+                limits = [int(n) for inner in computations[loop[1]] for n in _LIMIT.findall(inner)]
+                visit(loop[2], times * (limits[0] if limits else chunks(here)), here)
+            elif calls := _CALLS.search(line):
+                for called in re.findall(r"[\w.\-]+", calls[1]):
+                    visit(called, times, here)
+
+    visit(entry, 1, "")
+    return list(found.values())
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by its name, and the name of the entry."""
+    lines: dict[str, list[str]] = collections.defaultdict(list)
+    entry = current = ""
+    for line in text.splitlines():
+        if (head := _COMPUTATION.match(line)) and not line.startswith(" "):
+            current = head[2]
+            entry = current if head[1] else entry
+        elif current:
+            lines[current].append(line)
+    return lines, entry
+
+
+def _identity(line: str, number: int) -> str:
+    channel = re.search(r"channel_id=(\d+)", line)
+    return channel[1] if channel else f"without channel {number}"
+
+
+def _collective(match: re.Match, line: str, computation: str, times: int, scope: str) -> Collective:
+    kind = "reduce-scatter" if "all-reduce-scatter" in computation else match[2]
+    arrays = _ARRAY.findall(match[1])
+    if "-start(" in line and len(arrays) > 1:  # operands, then results
+        arrays = arrays[len(arrays) // 2 :]
+    size = sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
+    ways = _ways(line)
+    share = (ways - 1) / ways
+    # A reduce-scatter that XLA writes as an all-reduce shows its whole operand, a plain one its result.
+    whole = size * ways if kind == "reduce-scatter" and match[2] == "reduce-scatter" else size
+    received = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share) * whole
+    shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in arrays)
+    return Collective(kind, shapes, ways, scope, times, received)
+
+
+def _ways(line: str) -> int:
+    """Devices of a group: written as a list of groups, as an iota, or by axes of a mesh."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", named[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(iota[2])
+    if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(groups[1].split(","))
+    return 2  # a permutation has pairs
