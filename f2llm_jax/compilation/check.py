@@ -3,9 +3,11 @@
 import collections
 import dataclasses
 import inspect
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -273,8 +275,8 @@ def _memory(compiled: jax.stages.Compiled, arguments: tuple) -> dict[str, int]:
     return kinds
 
 
-def _bytes(tree) -> int:
-    return sum(leaf.dtype.itemsize * jnp.prod(jnp.array(leaf.sharding.shard_shape(leaf.shape), float)) for leaf in jax.tree.leaves(tree))
+def _bytes(tree: Any) -> int:
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def _summary(found: list[Collective], slice_devices: int) -> list[Moved]:
