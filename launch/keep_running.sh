@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Runs training again until it is done. Usage: launch/keep_running.sh WORKDIR COMMAND...
+#
+# Exit code 0: done. 75: SIGTERM came and the state is saved: again. Anything else is a crash: again too, but after MAX_CRASHES
+# (default 5) in a row without a newer checkpoint in WORKDIR it gives up with the command's exit code. SIGTERM to this script goes
+# to the command, and is the end. One at a time for a WORKDIR on this host: a second one ends at once, with 0.
+set -euo pipefail
+
+(($# >= 2)) || { echo "usage: ${0##*/} WORKDIR COMMAND..." >&2; exit 2; }
+workdir="$1"
+shift
+max_crashes="${MAX_CRASHES:-5}"
+pause="${RESTART_SECONDS:-10}" # before a restart: the network forgets the old connections
+state="${XDG_RUNTIME_DIR:-/tmp}/f2llm_jax-$(id -u)-$(printf '%s' "$workdir" | cksum | cut -d' ' -f1)"
+
+say() { printf 'keep_running: %s %s\n' "$(date -u +%FT%TZ)" "$*" >&2; }
+
+newest_checkpoint() {
+  local list
+  if [[ "$workdir" == gs://* ]]; then
+    list="$(gcloud storage ls "$workdir/checkpoints/" 2>/dev/null || true)"
+  else
+    list="$(ls "$workdir/checkpoints" 2>/dev/null || true)"
+  fi
+  sed -n 's|^\(.*/\)\{0,1\}\([0-9][0-9]*\)/\{0,1\}$|\2|p' <<<"$list" | sort -n | tail -n 1
+}
+
+exec 9>"$state.lock"
+flock --nonblock 9 || { say "already runs on this host"; exit 0; }
+echo "$$" >"$state.pid"
+
+child="" asked=""
+trap 'asked=yes; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
+
+crashes=0 before="$(newest_checkpoint)"
+while [[ -z "$asked" ]]; do
+  "$@" 9>&- &
+  child=$!
+  code=0
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do # `wait` returns early when a signal is forwarded
+    code=0
+    wait "$child" || code=$?
+  done
+  child=""
+  ((code != 0)) || { say "done"; exit 0; }
+  now="$(newest_checkpoint)"
+  if ((code == 75)) || ((${now:--1} > ${before:--1})); then crashes=0; else crashes=$((crashes + 1)); fi
+  before="$now"
+  if ((crashes >= max_crashes)); then
+    say "gives up: exit code $code, $crashes times without a checkpoint newer than ${now:-none}"
+    exit "$code"
+  fi
+  [[ -n "$asked" ]] || { say "exit code $code, newest checkpoint ${now:-none}; again in $pause s"; sleep "$pause" & wait $! || true; }
+done
+say "stopped on request"
+exit 75
