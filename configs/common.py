@@ -100,6 +100,9 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.profile = ml_collections.ConfigDict({"start": 0, "steps": 0})  # updates to trace for xprof, in workdir/profile; 0 steps for none
     config.eval = ml_collections.ConfigDict({"every": 1000, "batches": 4})  # steps between validations; batches a source
     config.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 3})  # steps between; how many of the last stay
+    config.checkpoint.keep_every = 0  # steps between checkpoints that stay for good; 0 for none
+    config.checkpoint.merge_last = 5  # how many checkpoints of the last steps stay for f2llm_jax.merge; 0 for none
+    config.checkpoint.merge_every = 500  # steps between these
     config.checkpoint.best = ""  # also keep the best by this metric of a validation, as "validation/accuracy"; empty for none
     return _runlocal(config, stage) if runlocal else config
 

@@ -334,7 +334,7 @@ def test_an_import_is_in_chunks_of_a_layer(folder, tmp_path):
 def test_training_checkpoints_are_in_chunks_too(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2**20)
     state = TrainState(jnp.int32(1), {"layers/gate": jnp.ones((4, 512, 512))}, {"count": jnp.int32(1)})
-    checkpoints = checkpoint.open_checkpoints(tmp_path, 1)
+    checkpoints = checkpoint.open_checkpoints(tmp_path, checkpoint.CheckpointConfig(every=1, keep=1))
     checkpoint.save(checkpoints, 1, state, {})
     checkpoints.close()
     gate = next(entry for entry in TABLE if entry.path == ("layers", "gate"))

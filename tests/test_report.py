@@ -55,7 +55,7 @@ def write_run(workdir, dataset, params, *, distilled=False):
     (workdir / "dataset.json").write_text((dataset.folder / "dataset.json").read_text())
     (workdir / "environment.json").write_text(json.dumps({"commit": "0123456789abcdef"}))
     dataset.tokenizer().save(workdir / "tokenizer")
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", 1)
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", checkpoint.CheckpointConfig(every=1, keep=1))
     facts = {"tokenizer_fingerprint": dataset.tokenizer_fingerprint, "max_length": 48, "matryoshka_dims": (8, 16, 64)}
     state = TrainState(jnp.int32(STEPS), params, {"count": jnp.int32(STEPS)})
     checkpoint.save(checkpoints, STEPS, state, {"decoder": dataclasses.asdict(tiny.CONFIG), **facts})

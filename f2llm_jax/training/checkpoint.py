@@ -5,8 +5,9 @@ not depend on module classes, and JSON metadata: the step, the decoder's shape a
 order of data follows from the step, so nothing of the input pipeline is stored.
 """
 
+import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,14 +24,62 @@ CHUNK_BYTES = 2**28
 SCORE = "score"
 
 
-def open_checkpoints(folder: epath.PathLike, keep: int, *, best: bool = False) -> ocp.training.Checkpointer:
-    """The checkpoints in `folder` (made if absent), of which the last `keep` stay, and with `best` the one of the highest score.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which updates are saved and which checkpoints stay: those of any of the rules.
 
-    Remains of a killed save are removed.
+    Attributes:
+      every: updates between two saves.
+      keep: how many of the last stay.
+      keep_every: the checkpoint of every such update is made and stays; 0 for none.
+      merge_every: updates between checkpoints that are made for an average of weights, in the last `merge_last * merge_every` of a run.
+      merge_last: how many of these stay; 0 for none. The published trainer: five, 500 apart.
+      best: metric of a validation by which the best stays; "" for none.
     """
+
+    every: int
+    keep: int
+    keep_every: int = 0
+    merge_every: int = 500
+    merge_last: int = 0
+    best: str = ""
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 1 or self.keep_every < 0 or self.merge_last < 0 or self.merge_every < 1:
+            raise ValueError(
+                f"config.checkpoint: every={self.every}, keep={self.keep} and merge_every={self.merge_every} must be at least 1, "
+                f"keep_every={self.keep_every} and merge_last={self.merge_last} at least 0"
+            )
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether the state after update `step` of `total` is to be saved."""
+        merging = step > total - self.merge_last * self.merge_every and step % self.merge_every == 0
+        return step == total or step % self.every == 0 or merging or bool(self.keep_every and step % self.keep_every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Multiples:
+    """An Orbax preservation policy: of the checkpoints at multiples of `every` the `last`, or all. Its EveryNSteps keeps step 0 too."""
+
+    every: int
+    last: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [found.step for found in checkpoints if found.step and found.step % self.every == 0]
+        kept = steps if self.last is None else steps[-self.last :]
+        return [found.step in kept for found in checkpoints]
+
+
+def open_checkpoints(folder: epath.PathLike, config: CheckpointConfig) -> ocp.training.Checkpointer:
+    """The checkpoints in `folder` (made if absent), of which those stay that `config` names. Remains of a killed save are removed."""
     policies = ocp.training.preservation_policies
-    kept = [policies.LatestN(keep)]
-    if best:
+    kept = [policies.LatestN(config.keep)]
+    if config.keep_every:
+        kept.append(_Multiples(config.keep_every))
+    if config.merge_last:
+        kept.append(_Multiples(config.merge_every, config.merge_last))
+    if config.best:
         kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False))
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _in_chunks

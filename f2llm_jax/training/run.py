@@ -81,7 +81,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     steps = program.build(config, model.config, total, mesh.devices.flat[0].platform, teacher and teacher.config, cached is not None)
 
     # State: from this run, else from the given weights, else random
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", config.checkpoint.keep, best=bool(config.checkpoint.best))
+    kept = checkpoint.CheckpointConfig(**config.checkpoint)
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", kept)
     if checkpoints.latest is not None:
         checkpoint.check_tokenizer(checkpoints, dataset.tokenizer_fingerprint)
         state = checkpoint.restore(checkpoints, checkpoints.latest.step, program.abstract_state(model.config, steps.optimizer, mesh))
@@ -108,9 +109,10 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
         for step in range(first, total + 1):
             done, found = step == total, {}
             resumed = step == first and checkpoints.latest is not None
-            validating, saving = (not resumed and (done or step % every == 0) for every in (config.eval.every, config.checkpoint.every))
+            validating = not resumed and (done or step % config.eval.every == 0)
+            saving = not resumed and kept.due(step, total)
             stopping = not done and stop.before(step)
-            saving |= (validating and bool(config.checkpoint.best)) or (stopping and not resumed)
+            saving |= (validating and bool(kept.best)) or (stopping and not resumed)
             if validating or saving:
                 recorder.flush()  # a checkpoint never knows more than the metrics beside it
             if validating:
@@ -118,7 +120,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
                 found = validate(steps.eval_step, state.params, held_out, dataset, config.eval.batches, steps.scored)
                 recorder.validation(step, found, time.perf_counter() - begun)
             if saving:
-                checkpoint.save(checkpoints, step, state, metadata, checkpoint.score(config.checkpoint.best, found))
+                checkpoint.save(checkpoints, step, state, metadata, checkpoint.score(kept.best, found))
             if done or stopping:
                 break
             profile.before(step)
