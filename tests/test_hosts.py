@@ -12,10 +12,11 @@ import time
 
 import pytest
 import small_data
-from test_training import OVERRIDES, ROOT
+from test_training import OVERRIDES, ROOT, STOPPER, losses
 
 import f2llm_jax
 from configs import stage2
+from f2llm_jax.model.stored import find_checkpoint
 from f2llm_jax.training import hosts
 from f2llm_jax.training.roll_call import Roll, RollCallError, roll_call
 
@@ -227,3 +228,72 @@ def test_other_code_or_another_configuration_is_refused_by_all(folder, tmp_path)
     for text in printed:
         assert "process 2" in text and "--config.seed is 7, not 0" in text, text
         assert "process 1" in text and "f2llm_jax is " in text and "Traceback" not in text
+
+
+# A soft softmax: the small corpus is learned so fast that by the published temperature some losses are 0.000003, all rounding.
+FLAT = [
+    "--config.steps=20",
+    "--config.eval.every=99",
+    "--config.checkpoint.every=99",
+    "--config.objective.temperature=0.5",
+    "--config.optimizer.learning_rate=1e-3",
+]
+LAYOUTS = {  # name: processes, devices of each, mesh flags
+    "1": (1, 1, []),
+    "8 as fsdp": (1, 8, []),
+    "8 as data, fsdp, tensor": (1, 8, ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
+    "two processes of 4": (2, 4, []),
+    "two processes of 4 as data, fsdp, tensor": (2, 4, ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
+}
+
+
+def train_together(folder, data, workdir, count, devices, *flags, python=None):
+    """A run of `count` processes to its end; `python` by process, where it is not the plain command. Exit codes and outputs."""
+    port, python = free_port(), python or {}
+    where = {index: place(port, count, index, limit=120) if count > 1 else [] for index in range(count)}
+    plain = ("-m", "f2llm_jax.main")
+    begun = [start(folder, data, workdir, *where[i], *flags, devices=devices, python=python.get(i, plain)) for i in range(count)]
+    return end(*begun)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taught", [False, True])
+def test_every_layout_of_devices_and_processes_gives_the_same_losses(folder, data, taught):
+    flags = list(FLAT)
+    if taught:
+        codes, printed = train_together(folder, data, "teacher", 1, 1, *FLAT, "--config.seed=5", "--config.steps=6")
+        assert codes == [0], printed
+        flags.append(f"--config.teacher={folder / 'teacher'}")
+    found = {}
+    for name, (count, devices, mesh) in LAYOUTS.items():
+        workdir = folder / f"{name}, {'taught' if taught else 'alone'}"
+        codes, printed = train_together(folder, data, workdir, count, devices, *flags, *mesh)
+        assert codes == [0] * count, printed
+        assert sorted(path.name for path in (workdir / "logs").iterdir()) == [f"host-{i}.log" for i in range(count)]
+        found[name] = losses(workdir)
+    for name, values in found.items():
+        assert list(values) == list(range(1, 21)), name
+        worst = max(abs(values[step] / found["1"][step] - 1) for step in values)
+        print(f"{name}: {worst:.1e}")  # shown by pytest -s; noted in docs/log.md
+        assert worst < 1e-5, name
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_stops_both_at_one_step(folder, data):
+    """And the run goes on with one process and two devices as if it had never been two."""
+    flags, at = [*FLAT, "--config.steps=24"], 11
+    codes, printed = train_together(folder, data, "as_one", 1, 2, *flags)
+    assert codes == [0], printed
+    codes, printed = train_together(folder, data, "stopped", 2, 4, *flags, python={1: ("-c", STOPPER, str(at))})
+    assert codes == [75, 75], printed
+    step = find_checkpoint(folder / "stopped").step
+    assert at <= step <= 14
+    logs = [(folder / "stopped" / "logs" / f"host-{i}.log").read_text() for i in (0, 1)]
+    for text in (*printed, *logs):
+        assert f"stopped on request after update {step} of 24, which is saved" in text, text
+    codes, printed = train_together(folder, data, "stopped", 1, 2, *flags)
+    assert codes == [0] and f"resumes at step {step}" in printed[0], printed
+    got, want = losses(folder / "stopped"), losses(folder / "as_one")
+    worst = max(abs(got[s] / want[s] - 1) for s in range(step + 1, step + 11))
+    print(f"stopped at {step}, the next ten: {worst:.1e}")
+    assert worst < 1e-5
