@@ -1,6 +1,6 @@
 """Causal grouped-query attention over packed rows: several kernels behind one signature.
 
-* "xla": plain matrix products, on every device and for every shape. It holds all scores, R * H * T * T.
+* "xla": plain matrix products, on every device and for every shape, `XLA_BLOCK` queries at a time against the keys before them.
 * "splash": the TPU kernel that comes with JAX. It holds a block of scores at a time and skips blocks above the diagonal.
 * "cudnn": the fused kernel of NVIDIA's library, through `jax.nn.dot_product_attention`.
 
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from f2llm_jax import sharding
 
 Kernel = Literal["xla", "splash", "cudnn"]
+XLA_BLOCK = 128  # queries; on a CPU finer ones lose more in small products than they save above the diagonal
 SPLASH_LANES = 128  # the TPU's vector width, of which the kernel takes whole multiples
 # Of queries and of keys. Coarser ones compute more above the diagonal; finer ones move more memory, because the fused backward
 # kernel writes a share of the queries' gradient for each block of keys.
@@ -76,11 +77,15 @@ def _xla(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     K = k.shape[2]
     # Explicit specs: with H split over `tensor`, splitting H into (K, H/K) keeps the split on K.
     grouped = q.reshape(R, T, K, H // K, E, out_sharding=sharding.spec(sharding.P(sharding.BATCH, None, "tensor", None, None)))
-    scores = jnp.einsum("rtkge,rske->rkgts", grouped, k, preferred_element_type=jnp.float32) * E**-0.5
-    scores = jnp.where(_visible(segment_ids)[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("rkgts,rske->rtkge", weights, v)
-    return mixed.reshape(R, T, H, E, out_sharding=sharding.spec(sharding.ROWS_THE))
+    visible = _visible(segment_ids)
+    mixed = []
+    for start in range(0, T, XLA_BLOCK):
+        end = min(start + XLA_BLOCK, T)
+        scores = jnp.einsum("rtkge,rske->rkgts", grouped[:, start:end], k[:, :end], preferred_element_type=jnp.float32) * E**-0.5
+        scores = jnp.where(visible[:, None, None, start:end, :end], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        mixed.append(jnp.einsum("rkgts,rske->rtkge", weights, v[:, :end]))
+    return jnp.concatenate(mixed, axis=1).reshape(R, T, H, E, out_sharding=sharding.spec(sharding.ROWS_THE))
 
 
 def _visible(segment_ids: Int[Array, "R T"]) -> Bool[Array, "R T T"]:

@@ -1,0 +1,104 @@
+"""Useful tokens a second of the training step, packed, on batches of given text lengths.
+
+    python tests/benchmarks/step.py [--lengths FILE] [--steps 16] [--hidden 128 --layers 4 ...]
+
+FILE is a JSON list of batches, `{"task", "query": [length, ...], "passage": [...], "negatives": [[...], ...]}`; by default
+step_lengths.json beside this file, with short and long texts as multilingual data has them. The step is the one that runs:
+matryoshka, both losses, AdamW with clipping, fp32. Prints one JSON line, as a padded trainer's benchmark would:
+`useful_tokens_per_s` counts real tokens, `token_efficiency` those over all slots that are computed on. Each batch is timed from the
+host's arrays to the loss; compilation is not.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+
+MODEL = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 384, "vocab": 8192}
+ROW_TEXTS = 64
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"steps": 16, "threads": 2, **MODEL}.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    parser.add_argument("--lengths", default=str(pathlib.Path(__file__).with_name("step_lengths.json")))
+    parser.add_argument("--row-tokens", type=int, default=0, help="T; default the longest text")
+    parser.add_argument("--microbatch-rows", type=int, default=8, help="M, rows encoded at once")
+    parser.add_argument("--remat", default="none")
+    return parser.parse_args()
+
+
+flags = arguments()
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])  # before XLA counts its threads
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from configs import stage2  # noqa: E402
+from f2llm_jax import sharding  # noqa: E402
+from f2llm_jax.batch import Batch  # noqa: E402
+from f2llm_jax.data.packing import RowShape, lay_out  # noqa: E402
+from f2llm_jax.model.decoder import init_decoder  # noqa: E402
+from f2llm_jax.model.sizes import DecoderConfig  # noqa: E402
+from f2llm_jax.training import program  # noqa: E402
+
+
+def batch_of(lengths: dict, shape: RowShape, chunks: int, negatives: int, rng: np.random.Generator) -> tuple[Batch, int, int]:
+    """Random tokens in texts of these lengths; the batch on the host, its real tokens, and the slots that are computed on."""
+    B, n = len(lengths["query"]), len(lengths["negatives"][0])
+    sizes = np.zeros(B * (2 + negatives), np.int64)
+    sizes[:B], sizes[B : 2 * B] = lengths["query"], lengths["passage"]
+    sizes[2 * B :].reshape(B, negatives)[:, :n] = lengths["negatives"]
+    tokens = [rng.integers(5, flags.vocab, size, np.int32) for size in sizes]
+    texts = lay_out(shape.pack(sizes), shape, lambda which: [tokens[i] for i in which], chunks=chunks)
+    mask = np.zeros((B, negatives), np.float32)
+    mask[:, :n] = 1
+    ids = np.arange(B * negatives, dtype=np.int32).reshape(B, negatives) + B
+    retrieval = np.float32(lengths["task"] == "retrieval")
+    batch = Batch(texts, np.ones(B, np.float32), mask, retrieval, np.arange(B, dtype=np.int32), ids)
+    return batch, int(sizes.sum()), int(texts.chunks) * shape.chunk_rows * shape.row_tokens
+
+
+def main() -> None:
+    found = json.loads(pathlib.Path(flags.lengths).read_text())
+    longest = max(max(itertools.chain(b["query"], b["passage"], *b["negatives"])) for b in found)
+    shape = RowShape(flags.microbatch_rows, flags.row_tokens or longest, ROW_TEXTS)
+    negatives = max(len(b["negatives"][0]) for b in found)
+    worst = -(-len(found[0]["query"]) * (2 + negatives) // shape.chunk_rows)
+    model = DecoderConfig(
+        vocab_size=flags.vocab,
+        hidden_size=flags.hidden,
+        intermediate_size=flags.ffn,
+        num_hidden_layers=flags.layers,
+        num_attention_heads=flags.heads,
+        num_key_value_heads=flags.kv_heads,
+        head_dim=flags.head_dim,
+    )
+    config = stage2.get_config("runlocal")
+    config.remat = flags.remat
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    useful = slots = 0
+    seconds = 0.0
+    with jax.set_mesh(mesh):
+        steps = program.build(config, model, 1000, jax.default_backend())
+        state = program.fresh_state(init_decoder(model, 0, mesh), steps.optimizer)
+        batches = [batch_of(b, shape, worst, negatives, rng) for b in found]
+        for number in range(flags.steps + 1):  # the first step is warm-up
+            host, tokens, computed = batches[number % len(batches)]
+            begun = time.perf_counter()
+            state, means = steps.train_step(state, None, sharding.batch_to_devices(host, mesh))
+            means["loss"].value.block_until_ready()
+            if number:
+                seconds, useful, slots = seconds + time.perf_counter() - begun, useful + tokens, slots + computed
+    result = {"useful_tokens_per_s": useful / seconds, "token_efficiency": useful / slots}
+    print(json.dumps(result | {"seconds_per_step": seconds / flags.steps, "steps": flags.steps}))
+
+
+if __name__ == "__main__":
+    main()
