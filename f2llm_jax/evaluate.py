@@ -1,7 +1,8 @@
 """MTEB: `python -m f2llm_jax.evaluate --model M --benchmark NAME | --tasks TASK ... | --manifest FILE --out DIR`.
 
 Tasks are mteb's own or, from a manifest, your files measured by mteb (its form: f2llm_jax/evaluation/local_tasks.py). Results stand in
-mteb's layout under DIR/results, vectors in DIR/vectors; a killed evaluation goes on when the same command is given again.
+mteb's layout under DIR/results, vectors in DIR/vectors; a killed evaluation goes on when the same command is given again. Several
+hosts share the work by taking some of the tasks each, into one DIR that all see.
 
 `--held-out` alone: what training logs beside its held-out losses, again, from a workdir or one of its checkpoints.
 """
@@ -10,9 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from f2llm_jax import sharding
 from f2llm_jax.data.records import DatasetError, load_dataset
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.encode import load_encoder
@@ -47,6 +50,10 @@ class WidthError(ValueError):
     """A width that the model does not have."""
 
 
+class MeshError(ValueError):
+    """A mesh that this host's devices do not make."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = _parser()
@@ -63,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"evaluate: error: {error}; install the extra: pip install -e '.[eval]'", file=sys.stderr)
         return 1
-    except (*ERRORS, WidthError) as error:
+    except (*ERRORS, MeshError, WidthError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1
     _print(scores)
@@ -77,7 +84,8 @@ def _evaluate(flags: argparse.Namespace) -> list[Score]:
     own = instructions.read_instructions(flags.instructions, theirs) if flags.instructions else {}
     origin = find_model(flags.model)
     dims = _widths(flags.dims, origin)
-    encoder = load_encoder(origin, max_length=flags.max_length, dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
+    options = {"max_length": flags.max_length, "dtype": jnp.dtype(flags.dtype), "chunk_tokens": flags.batch_tokens}
+    encoder = load_encoder(origin, mesh=_mesh(flags.mesh), **options)
     digest = model_digest(origin)
     return run_tasks(
         CachedEncoder(encoder, f"{flags.out}/vectors", model=digest),
@@ -96,10 +104,17 @@ def _print_held_out(flags: argparse.Namespace) -> None:
         raise CheckpointError(f"{flags.model} is no workdir and no checkpoint, and only those know their held-out rows; try --manifest")
     config = read_record(origin.run_folder).config
     dataset = load_dataset(config["data"]["folder"] or origin.run_folder / "data")
-    encoder = load_encoder(origin, max_length=config["batch"]["max_length"], dtype=jnp.dtype(flags.dtype))
+    encoder = load_encoder(origin, max_length=config["batch"]["max_length"], dtype=jnp.dtype(flags.dtype), mesh=_mesh(flags.mesh))
     dims = sorted({*origin.matryoshka_dims, origin.config.hidden_size})
     for name, accuracy in as_in_training(encoder, dataset, config, dims).items():
         print(f"{name:<64}{accuracy:>10.4f}")
+
+
+def _mesh(sizes: Sequence[int] | None) -> jax.sharding.Mesh | None:
+    try:
+        return sharding.make_mesh(*sizes, devices=jax.local_devices()) if sizes else None
+    except ValueError as error:
+        raise MeshError(f"--mesh: {error}") from error
 
 
 def _widths(dims: Sequence[str], origin: ModelSource) -> list[int]:
@@ -139,8 +154,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="owner/name on the leaderboard (default: from the model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
     parser.add_argument("--max-length", type=_positive, help="tokens at which texts are cut (default: the model's own limit)")
+    parser.add_argument("--mesh", type=_sizes, help="data,fsdp,tensor over this host's devices, as in 1,-1,1 (default: one device)")
     parser.add_argument("--batch-tokens", type=_positive, help="tokens on the device at once; memory only (default: by device)")
     return parser
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        data, fsdp, tensor = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form data,fsdp,tensor, as in 1,-1,1") from None
+    return [data, fsdp, tensor]
 
 
 def _positive(text: str) -> int:

@@ -117,6 +117,7 @@ def folder(origin, tmp_path_factory):
 def evaluated(folder, manifest, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     flags = ["--model", str(folder), "--manifest", str(manifest), "--dims", "16,full", "--out", str(out), "--name", "us/tiny"]
+    flags += ["--mesh", "2,2,2"]
     assert evaluate.main(flags) == 0
     return out
 
@@ -327,6 +328,7 @@ def test_manifests_that_are_wrong(tmp_path, tasks, message):
         (["--tasks", "Bankin77Classification"], "did you mean 'Banking77Classification'"),
         (["--manifest", "absent.json"], "absent.json cannot be read"),
         (["--tasks", "STS12", "--dims", "65"], "has 64 dimensions"),
+        (["--tasks", "STS12", "--mesh", "3,1,1"], "--mesh: mesh sizes (data, fsdp, tensor) = (3, 1, 1) do not fill 8 devices"),
         (
             ["--tasks", "STS12", "--instructions", "own.json"],
             "'Clasification' is no task, task type or 'query'; did you mean 'Classification'",
