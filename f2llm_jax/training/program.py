@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import ml_collections
+from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -72,6 +73,15 @@ def build(
     train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, kernel, depths), objective, optimizer, frozen, ranks)
     eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat, kernel), objective, scored)
     return Program(jax.jit(train_step, donate_argnums=0), jax.jit(eval_step), optimizer, dims, scored, depths, kernel)
+
+
+def keep_compiled(folder: epath.Path, platform: str) -> None:
+    """Compiled programs outlive the process in `folder`, so that a run that was stopped goes on within seconds.
+
+    Where JAX_COMPILATION_CACHE_DIR says another place they stand there. Not on CPUs, whose programs are for one model of CPU alone.
+    """
+    if platform != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def fresh_state(params: nnx.State, optimizer: OptimizerConfig) -> TrainState:

@@ -56,6 +56,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     # Mesh
     mesh = sharding.make_mesh(**config.mesh)
     jax.set_mesh(mesh)
+    program.keep_compiled(workdir / "compiled", mesh.devices.flat[0].platform)
 
     # Data
     dataset = load_dataset(_data_folder(config, workdir))
