@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := f2llm_jax configs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow tpu-check lint format clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,12 @@ test: $(INSTALLED)  ## Run the tests on the CPU
 
 test-slow: $(INSTALLED)  ## Run the tests that take minutes each
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m slow
+
+# libtpu stands apart from the environment: with it there, JAX would look for a TPU in every command.
+tpu-check: $(INSTALLED)  ## Compile every size for its TPU slice, no TPU needed
+	test -d build/libtpu/libtpu || $(BIN)/python -m pip install --quiet --no-deps --target build/libtpu 'libtpu>=0.0.52,<0.1'
+	JAX_PLATFORMS=cpu PYTHONPATH=build/libtpu $(BIN)/python -m pytest -q tests/test_compilation.py
+	PYTHONPATH=build/libtpu $(BIN)/python tests/benchmarks/slices.py --out build/slices
 
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check $(SOURCES)

@@ -9,6 +9,13 @@ from jax.experimental import topologies
 from f2llm_jax.model.flops import PEAK_FLOPS
 
 GIB = 2**30
+# Away from a TPU libtpu asks a cloud's metadata server who we are, warns of what it was not told, and locks the device it has not got.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 class TopologyError(ValueError):
@@ -56,11 +63,12 @@ def slice_devices(name: str, slices: int = 1) -> list[jax.Device]:
     Raises:
       TopologyError: libtpu is missing, or knows no such slice.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a cloud's metadata server who we are
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
     except Exception as error:  # libtpu raises what it likes
-        if "libtpu" in str(error).lower() or isinstance(error, ImportError | FileNotFoundError):
+        if "not installed" in str(error):
             raise TopologyError("compiling for TPUs needs libtpu; install it: pip install 'f2llm_jax[tpu]'") from error
         reason = str(error).splitlines()[0]
         raise TopologyError(f"there is no slice {name!r}; they are written v5e:2x4, v6e:4x4, v5p:4x4x4, tpu7x:2x2x1 ({reason})") from error
