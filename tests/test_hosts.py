@@ -12,12 +12,16 @@ import time
 
 import pytest
 import small_data
-from test_training import OVERRIDES, ROOT, STOPPER, losses
+from etils import epath
+from test_training import OVERRIDES, ROOT, SIGNALLER, losses
 
 import f2llm_jax
 from configs import stage2
 from f2llm_jax.model.stored import find_checkpoint
 from f2llm_jax.training import hosts
+from f2llm_jax.training.host_log import HostLog
+from f2llm_jax.training.metrics import DivergedError
+from f2llm_jax.training.preemption import Preempted
 from f2llm_jax.training.roll_call import Roll, RollCallError, roll_call
 
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
@@ -164,6 +168,31 @@ def test_facts_tell_code_and_every_field(monkeypatch, tmp_path):
     assert {name for name in facts if facts[name] != changed[name]} == {"--config.batch.negatives.clustering", "f2llm_jax"}
 
 
+def test_every_end_is_logged_and_a_refused_run_leaves_nothing(tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    with pytest.raises(ValueError, match="refused"), HostLog(workdir, 3) as log:
+        log.say("started")
+        raise ValueError("refused")
+    assert not workdir.exists()
+    with HostLog(workdir, 3) as log:
+        log.say("started")
+        workdir.mkdir()
+        log.say("resumes at step 7")
+        assert "resumes" in (workdir / "logs" / "host-3.log").read_text()  # though it may be killed next
+    for error in (Preempted("stopped after update 8"), DivergedError("update 9")):
+        with pytest.raises(type(error)), HostLog(workdir, 3):
+            raise error
+    lines = (workdir / "logs" / "host-3.log").read_text().splitlines()
+    assert [line.partition("+00:00 ")[2] for line in lines[:5]] == [
+        "started",
+        "resumes at step 7",
+        "done",
+        "stopped after update 8",
+        "ended by",
+    ]
+    assert lines[5].startswith("Traceback") and lines[-1].endswith("DivergedError: update 9")
+
+
 def start(folder, data, workdir, *flags, devices=1, python=("-m", "f2llm_jax.main"), root=ROOT):
     """A run in a process of its own, as `test_training.train`, but begun only."""
     overrides = [f"--config.{name}={value}" for name, value in {"data.folder": data, **OVERRIDES}.items()]
@@ -279,12 +308,28 @@ def test_every_layout_of_devices_and_processes_gives_the_same_losses(folder, dat
 
 
 @pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_both_go_on(folder, data):
+    """JAX's heartbeats, or a collective that fails, end the one that is left; it does not say that all is well."""
+    flags = [*FLAT, "--config.checkpoint.every=5"]
+    begun = time.monotonic()
+    codes, printed = train_together(folder, data, "one_killed", 2, 4, *flags, python={1: ("-c", SIGNALLER, "SIGKILL", "13")})
+    print(f"exit codes {codes} after {time.monotonic() - begun:.0f} s")
+    assert codes[1] == -9 and codes[0] not in (0, 75), printed
+    assert 5 <= find_checkpoint(folder / "one_killed").step <= 12
+    codes, printed = train_together(folder, data, "one_killed", 2, 4, *flags)
+    assert codes == [0, 0], printed
+    codes, printed = train_together(folder, data, "none_killed", 2, 4, *flags)
+    assert codes == [0, 0], printed
+    assert (folder / "one_killed" / "metrics.jsonl").read_bytes() == (folder / "none_killed" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_stops_both_at_one_step(folder, data):
     """And the run goes on with one process and two devices as if it had never been two."""
     flags, at = [*FLAT, "--config.steps=24"], 11
     codes, printed = train_together(folder, data, "as_one", 1, 2, *flags)
     assert codes == [0], printed
-    codes, printed = train_together(folder, data, "stopped", 2, 4, *flags, python={1: ("-c", STOPPER, str(at))})
+    codes, printed = train_together(folder, data, "stopped", 2, 4, *flags, python={1: ("-c", SIGNALLER, "SIGTERM", str(at))})
     assert codes == [75, 75], printed
     step = find_checkpoint(folder / "stopped").step
     assert at <= step <= 14

@@ -57,17 +57,17 @@ metrics.Recorder.step = step
 app.run(main.main)
 """
 
-# Sends SIGTERM to the process as it records a given step.
-STOPPER = """
+# Sends the process a given signal as it is about to record a given step.
+SIGNALLER = """
 import os, signal, sys
 from absl import app
 from f2llm_jax import main
 from f2llm_jax.training import metrics
-stopped_at = int(sys.argv.pop(1))
+name, at = sys.argv.pop(1), int(sys.argv.pop(1))
 record = metrics.Recorder.step
 def step(self, number, *rest):
-    if number == stopped_at:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if number == at:
+        os.kill(os.getpid(), signal.Signals[name])
     record(self, number, *rest)
 metrics.Recorder.step = step
 app.run(main.main)
@@ -183,7 +183,7 @@ def test_a_run_killed_twice_is_the_undisturbed_one_to_the_bit(folder, data, undi
 
 def test_sigterm_saves_and_the_same_command_goes_on(folder, data, undisturbed):
     stopped_at, workdir = 13, folder / "stopped"
-    done = train(folder, data, workdir.name, python=("-c", STOPPER, str(stopped_at)))
+    done = train(folder, data, workdir.name, python=("-c", SIGNALLER, "SIGTERM", str(stopped_at)))
     assert done.returncode == 75 and f"stopped on request after update {stopped_at} of {STEPS}, which is saved" in done.stderr, done.stderr
     assert find_checkpoint(workdir).step == stopped_at == max(losses(workdir))
     done = train(folder, data, workdir.name)

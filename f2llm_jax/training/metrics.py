@@ -183,7 +183,7 @@ class _Lines:
         self._file, self._remote = file, "://" in str(file)
         kept = _until(file.read_text(), start) if file.exists() else []
         self._lines = kept if self._remote else []
-        if file.exists():
+        if file.exists() and not self._remote:  # an object is written whole or not at all
             beside = file.with_name(file.name + ".partial")
             beside.write_text("".join(kept))
             beside.replace(file)

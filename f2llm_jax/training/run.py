@@ -4,6 +4,7 @@ Re-running the same command resumes: the order of data is a function of the step
 """
 
 import dataclasses
+import functools
 import os
 import socket
 import time
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 import jax
 import ml_collections
 from etils import epath
+from jax.experimental import multihost_utils
 
 from f2llm_jax import sharding
 from f2llm_jax.data import embedded
@@ -89,7 +91,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
         state = checkpoint.restore(checkpoints, checkpoints.latest.step, program.abstract_state(model.config, steps.optimizer, mesh))
     else:
         state = program.fresh_state(model.load(mesh), steps.optimizer)
-    write_facts(workdir, config, dataset)  # only now: a run that is refused leaves the workdir as it was
+    if jax.process_index() == 0:
+        write_facts(workdir, config, dataset)  # only now: a run that is refused leaves the workdir as it was
     teacher_params = None if teacher is None else jax.tree.map(lambda x: x.astype(config.dtype), teacher.load(mesh))
     metadata = {
         "decoder": dataclasses.asdict(model.config),
@@ -106,6 +109,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
         banner = _banner(model, dataset, batches, mesh, steps.kernel, total, first)
         recorder.say(banner)
         log.say(banner)
+        log.store()
         arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
         for step in range(first, total + 1):
             done, found = step == total, {}
@@ -137,14 +141,17 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
 
 
 def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.PathLike:
-    """The prepared dataset: the given one, or for a local run the embedded corpus, made in the workdir if need be."""
+    """The prepared dataset: the given one, or for a local run the embedded corpus, made in the workdir by the first host if need be."""
     if config.data.folder:
         return config.data.folder
     if not config.data.embedded_stage:
         raise ValueError(
             "config.data.folder is empty; make one with `python -m f2llm_jax.prepare`, or pass :runlocal for the embedded corpus"
         )
-    return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)
+    make = functools.partial(embedded.prepare, workdir / "data", config.data.embedded_stage, config.batch.max_length)
+    folder = make() if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("embedded corpus")
+    return folder or make()  # which finds it made
 
 
 def _banner(
