@@ -1,6 +1,7 @@
 """A Google Cloud Storage on loopback, for tests of `gs://` paths."""
 
 import contextlib
+import http
 import os
 import socket
 
@@ -26,7 +27,9 @@ def emulator():
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    original, objects.download = objects.download, _with_generation(objects.download)
+    originals = {name: getattr(objects, name) for name in PATCHES}
+    for name, patch in PATCHES.items():
+        setattr(objects, name, patch(originals[name]))
     server = create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
     server.start()
     gcsfs.GCSFileSystem.clear_instance_cache()  # what an earlier emulator held, at another port
@@ -34,7 +37,8 @@ def emulator():
         yield f"gs://{BUCKET}"
     finally:
         server.stop()
-        objects.download = original
+        for name, original in originals.items():
+            setattr(objects, name, original)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -49,3 +53,20 @@ def _with_generation(download):
             response["x-goog-generation"] = held["generation"]
 
     return answer
+
+
+def _remembers_finished_uploads(upload_partial):
+    """The real service says of an upload that is complete that it is, to a client which never got the answer and sends its end again."""
+
+    def answer(request, response, storage, *args, **kwargs):
+        upload_partial(request, response, storage, *args, **kwargs)
+        if response.status == http.HTTPStatus.NOT_FOUND:
+            with contextlib.suppress(Exception):  # not found: `upload_partial` has answered that
+                held = storage.get_file_obj(request.params["bucket_name"], request.query["name"][0])
+                response.status = http.HTTPStatus.OK
+                response.json(held)
+
+    return answer
+
+
+PATCHES = {"download": _with_generation, "upload_partial": _remembers_finished_uploads}
