@@ -81,6 +81,23 @@ def test_a_run_gives_up_after_too_many_skipped_steps(tmp_path):
     assert all(("loss" in line) != ("skipped" in line) for line in lines)
 
 
+def test_metrics_of_before_stay_as_far_as_the_checkpoint_goes(tmp_path):
+    """A run killed between its first validation and its first checkpoint begins anew; one with a checkpoint of step 0 does not."""
+
+    def steps(resumed, start):
+        with Recorder(tmp_path, start, 99, 1, max_skipped=2, resumed=resumed) as recorder:
+            if not resumed:
+                recorder.write(0, {"validation/loss": 1.0})
+            recorder.write(start + 1, {"loss": 1.0})
+        return [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    assert steps(False, 0) == [0, 1]
+    assert steps(False, 0) == [0, 1]
+    assert steps(True, 0) == [0, 1]
+    assert steps(True, 1) == [0, 1, 2]
+    assert steps(True, 1) == [0, 1, 2]
+
+
 @pytest.mark.slow
 def test_a_bucket_as_workdir(data, folder):
     """Trained, stopped, gone on with: the metrics are those of a run on a disk, and nothing but them and checkpoints is needed."""

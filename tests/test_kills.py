@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-KILLS, STEPS = 20, 120
+KILLS, STEPS = 20, 70
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def begin(folder):
     """Begins a run that saves after every update, in a process of its own; what it prints goes to a list."""
     data = small_data.write(folder).folder
-    more = {"data.folder": data, "steps": STEPS, "checkpoint.every": 1, "checkpoint.keep": 2, "eval.every": 50}
+    more = {"data.folder": data, "steps": STEPS, "checkpoint.every": 1, "checkpoint.keep": 2, "eval.every": 25}
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_NUM_CPU_DEVICES": "1",

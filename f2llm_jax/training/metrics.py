@@ -52,7 +52,7 @@ class Recorder:
     Of several hosts the first writes files; TensorBoard's are written to a disk only.
     """
 
-    def __init__(self, folder: epath.Path, start: int, total: int, log_every: int, max_skipped: int):
+    def __init__(self, folder: epath.Path, start: int, total: int, log_every: int, max_skipped: int, *, resumed: bool = False):
         """Continues the files in `folder` after step `start`: later lines, of a run that was killed, are removed.
 
         Args:
@@ -61,11 +61,13 @@ class Recorder:
           total: updates of the whole run.
           log_every: steps between two plain progress lines, where there is no terminal.
           max_skipped: steps in a row that may be skipped because they were not finite.
+          resumed: whether a checkpoint of `start` was gone on from. Without one a run begins anew, and nothing of before it stays.
         """
         first = jax.process_index() == 0
-        self._metrics, self._timings = (_Lines(folder / name, start) if first else None for name in ("metrics.jsonl", "timings.jsonl"))
+        last = start if resumed else -1
+        self._metrics, self._timings = (_Lines(folder / name, last) if first else None for name in ("metrics.jsonl", "timings.jsonl"))
         local = first and "://" not in str(folder)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) if local else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1) if local else None
         self._max_skipped, self._skipped = max_skipped, 0
         self._log_every, self._start, self._total = log_every, start, total
         self._pending: tuple[int, dict[str, Mean], dict[str, Any], dict[str, float]] | None = None

@@ -104,7 +104,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
 
     # Loop: validate and save before the batch is drawn, so that a resumed run repeats neither
     first = int(state.step)
-    recorder = Recorder(workdir, first, total, config.log_every, config.max_skipped_steps)
+    again = checkpoints.latest is not None
+    recorder = Recorder(workdir, first, total, config.log_every, config.max_skipped_steps, resumed=again)
     with checkpoints, StopRequest() as stop, Profile(workdir / "profile", **config.profile) as profile, recorder:
         banner = _banner(model, dataset, batches, mesh, steps.kernel, total, first)
         recorder.say(banner)
@@ -113,7 +114,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
         arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
         for step in range(first, total + 1):
             done, found = step == total, {}
-            resumed = step == first and checkpoints.latest is not None
+            resumed = step == first and again
             validating = not resumed and (done or step % config.eval.every == 0)
             saving = not resumed and kept.due(step, total)
             stopping = not done and stop.before(step)
