@@ -108,6 +108,24 @@ def test_collectives_are_counted_as_often_as_they_run(ring):
     assert total.received == 2 * 4 * 7 / 8
 
 
+@pytest.mark.parametrize(
+    ("written", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}", (0, 2)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", (0, 4)),
+    ],
+)
+def test_devices_of_a_collective_in_every_way_that_xla_writes_them(written, group):
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %y = f32[8]{{0}} all-reduce(%x), channel_id=1, {written}, to_apply=%add\n}}\n"
+    (found,) = collectives(text, lambda scope: 1)
+    assert found.group == group
+
+
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_operations_are_those_of_the_model_and_of_what_is_encoded_twice(chunks):
     """Without rematerialisation: all chunks but the last are encoded once more than the model needs; attention is a whole square."""

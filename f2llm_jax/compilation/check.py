@@ -62,7 +62,7 @@ class Moved:
       kind: as XLA calls it.
       times: how often one runs in a step.
       received: bytes that a device receives a step.
-      crosses_slices: more devices take part than a slice has.
+      crosses_slices: devices of several slices take part.
     """
 
     phase: str
@@ -182,8 +182,17 @@ def check(request: Request) -> Report:
     )
 
 
-def abstract_arguments(config, model: DecoderConfig, steps: program.Program, teacher: DecoderConfig | None, mesh) -> tuple:
-    """State, teacher and batch as shapes."""
+Arguments = tuple[TrainState, Any, Batch]  # of the step: shapes and shardings of state, teacher's parameters and batch
+
+
+def abstract_arguments(
+    config: ml_collections.ConfigDict, model: DecoderConfig, steps: program.Program, teacher: DecoderConfig | None, mesh: jax.sharding.Mesh
+) -> Arguments:
+    """What the step of `config` is called with on `mesh`.
+
+    Raises:
+      ValueError: its rows cannot be split over the mesh.
+    """
     state = program.abstract_state(model, steps.optimizer, mesh)
     frozen = None
     if teacher:
@@ -228,7 +237,7 @@ def _chunks(request: Request) -> int:
     return max(1, -(-texts * request.tokens_per_text // (batch.microbatch_rows * batch.row_tokens)))
 
 
-def _compile(steps: program.Program, arguments: tuple) -> jax.stages.Compiled:
+def _compile(steps: program.Program, arguments: Arguments) -> jax.stages.Compiled:
     try:
         return steps.train_step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -241,29 +250,33 @@ def _compile(steps: program.Program, arguments: tuple) -> jax.stages.Compiled:
         ) from error
 
 
-def costs(config, model, steps, arguments, chunks: int, teacher: DecoderConfig | None) -> tuple[Cost, Cost]:
-    """Of a step without its teacher, and what the teacher adds."""
+def costs(
+    config: ml_collections.ConfigDict,
+    model: DecoderConfig,
+    steps: program.Program,
+    arguments: Arguments,
+    chunks: int,
+    teacher: DecoderConfig | None,
+) -> tuple[Cost, Cost]:
+    """Of a step of `chunks` chunks without its teacher, and what the teacher adds; under the mesh of the arguments."""
 
-    def of(steps: program.Program, frozen) -> Cost:
+    def of(steps: program.Program, frozen: Any) -> Cost:
         state, _, batch = arguments
         step = inspect.unwrap(steps.train_step)  # not jitted: a number of chunks that is a Python int stays one
-        texts = batch.texts
 
-        def static(state: TrainState, frozen, batch: Batch):
-            packed = PackedTexts(
-                batch.texts.token_ids, batch.texts.positions, batch.texts.segment_ids, batch.texts.last, batch.texts.text, chunks
-            )
-            return step(state, frozen, dataclasses.replace(batch, texts=packed))
+        def static(state: TrainState, frozen: Any, batch: Batch) -> Any:
+            return step(state, frozen, dataclasses.replace(batch, texts=dataclasses.replace(batch.texts, chunks=chunks)))
 
-        return trace(static, state, frozen, dataclasses.replace(batch, texts=texts))
+        return trace(static, state, frozen, batch)
 
-    alone = of(steps if teacher is None else program.build(config, model, TOTAL_STEPS, "tpu"), None)
+    platform = jax.tree.leaves(arguments)[0].sharding.mesh.abstract_mesh.abstract_device.platform
+    alone = of(steps if teacher is None else program.build(config, model, TOTAL_STEPS, platform), None)
     if teacher is None:
         return alone, Cost()
     return alone, of(steps, arguments[1]) + alone * -1.0
 
 
-def _memory(compiled: jax.stages.Compiled, arguments: tuple) -> dict[str, int]:
+def _memory(compiled: jax.stages.Compiled, arguments: Arguments) -> dict[str, int]:
     """Bytes of one device by kind. Gradients are float32 and as large as the parameters; they are among XLA's temporaries."""
     found = compiled.memory_analysis()
     state, teacher, batch = arguments
@@ -282,14 +295,11 @@ def _bytes(tree: Any) -> int:
 def _summary(found: list[Collective], slice_devices: int) -> list[Moved]:
     times, received = collections.Counter(), collections.Counter()
     for one in found:
-        key = (
-            one.phase.split("/")[0].removeprefix("transpose(").removeprefix("jvp(").rstrip(")") or "other",
-            one.kind,
-            one.ways > slice_devices,
-        )
+        phase = one.phase.split("/")[0].removeprefix("transpose(").removeprefix("jvp(").rstrip(")") or "other"
+        key = phase, one.kind, len({device // slice_devices for device in one.group}) > 1
         times[key] += one.times
         received[key] += one.times * one.received
-    return [Moved(phase, kind, times[key], received[key], across) for key in sorted(times) for phase, kind, across in [key]]
+    return [Moved(*key[:2], times[key], received[key], key[2]) for key in sorted(times) if times[key]]
 
 
 def _bounds(cost: Cost, moved: list[Moved], chip: Chip, devices: int) -> dict[str, float]:

@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Callable
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -18,6 +20,9 @@ _CALLS = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_MESH = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>[^\]]*)\](?:, device_ids=\(\[(?P<shape>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))? ?\{(?P<axes>[^}]*)\}"
+)
 _NAME = re.compile(r'op_name="jit\(\w+\)/([^"]*)"')
 
 
@@ -28,7 +33,7 @@ class Collective:
     Attributes:
       kind: one of `KINDS`.
       shapes: of its result on one device, as XLA writes them.
-      ways: devices that take part together.
+      group: devices that take part together, by their place in the mesh; the first group of several alike.
       phase: named scope of the step that it belongs to.
       times: how often a step runs it.
       received: bytes that a device receives each time.
@@ -36,10 +41,15 @@ class Collective:
 
     kind: str
     shapes: tuple[str, ...]
-    ways: int
+    group: tuple[int, ...]
     phase: str
     times: int
     received: float
+
+    @property
+    def ways(self) -> int:
+        """How many devices take part together."""
+        return len(self.group)
 
 
 def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
@@ -89,22 +99,32 @@ def _collective(match: re.Match, line: str, computation: str, times: int, scope:
     if "-start(" in line and len(arrays) > 1:  # operands, then results
         arrays = arrays[len(arrays) // 2 :]
     size = sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
-    ways = _ways(line)
+    group = _group(line)
+    ways = len(group)
     share = (ways - 1) / ways
     # A reduce-scatter that XLA writes as an all-reduce shows its whole operand, a plain one its result.
     whole = size * ways if kind == "reduce-scatter" and match[2] == "reduce-scatter" else size
     received = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share) * whole
     shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in arrays)
-    return Collective(kind, shapes, ways, scope, times, received)
+    return Collective(kind, shapes, group, scope, times, received)
 
 
-def _ways(line: str) -> int:
-    """Devices of a group: written as a list of groups, as an iota, or by axes of a mesh."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", named[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(iota[2])
-    if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return len(groups[1].split(","))
-    return 2  # a permutation has pairs
+def _group(line: str) -> tuple[int, ...]:
+    """The first group of devices: written by axes of a mesh, as an iota or as a list; of a permutation its first pair."""
+    if named := _MESH.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", named["sizes"])}
+        axes = re.findall(r"\w+", named["axes"])
+        ids = _iota(named["shape"], named["order"]) if named["shape"] else np.arange(math.prod(sizes.values()))
+        together = np.moveaxis(ids.reshape(*sizes.values()), [list(sizes).index(axis) for axis in axes], range(len(axes)))
+        return tuple(together.reshape(math.prod(sizes[axis] for axis in axes), -1)[:, 0].tolist())
+    if written := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        return tuple(_iota(written[2], written[3]).reshape(-1, int(written[1]))[0].tolist())
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", line):
+        return tuple(int(n) for n in listed[1].split(","))
+    raise ValueError(f"a collective without devices: {line.strip()[:200]}")
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """XLA's `[2,4]T(1,0)`: 0 to 7 in that shape, transposed."""
+    sizes = [int(n) for n in shape.split(",")]
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose([int(n) for n in order.split(",")] if order else range(len(sizes)))
