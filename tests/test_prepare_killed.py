@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,14 +46,13 @@ def test_ten_kills_change_nothing(tmp_path):
                 process.wait()
                 kills += 1
                 assert not (tmp_path / "killed").exists()
-            else:
+            else:  # it was done before the moment came: from nothing again
                 assert process.returncode == 0
-                break
+                shutil.rmtree(tmp_path / "killed")
         if kills < KILLS and kills % 3 == 2:  # from nothing again, so that early moments are hit too
-            subprocess.run(["rm", "-rf", str(tmp_path / "killed.partial")], check=True)
+            shutil.rmtree(tmp_path / "killed.partial", ignore_errors=True)
     done = subprocess.run(run, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert kills >= KILLS // 2
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     assert records.load_dataset(tmp_path / "killed").sources == records.load_dataset(tmp_path / "whole").sources
 
