@@ -4,7 +4,6 @@ Re-running the same command resumes: the order of data is a function of the step
 """
 
 import dataclasses
-import functools
 import os
 import socket
 import time
@@ -13,7 +12,6 @@ from collections.abc import Mapping
 import jax
 import ml_collections
 from etils import epath
-from jax.experimental import multihost_utils
 
 from f2llm_jax import sharding
 from f2llm_jax.data import embedded
@@ -50,6 +48,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts
     workdir = absolute(workdir)
     with HostLog(workdir, place.process_id) as log:
         log.say(f"started: process {place.process_id} of {place.num_processes} on {socket.gethostname()}, pid {os.getpid()}")
+        if place.process_id == 0 and place.num_processes > 1:
+            _data_folder(config, workdir)  # made by one, while the others wait at the roll call
         hosts.join(place, hosts.facts_of(config, workdir), limit)
         _train(config, workdir, log)
 
@@ -142,17 +142,14 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
 
 
 def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.PathLike:
-    """The prepared dataset: the given one, or for a local run the embedded corpus, made in the workdir by the first host if need be."""
+    """The prepared dataset: the given one, or for a local run the embedded corpus, made in the workdir if need be."""
     if config.data.folder:
         return config.data.folder
     if not config.data.embedded_stage:
         raise ValueError(
             "config.data.folder is empty; make one with `python -m f2llm_jax.prepare`, or pass :runlocal for the embedded corpus"
         )
-    make = functools.partial(embedded.prepare, workdir / "data", config.data.embedded_stage, config.batch.max_length)
-    folder = make() if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("embedded corpus")
-    return folder or make()  # which finds it made
+    return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)
 
 
 def _banner(
