@@ -3,7 +3,7 @@
     python tests/benchmarks/step.py [--lengths FILE] [--steps 16] [--hidden 128 --layers 4 ...]
 
 FILE is a JSON list of batches, `{"task", "query": [length, ...], "passage": [...], "negatives": [[...], ...]}`; by default
-step_lengths.json beside this file, with short and long texts as multilingual data has them. The step is the one that runs:
+step_lengths.json beside this file: log-normal, sources of short and of long texts. The step is the one that runs:
 matryoshka, both losses, AdamW with clipping, fp32. Prints one JSON line, as a padded trainer's benchmark would:
 `useful_tokens_per_s` counts real tokens, `token_efficiency` those over all slots that are computed on. Each batch is timed from the
 host's arrays to the loss; compilation is not.
@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--lengths", default=str(pathlib.Path(__file__).with_name("step_lengths.json")))
     parser.add_argument("--row-tokens", type=int, default=0, help="T; default the longest text")
-    parser.add_argument("--microbatch-rows", type=int, default=8, help="M, rows encoded at once")
+    parser.add_argument("--microbatch-rows", type=int, default=4, help="M, rows encoded at once")
     parser.add_argument("--remat", default="none")
     return parser.parse_args()
 
