@@ -250,7 +250,8 @@ def test_a_sweep_in_small_ends_in_a_table(tmp_path):
         "max_length": small_data.MAX_LENGTH,
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
-    flags += ["--config.seeds=(0,)", "--config.train_flags=('--config.batch.size=24', '--config.batch.microbatch_rows=16')"]
+    training = ("--config.batch.size=24", "--config.batch.microbatch_rows=16", "--config.optimizer.warmup_steps=2")
+    flags += ["--config.seeds=(0,)", f"--config.train_flags={training}"]
     command = [sys.executable, "-m", "f2llm_jax.ablation", "--root", str(tmp_path / "runs"), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr + shlex.join(command)
