@@ -1,7 +1,8 @@
 """The collectives of a compiled program, from its text: what moves, how much, how often, in which phase of the step.
 
-XLA writes an asynchronous collective several times (start, steps, done) under one channel id, and a reduce-scatter of a TPU as an
-all-reduce in a computation of its own; both are seen through here. The body of a loop counts as often as the loop runs.
+XLA writes an asynchronous collective several times, in computations that start it, go on with it and end it, and a reduce-scatter of a
+TPU as an all-reduce in a computation of its own; both are seen through here (channel ids tell nothing: reductions share them). The body
+of a loop counts as often as the loop runs.
 """
 
 import collections
@@ -55,15 +56,16 @@ class Collective:
 def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
     """Of the program `text`; `chunks` says how often a loop without a static length runs, from the scope that it stands in."""
     computations, entry = _computations(text)
-    found: dict[str, Collective] = {}
+    found: list[Collective] = []
 
     def visit(name: str, times: int, phase: str) -> None:
-        for line in computations.get(name, ()):
+        lines = computations.get(name, ())
+        goes_on = name.startswith("async_collective_fusion") or any("AsyncCollectiveDone" in line for line in lines)
+        for line in lines:
             scope = _NAME.search(line)
             here = scope[1] if scope else phase
-            if match := _COLLECTIVE.search(line):
-                one = _collective(match, line, name, times, here)
-                found.setdefault(_identity(line, len(found)), one)
+            if (match := _COLLECTIVE.search(line)) and not goes_on:
+                found.append(_collective(match, line, name, times, here))
             if loop := _LOOP.search(line):
                 limits = [int(n) for inner in computations[loop[1]] for n in _LIMIT.findall(inner)]
                 visit(loop[2], times * (limits[0] if limits else chunks(here)), here)
@@ -72,7 +74,7 @@ def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
                     visit(called, times, here)
 
     visit(entry, 1, "")
-    return list(found.values())
+    return found
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -86,11 +88,6 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif current:
             lines[current].append(line)
     return lines, entry
-
-
-def _identity(line: str, number: int) -> str:
-    channel = re.search(r"channel_id=(\d+)", line)
-    return channel[1] if channel else f"without channel {number}"
 
 
 def _collective(match: re.Match, line: str, computation: str, times: int, scope: str) -> Collective:
