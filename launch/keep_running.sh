@@ -5,6 +5,8 @@
 # (default 5) in a row without a newer checkpoint in WORKDIR it gives up with the command's exit code. SIGTERM to this script goes
 # to the command, and is the end. One at a time for a WORKDIR on this host: a second one ends at once, with 0.
 set -euo pipefail
+# shellcheck source=launch/await.sh
+source "$(dirname "${BASH_SOURCE[0]}")/await.sh"
 
 (($# >= 2)) || { echo "usage: ${0##*/} WORKDIR COMMAND..." >&2; exit 2; }
 workdir="$1"
@@ -36,12 +38,7 @@ crashes=0 before="$(newest_checkpoint)"
 while [[ -z "$asked" ]]; do
   "$@" 9>&- &
   child=$!
-  code=0
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do # `wait` returns early when a signal is forwarded
-    code=0
-    wait "$child" || code=$?
-  done
+  await "$child"
   child=""
   ((code != 0)) || { say "done"; exit 0; }
   now="$(newest_checkpoint)"

@@ -7,6 +7,8 @@
 set -euo pipefail
 # shellcheck source=launch/quote.sh
 source "$(dirname "${BASH_SOURCE[0]}")/quote.sh"
+# shellcheck source=launch/await.sh
+source "$(dirname "${BASH_SOURCE[0]}")/await.sh"
 
 dry=""
 [[ "${1:-}" != --dry-run ]] || { dry=yes; shift; }
@@ -29,12 +31,7 @@ done
 
 result=0
 for pid in ${pids[@]+"${pids[@]}"}; do
-  code=0
-  wait "$pid" || code=$?
-  while kill -0 "$pid" 2>/dev/null; do # `wait` returns early when a signal is forwarded
-    code=0
-    wait "$pid" || code=$?
-  done
+  await "$pid"
   if ((code != 0 && (result == 0 || result == 75))); then result=$code; fi
 done
 exit "$result"

@@ -18,7 +18,7 @@ from f2llm_jax import sharding
 from f2llm_jax.batch import Batch, PackedTexts
 from f2llm_jax.compilation.collectives import Collective, collectives
 from f2llm_jax.compilation.cost import Cost, trace
-from f2llm_jax.compilation.topology import CHIPS, Chip, slice_devices
+from f2llm_jax.compilation.topology import CHIPS, GIB, Chip, slice_devices
 from f2llm_jax.data.plan import NEGATIVES
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.flops import Work, training_flops
@@ -333,7 +333,7 @@ def search(request: Request, report: Callable[[str], None] = lambda line: None) 
             if best is None:
                 raise
             return best
-        report(f"{ways * rows} rows: {best.hbm_used / 2**30:.2f} GiB")
+        report(f"{ways * rows} rows: {best.hbm_used / GIB:.2f} GiB")
         if best.chunks == 1:
             return best
         rows *= 2

@@ -1,13 +1,12 @@
 """A report of a compiled step as text and as JSON."""
 
 import dataclasses
-import json
 
 from etils import epath
 
 from f2llm_jax.compilation.check import Report
-
-GIB = 2**30
+from f2llm_jax.compilation.topology import GIB
+from f2llm_jax.data import records
 
 
 def describe(report: Report) -> str:
@@ -41,8 +40,5 @@ def describe(report: Report) -> str:
 
 def write_json(report: Report, path: epath.PathLike) -> None:
     """Writes beside the file, then renames."""
-    path = epath.Path(path)
-    partial = path.with_name(path.name + ".partial")
     derived = {"hbm_used": report.hbm_used, "flops_ratio": report.flops_ratio}
-    partial.write_text(json.dumps(dataclasses.asdict(report) | derived, indent=1) + "\n")
-    partial.replace(path)
+    records.write_json(epath.Path(path), dataclasses.asdict(report) | derived)
