@@ -64,13 +64,30 @@ def test_splash_is_xla_in_fp32(shape):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
-def test_splash_is_xla_in_bfloat16():
+@pytest.mark.parametrize("kernel", ["splash", pytest.param("cudnn", marks=pytest.mark.gpu)])
+def test_a_fused_kernel_is_xla_in_bfloat16(kernel):
     """Mean difference below 2e-3, and about as near to the fp32 result as the plain path in bfloat16 is."""
-    exact = values_and_gradients("xla", jnp.float32)
-    plain, fused = (values_and_gradients(kernel, jnp.bfloat16) for kernel in ("xla", "splash"))
+    with jax.default_matmul_precision("highest"):  # a GPU would round fp32 factors to 10 bits
+        exact = values_and_gradients("xla", jnp.float32)
+    plain, fused = (values_and_gradients(name, jnp.bfloat16) for name in ("xla", kernel))
     for truth, one, other in zip(exact, plain, fused, strict=True):
         assert np.abs(one - other).mean() < 2e-3
         assert np.linalg.norm(other - truth) < 2.5 * np.linalg.norm(one - truth)  # scaled queries are rounded once more
+
+
+def test_cudnn_lowers_for_a_gpu_that_is_not_here(monkeypatch):
+    """To its two kernels, forward and backward, causal; that their library is installed is all that is left out."""
+    for check in ("check_cudnn_version", "check_compute_capability", "is_cuda_compute_capability_equal"):
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: 0)
+    q, k = (jax.ShapeDtypeStruct((R, T, heads, E), jnp.bfloat16) for heads in (H, K))
+
+    def summed(q, k, v):
+        return attention.attention(q, k, v, jnp.asarray(segment_ids()), "cudnn").astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(summed, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"):
+        (call,) = (line for line in text.splitlines() if f"@__cudnn${name}(" in line)
+        assert "CAUSAL" in call
 
 
 def test_auto_takes_the_best_that_serves():

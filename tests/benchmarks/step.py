@@ -1,12 +1,12 @@
 """Useful tokens a second of the training step, packed, on batches of given text lengths.
 
-    python tests/benchmarks/step.py [--lengths FILE] [--steps 16] [--hidden 128 --layers 4 ...]
+    python tests/benchmarks/step.py [--lengths FILE] [--steps 16] [--hidden 128 --layers 4 ... | --size 0.6b] [--dtype bfloat16]
 
 FILE is a JSON list of batches, `{"task", "query": [length, ...], "passage": [...], "negatives": [[...], ...]}`; by default
 step_lengths.json beside this file: log-normal, sources of short and of long texts. The step is the one that runs:
-matryoshka, both losses, AdamW with clipping, fp32. Prints one JSON line, as a padded trainer's benchmark would:
-`useful_tokens_per_s` counts real tokens, `token_efficiency` those over all slots that are computed on. Each batch is timed from the
-host's arrays to the loss; compilation is not.
+matryoshka, both losses, AdamW with clipping. Prints one JSON line, as a padded trainer's benchmark would:
+`useful_tokens_per_s` counts real tokens, `token_efficiency` those over all slots that are computed on, `flops_per_s` what the model
+needs for the real tokens (f2llm_jax/model/flops.py). Each batch is timed from the host's arrays to the loss; compilation is not.
 """
 
 import argparse
@@ -29,6 +29,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--row-tokens", type=int, default=0, help="T; default the longest text")
     parser.add_argument("--microbatch-rows", type=int, default=4, help="M, rows encoded at once")
     parser.add_argument("--remat", default="none")
+    parser.add_argument("--size", default="", help="a published size, in place of the widths and depths")
+    parser.add_argument("--dtype", default="float32", help="computed in; weights and optimizer are fp32")
+    parser.add_argument("--attention", default="auto")
     return parser.parse_args()
 
 
@@ -44,12 +47,27 @@ from f2llm_jax import sharding  # noqa: E402
 from f2llm_jax.batch import Batch  # noqa: E402
 from f2llm_jax.data.packing import RowShape, lay_out  # noqa: E402
 from f2llm_jax.model.decoder import init_decoder  # noqa: E402
-from f2llm_jax.model.sizes import DecoderConfig  # noqa: E402
+from f2llm_jax.model.flops import Work, training_flops  # noqa: E402
+from f2llm_jax.model.sizes import SIZES, DecoderConfig  # noqa: E402
 from f2llm_jax.training import program  # noqa: E402
 
 
-def batch_of(lengths: dict, shape: RowShape, chunks: int, negatives: int, rng: np.random.Generator) -> tuple[Batch, int, int]:
-    """Random tokens in texts of these lengths; the batch on the host, its real tokens, and the slots that are computed on."""
+def model_of_flags() -> DecoderConfig:
+    if flags.size:
+        return SIZES[flags.size]
+    return DecoderConfig(
+        vocab_size=flags.vocab,
+        hidden_size=flags.hidden,
+        intermediate_size=flags.ffn,
+        num_hidden_layers=flags.layers,
+        num_attention_heads=flags.heads,
+        num_key_value_heads=flags.kv_heads,
+        head_dim=flags.head_dim,
+    )
+
+
+def batch_of(lengths: dict, shape: RowShape, chunks: int, negatives: int, rng: np.random.Generator) -> tuple[Batch, Work, int]:
+    """Random tokens in texts of these lengths; the batch on the host, the work in it, and the slots that are computed on."""
     B, n = len(lengths["query"]), len(lengths["negatives"][0])
     sizes = np.zeros(B * (2 + negatives), np.int64)
     sizes[:B], sizes[B : 2 * B] = lengths["query"], lengths["passage"]
@@ -61,7 +79,7 @@ def batch_of(lengths: dict, shape: RowShape, chunks: int, negatives: int, rng: n
     ids = np.arange(B * negatives, dtype=np.int32).reshape(B, negatives) + B
     retrieval = np.float32(lengths["task"] == "retrieval")
     batch = Batch(texts, np.ones(B, np.float32), mask, retrieval, np.arange(B, dtype=np.int32), ids)
-    return batch, int(sizes.sum()), int(texts.chunks) * shape.chunk_rows * shape.row_tokens
+    return batch, Work(int(sizes.sum()), int((sizes**2).sum())), int(texts.chunks) * shape.chunk_rows * shape.row_tokens
 
 
 def main() -> None:
@@ -70,34 +88,28 @@ def main() -> None:
     shape = RowShape(flags.microbatch_rows, flags.row_tokens or longest, ROW_TEXTS)
     negatives = max(len(b["negatives"][0]) for b in found)
     worst = -(-len(found[0]["query"]) * (2 + negatives) // shape.chunk_rows)
-    model = DecoderConfig(
-        vocab_size=flags.vocab,
-        hidden_size=flags.hidden,
-        intermediate_size=flags.ffn,
-        num_hidden_layers=flags.layers,
-        num_attention_heads=flags.heads,
-        num_key_value_heads=flags.kv_heads,
-        head_dim=flags.head_dim,
-    )
+    model = model_of_flags()
     config = stage2.get_config("runlocal")
-    config.remat = flags.remat
+    config.update({"remat": flags.remat, "dtype": flags.dtype, "attention": flags.attention})
+    config.batch.row_tokens = shape.row_tokens
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     rng = np.random.default_rng(0)
     useful = slots = 0
-    seconds = 0.0
+    seconds = needed = 0.0
     with jax.set_mesh(mesh):
         steps = program.build(config, model, 1000, jax.default_backend())
         state = program.fresh_state(init_decoder(model, 0, mesh), steps.optimizer)
         batches = [batch_of(b, shape, worst, negatives, rng) for b in found]
         for number in range(flags.steps + 1):  # the first step is warm-up
-            host, tokens, computed = batches[number % len(batches)]
+            host, work, computed = batches[number % len(batches)]
             begun = time.perf_counter()
             state, means = steps.train_step(state, None, sharding.batch_to_devices(host, mesh))
             means["loss"].value.block_until_ready()
             if number:
-                seconds, useful, slots = seconds + time.perf_counter() - begun, useful + tokens, slots + computed
-    result = {"useful_tokens_per_s": useful / seconds, "token_efficiency": useful / slots}
-    print(json.dumps(result | {"seconds_per_step": seconds / flags.steps, "steps": flags.steps}))
+                seconds, useful, slots = seconds + time.perf_counter() - begun, useful + work.tokens, slots + computed
+                needed += training_flops(model, work)
+    result = {"useful_tokens_per_s": useful / seconds, "token_efficiency": useful / slots, "flops_per_s": needed / seconds}
+    print(json.dumps(result | {"seconds_per_step": seconds / flags.steps, "steps": flags.steps, "attention": steps.kernel}))
 
 
 if __name__ == "__main__":
