@@ -15,8 +15,9 @@ EPOCHS = {"80m": 4, "160m": 3, "330m": 3, "0.6b": 2, "1.7b": 2, "4b": 2, "8b": 2
 # The slice that compile_check finds each size to fit in with room to spare, and how many packed rows at once (launch/README.md).
 SLICE = {"80m": "v5e:2x4", "160m": "v5e:2x4", "330m": "v5e:2x4", "0.6b": "v5e:2x4", "1.7b": "v5e:4x4"}
 SLICE |= {"4b": "v5e:8x8", "8b": "v6e:8x8", "14b": "v5p:4x4x4"}
-# Ways of the mesh's fsdp axis; -1 for all devices. Of 64 ways XLA makes an all-reduce of each layer's gather, of 16 it does not.
-FSDP = {"4b": 16, "8b": 16, "14b": 16}
+# Ways of the mesh's fsdp axis; -1 for all devices. XLA makes an all-reduce of each layer's gather if those are 64, and sums gradients
+# whole instead of scattering them if they are all of v5e:4x4.
+FSDP = {"1.7b": 8, "4b": 16, "8b": 16, "14b": 16}
 MICROBATCH_ROWS = {"80m": 288, "160m": 288, "330m": 128, "0.6b": 64, "1.7b": 64, "4b": 128, "8b": 256, "14b": 576}
 
 

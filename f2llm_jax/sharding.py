@@ -23,28 +23,26 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes over which rows and samples are split
 
 # Parameters: V vocab, Z rank of the table, D model, H query heads, K key/value heads, E head dim, F ffn. A leading L is never split.
+# A layer's weights all have D first, also those that project back to it: where one is split finely by its last dim, XLA for TPUs
+# sums its gradient whole instead of scattering it.
 PARAMETER_SPECS = {
     "VD": P(None, ("fsdp", "tensor")),
     "VZ": P(None, ("fsdp", "tensor")),
     "ZD": P(None, ("fsdp", "tensor")),
     "DHE": P("fsdp", "tensor", None),
     "DKE": P("fsdp", "tensor", None),
-    "HED": P("tensor", None, "fsdp"),
     "DF": P("fsdp", "tensor"),
-    "FD": P("tensor", "fsdp"),
     "D": P(None),
     "E": P(None),
 }
 # The same parameters as a layer multiplies with them: gathered over fsdp, still split over tensor (the table of tokens is never
-# gathered: its rows are fetched). "Reduced" over an axis means
-# that every device there multiplies it with other positions; its gradient then is a sum that is still to be taken (see `lazy`).
+# gathered: its rows are fetched). "Reduced" over an axis means that every device there multiplies it with other positions; its
+# gradient then is a sum that is still to be taken (see `lazy`).
 GATHERED_SPECS = {
     "ZD": P(None, None, reduced=set(BATCH)),
     "DHE": P(None, "tensor", None, reduced=set(BATCH)),
     "DKE": P(None, "tensor", None, reduced=set(BATCH)),
-    "HED": P("tensor", None, None, reduced=set(BATCH)),
     "DF": P(None, "tensor", reduced=set(BATCH)),
-    "FD": P("tensor", None, reduced=set(BATCH)),
     "D": P(None, reduced=set(BATCH)),
     "E": P(None, reduced=set(AXES)),  # of heads, which are split over tensor
 }
@@ -92,9 +90,15 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
 
 
+def mesh_in_use() -> jax.sharding.AbstractMesh | None:
+    """The mesh that is set, without its devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
 def in_mesh() -> bool:
     """Whether a mesh is set, i.e. whether specs mean something."""
-    return not jax.sharding.get_abstract_mesh().empty
+    return mesh_in_use() is not None
 
 
 def spec(value: P) -> P | None:
@@ -128,7 +132,7 @@ def stacked(value: P) -> P:
     return P(None, *value)
 
 
-def batch_ways(mesh: jax.sharding.Mesh | None) -> int:
+def batch_ways(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> int:
     """The number of parts that rows and samples are split into."""
     return 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH)
 

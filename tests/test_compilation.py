@@ -52,13 +52,13 @@ REASONS = """\
 #   all-gather of weights, times = layers x chunks: over fsdp, before each layer
 #   all-gather s32[positions] and all-to-all: token ids go to the columns of the table, rows of the table come back
 #   all-gather f32[positions, D/fsdp]: those rows, over tensor
-#   all-gather [rows, slots, D] and [rows, slots]: the embeddings of a chunk go to every device
 #   all-reduce f32[positions, D], one or more at a time: partial sums of attention's output and of the MLP, over tensor
 # gradients, last_chunk
 #   all-reduce of weights over fsdp, times = layers x chunks: a reduce-scatter on TPUs; of a query and key norm over tensor too
 #   all-reduce of everything, times = 1: the one sum over data
 # objective
-#   all-gather [B, D], [B, N, D] and of their facts: the candidates of all samples; all-reduce: sums of losses
+#   all-reduce [S, D] of student and teacher: all embeddings go to every device, once; all-reduce f32[]: sums of losses
+#   all-gather [B, D], [B, N, D] and of their facts: the candidates of all samples
 # update
 #   all-reduce f32[]: the norm of the gradient
 """
@@ -126,6 +126,21 @@ def test_devices_of_a_collective_in_every_way_that_xla_writes_them(written, grou
     assert found.group == group
 
 
+@pytest.mark.parametrize(("kind", "received"), [("ALL_REDUCE", 2 * 3 / 4 * 64), ("ALL_GATHER", 3 / 4 * 64), ("REDUCE_SCATTER", 3 * 64)])
+def test_what_goes_between_slices_is_counted(kind, received):
+    """As libtpu 0.0.42 writes it: a send and a receive by the hosts."""
+    attributes = f'_xla_megascale_target="{{1,2,3,4}}x{{0:7}}",_xla_megascale_transfer_type="{kind}"'
+    text = f"""ENTRY %main (x: f32[8]) -> f32[8] {{
+  %send.1 = (f32[4,4]{{1,0}}, u32[], token[]) send(%x, %after-all.1), channel_id=2, frontend_attributes={{{attributes}}}
+  %recv.1 = (f32[4,4]{{1,0}}, u32[], token[]) recv(%after-all.1), channel_id=1, frontend_attributes={{{attributes}}}
+  %recv-done.1 = (f32[4,4]{{1,0}}, token[]) recv-done(%recv.1), channel_id=1
+}}
+"""
+    (found,) = collectives(text, lambda scope: 1)
+    assert (found.kind, found.shapes, found.group) == (kind.lower().replace("_", "-"), ("f32[4,4]",), (0, 8, 16, 24))
+    assert found.received == received
+
+
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_operations_are_those_of_the_model_and_of_what_is_encoded_twice(chunks):
     """Without rematerialisation: all chunks but the last are encoded once more than the model needs; attention is a whole square."""
@@ -181,6 +196,18 @@ def test_a_small_size_fits_a_small_slice(tmp_path):
     assert 0.3 * 2**30 < report["hbm_used"] < report["hbm_capacity"] == 16 * 2**30
     assert {"all-gather", "all-to-all"} <= {moved["kind"] for moved in report["collectives"]}
     assert "memory of a device" in done.stdout
+
+
+@libtpu
+def test_gradients_and_embeddings_cross_slices_once_a_step(tmp_path):
+    flags = ("--slices", "2", "--config.mesh.data=2", "--config.batch.microbatch_rows=16")
+    done = compile_check(tmp_path, "--config", "configs/stage2.py:size=80m", "--topology", "v5e:2x2", *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    across = sum(moved["received"] for moved in report["collectives"] if moved["crosses_slices"])
+    gradients, embeddings = 4 * 80_084_288 / 4, 4 * 512 * 9 * 320  # bytes: of a device's share, and of all texts at most
+    assert gradients < across < gradients + embeddings
+    assert report["seconds"]["network"] == across / topology.CHIPS["TPU v5 lite"].dcn_bandwidth
 
 
 @libtpu

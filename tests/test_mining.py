@@ -49,8 +49,8 @@ def text(i):
 
 
 def write_pairs(path, rows=200, repeats=5):
-    """Every fifth query is a repeat of the one before and has two positives."""
-    query = [query_prompt("Find it.") + f"what of {(i - 1 if i % repeats == 4 else i) * 3}" for i in range(rows)]
+    """The last of every `repeats` queries is a repeat of the one before and has two positives."""
+    query = [query_prompt("Find it.") + f"what of {(i - (i % repeats == repeats - 1)) * 3}" for i in range(rows)]
     table = {"query": query, "passage": [text(i) for i in range(rows)], "lang": [("en", "de")[i % 2] for i in range(rows)]}
     pq.write_table(pa.table(table), path)
     return table
@@ -207,8 +207,8 @@ def test_the_output_is_what_brute_force_says(model, tmp_path, small):
 OPTIONS = {
     "top": dict(range_min=0, range_max=30, num_negatives=5),
     "skip": dict(range_min=4, range_max=20, num_negatives=5),
-    "thresholds": dict(range_min=2, range_max=50, num_negatives=5, max_score=0.96, min_score=0.5, relative_margin=0.01),
-    "margin": dict(range_min=0, range_max=25, num_negatives=3, absolute_margin=0.02),
+    "thresholds": dict(range_min=2, range_max=50, num_negatives=5, max_score=0.42, min_score=0.25, relative_margin=0.01),
+    "margin": dict(range_min=0, range_max=60, num_negatives=3, absolute_margin=0.02),
 }
 NAMES = {"range_min": "--skip", "range_max": "--nearest", "num_negatives": "--negatives"}
 NAMES |= {"max_score": "--max-score", "min_score": "--min-score", "absolute_margin": "--absolute-margin"}
@@ -221,7 +221,8 @@ def test_rows_are_those_of_sentence_transformers(model, tmp_path, small, name):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import mine_hard_negatives
 
-    table, options = write_pairs(tmp_path / "pairs.parquet"), OPTIONS[name]
+    # Every query has two positives: the peer sees a candidate more for each positive that a query has fewer than another.
+    table, options = write_pairs(tmp_path / "pairs.parquet", repeats=2), OPTIONS[name]
     peer = SentenceTransformer(str(model), device="cpu")
     peer.prompts = {}
     pairs = Dataset.from_dict({"query": table["query"], "passage": table["passage"]})
@@ -292,7 +293,7 @@ def assert_same(a, b):
 
 def test_rows_with_too_few_are_set_aside_or_filled(model, tmp_path, small):
     write_pairs(tmp_path / "pairs.parquet")
-    shared = ("--cache", str(tmp_path / "cache"), "--negatives", "8", "--nearest", "20", "--skip", "0", "--near-duplicate", "2")
+    shared = ("--cache", str(tmp_path / "cache"), "--negatives", "8", "--nearest", "40", "--skip", "0", "--near-duplicate", "2")
     common = (*shared, "--max-relative", "0.995")
     assert run(model, [tmp_path / "pairs.parquet"], tmp_path / "drop", *common) == 0
     assert run(model, [tmp_path / "pairs.parquet"], tmp_path / "fill", *common, "--too-few", "fill") == 0

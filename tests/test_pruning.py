@@ -37,8 +37,8 @@ PARTS = {"hidden": 40, "ffn": 56, "layers": 2}
 TARGET = ",".join(f"{name}={value}" for name, value in PARTS.items())
 ROWS = 24
 # (our axes of a layer's parameter that are hidden channels, and MLP channels)
-HIDDEN_AXIS = {"embedding": 1, "norm": 0, "attention_norm": 0, "mlp_norm": 0, "query": 0, "key": 0, "value": 0, "output": 2}
-HIDDEN_AXIS |= {"gate": 0, "up": 0, "down": 1}
+HIDDEN_AXIS = {"embedding": 1, "norm": 0, "attention_norm": 0, "mlp_norm": 0, "query": 0, "key": 0, "value": 0, "output": 0}
+HIDDEN_AXIS |= {"gate": 0, "up": 0, "down": 0}
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_permuted_channels_change_the_choice_and_not_the_model(arrays, source, t
         if name in HIDDEN_AXIS:
             value = np.take(value, hidden, axis=HIDDEN_AXIS[name] + stacked)
         if name in ("gate", "up", "down"):
-            value = np.take(value, ffn, axis=1 if name == "down" else 2)
+            value = np.take(value, ffn, axis=2)
         shuffled[path] = value
     other = source_of(shuffled, tmp_path / "tokenizer")
     target, method = parse_target(TARGET, CONFIG), Method(hidden_by=by, ffn_by=by)

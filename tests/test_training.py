@@ -150,7 +150,7 @@ def test_a_run_learns_and_writes_down_what_it_did(undisturbed):
         *(f"validation/source/{s}" for s in small_data.KINDS),
     }
     for name in names:
-        assert validation[STEPS][name] < 0.8 * validation[0][name], name
+        assert validation[STEPS][name] < 0.9 * validation[0][name], name
     np.testing.assert_allclose(
         validation[0]["validation/loss"], np.mean([validation[0][f"validation/source/{s}"] for s in small_data.KINDS])
     )

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 
+import jax
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -56,7 +57,8 @@ def write_tokenizer(folder):
 
 @functools.cache
 def _params(config, mesh):
-    return init_decoder(config, 0, mesh)
+    """Five times what training starts with: of random weights near zero all texts would have nearly the same embedding."""
+    return jax.tree.map(lambda x: 5 * x if x.ndim > 2 or x.shape[0] == config.vocab_size else x, init_decoder(config, 0, mesh))
 
 
 def origin(folder, config=CONFIG, **facts):

@@ -1,8 +1,8 @@
 """The collectives of a compiled program, from its text: what moves, how much, how often, in which phase of the step.
 
-XLA writes an asynchronous collective several times, in computations that start it, go on with it and end it, and a reduce-scatter of a
-TPU as an all-reduce in a computation of its own; both are seen through here (channel ids tell nothing: reductions share them). The body
-of a loop counts as often as the loop runs.
+XLA writes an asynchronous collective several times, in computations that start it, go on with it and end it; a reduce-scatter of a
+TPU as an all-reduce in a computation of its own; and what goes between slices as a transfer by the hosts. All are seen through here
+(channel ids tell nothing: reductions share them). The body of a loop counts as often as the loop runs.
 """
 
 import collections
@@ -17,6 +17,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_TRANSFER = re.compile(r" = (\(.*?) (recv)\(.*_xla_megascale_target=\"\{([\d,]+)\}x\{0:(\d+)\}\".*_xla_megascale_transfer_type=\"(\w+)\"")
 _CALLS = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?%?([\w.\-]+(?:, ?%?[\w.\-]+)*)")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
@@ -66,6 +67,8 @@ def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
             here = scope[1] if scope else phase
             if (match := _COLLECTIVE.search(line)) and not goes_on:
                 found.append(_collective(match, line, name, times, here))
+            elif match := _TRANSFER.search(line):
+                found.append(_transfer(match, times, here))
             if loop := _LOOP.search(line):
                 limits = [int(n) for inner in computations[loop[1]] for n in _LIMIT.findall(inner)]
                 visit(loop[2], times * (limits[0] if limits else chunks(here)), here)
@@ -95,15 +98,24 @@ def _collective(match: re.Match, line: str, computation: str, times: int, scope:
     arrays = _ARRAY.findall(match[1])
     if "-start(" in line and len(arrays) > 1:  # operands, then results
         arrays = arrays[len(arrays) // 2 :]
-    size = sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
-    group = _group(line)
-    ways = len(group)
-    share = (ways - 1) / ways
     # A reduce-scatter that XLA writes as an all-reduce shows its whole operand, a plain one its result.
-    whole = size * ways if kind == "reduce-scatter" and match[2] == "reduce-scatter" else size
-    received = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share) * whole
+    return _counted(kind, arrays, _group(line), times, scope, scattered=match[2] == "reduce-scatter")
+
+
+def _transfer(match: re.Match, times: int, scope: str) -> Collective:
+    """Between the devices at the same place of several slices, which are written as `{1,2}x{0:7}` for two of eight."""
+    slice_devices = int(match[4]) + 1
+    group = tuple(range(0, len(match[3].split(",")) * slice_devices, slice_devices))
+    kind = match[5].lower().replace("_", "-")
+    return _counted(kind, _ARRAY.findall(match[1])[:-1], group, times, scope, scattered=kind == "reduce-scatter")  # the last is a context
+
+
+def _counted(kind: str, arrays: list[tuple[str, str]], group: tuple[int, ...], times: int, scope: str, scattered: bool) -> Collective:
+    size = sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
+    ways = len(group)
+    received = {"all-reduce": 2 * (ways - 1) / ways, "collective-permute": 1.0}.get(kind, (ways - 1) / ways)
     shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in arrays)
-    return Collective(kind, shapes, group, scope, times, received)
+    return Collective(kind, shapes, group, scope, times, received * size * (ways if scattered else 1))
 
 
 def _group(line: str) -> tuple[int, ...]:

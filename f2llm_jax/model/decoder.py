@@ -86,11 +86,11 @@ class Layer(nnx.Module):
         self.value = _normal(rngs, "DKE", D, K, E)
         self.query_norm = _ones("E", E)
         self.key_norm = _ones("E", E)
-        self.output = _normal(rngs, "HED", H, E, D)
+        self.output = _normal(rngs, "DHE", D, H, E)
         self.mlp_norm = _ones("D", D)
         self.gate = _normal(rngs, "DF", D, F)
         self.up = _normal(rngs, "DF", D, F)
-        self.down = _normal(rngs, "FD", F, D)
+        self.down = _normal(rngs, "DF", D, F)
 
     def __call__(
         self,
@@ -120,7 +120,7 @@ class Layer(nnx.Module):
             v = self._heads(x, self.value, segment_ids)
             mixed = attention(q, k, v, segment_ids, kernel)
             mixed = mixed.reshape(x.shape[0], *mixed.shape[2:], out_sharding=sharding.spec(sharding.POSITIONS_HE))
-            return _project("phe,hed->pd", mixed, self.output, sharding.POSITIONS_D)
+            return _project("phe,dhe->pd", mixed, self.output, sharding.POSITIONS_D)
 
     def _heads(self, x: Float[Array, "P D"], weight: Parameter, segment_ids: Int[Array, "R T"]) -> Float[Array, "R T H E"]:
         heads = _project("pd,dhe->phe", x, weight, sharding.POSITIONS_HE)
@@ -132,7 +132,7 @@ class Layer(nnx.Module):
             up = _project("pd,df->pf", x, self.up, sharding.POSITIONS_F)
             gated = jax.nn.silu(gate) * up
             tap("down", gated)
-            return _project("pf,fd->pd", gated, self.down, sharding.POSITIONS_D)
+            return _project("pf,df->pd", gated, self.down, sharding.POSITIONS_D)
 
 
 def _project(dims: str, x: Array, weight: Parameter, out: sharding.P) -> Array:

@@ -58,11 +58,7 @@ def layer_matryoshka(layers: int) -> tuple[int, ...]:
 
 def encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, text_count: int) -> Float[Array, "S ..."]:
     """Embeddings of all texts, without keeping anything for a backward pass. A text that is nowhere packed gets zeros."""
-
-    def step(chunk, embeddings):
-        return _place(embeddings, encode_chunk(params, *_rows(texts, chunk)), texts.text[chunk])
-
-    return jax.lax.fori_loop(0, texts.chunks, step, _empty(encode_chunk, params, texts, text_count))
+    return _together(_encode(encode_chunk, params, texts, texts.chunks, text_count))
 
 
 def value_and_grad(
@@ -79,10 +75,10 @@ def value_and_grad(
     params = sharding.lazy(params)
     final = texts.chunks - 1
     with jax.named_scope("encode"):
-        embeddings = encode(encode_chunk, params, _first(texts, final), text_count)
+        placed = _encode(encode_chunk, params, texts, final, text_count)
     with jax.named_scope("last_chunk"):
         pooled, backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, final)), params)
-        embeddings = _place(embeddings, pooled, texts.text[final])
+        embeddings = _together(_place(placed, pooled, texts.text[final]))
 
     with jax.named_scope("objective"):
         (loss, aux), cotangents = jax.value_and_grad(objective, has_aux=True)(embeddings)
@@ -102,25 +98,39 @@ def _rows(texts: PackedTexts, chunk: Int[Array, ""]) -> tuple[Array, ...]:
     return texts.token_ids[chunk], texts.positions[chunk], texts.segment_ids[chunk], texts.last[chunk]
 
 
-def _first(texts: PackedTexts, chunks: Int[Array, ""]) -> PackedTexts:
-    return PackedTexts(texts.token_ids, texts.positions, texts.segment_ids, texts.last, texts.text, chunks)
-
-
-def _empty(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, text_count: int) -> Float[Array, "S ..."]:
+def _encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, chunks: Int[Array, ""], text_count: int) -> Float[Array, "W S ..."]:
+    """Of the first `chunks` chunks, each embedding with those of the W batch ways that made it, zeros with the others."""
     pooled = jax.eval_shape(encode_chunk, params, *_rows(texts, jnp.int32(0)))
-    return jnp.zeros((text_count, *pooled.shape[2:]), pooled.dtype)
+    shape = (sharding.batch_ways(sharding.mesh_in_use()), text_count, *pooled.shape[2:])
+    nothing = sharding.shard(jnp.zeros(shape, pooled.dtype), _by_way(len(shape)))
+
+    def step(chunk, placed):
+        return _place(placed, encode_chunk(params, *_rows(texts, chunk)), texts.text[chunk])
+
+    return jax.lax.fori_loop(0, chunks, step, nothing)
 
 
-def _place(embeddings: Float[Array, "S ..."], pooled: Float[Array, "M X ..."], text: Int[Array, "M X"]) -> Float[Array, "S ..."]:
-    """Writes a chunk's embeddings to their texts' rows, on every device (the batch's embeddings are small)."""
-    return embeddings.at[_everywhere(text)].set(_everywhere(pooled), mode="drop")
+def _place(placed: Float[Array, "W S ..."], pooled: Float[Array, "M X ..."], text: Int[Array, "M X"]) -> Float[Array, "W S ..."]:
+    """Writes a chunk's embeddings to their texts' rows, where they are: nothing moves."""
+
+    def here(placed, pooled, text):
+        return placed.at[0, text].set(pooled, mode="drop")
+
+    if not sharding.in_mesh():
+        return here(placed, pooled, text)
+    whole, rows = _by_way(placed.ndim), _by_way(pooled.ndim)
+    return jax.shard_map(here, in_specs=(whole, rows, _by_way(2)), out_specs=whole)(placed, pooled, text)
+
+
+def _together(placed: Float[Array, "W S ..."]) -> Float[Array, "S ..."]:
+    """All embeddings on every device (the batch's are small): one sum, in which each has one term that is not zero."""
+    return jnp.sum(placed, axis=0)
+
+
+def _by_way(ndim: int) -> sharding.P:
+    return sharding.P(sharding.BATCH, *[None] * (ndim - 1))
 
 
 def _pick(cotangents: Float[Array, "S ..."], text: Int[Array, "M X"]) -> Float[Array, "M X ..."]:
     """The transpose of `_place`: each slot's cotangent, zero for an unused slot."""
-    spec = sharding.P(sharding.BATCH, *[None] * cotangents.ndim)
-    return cotangents.at[text].get(mode="fill", fill_value=0, out_sharding=sharding.spec(spec))
-
-
-def _everywhere(x: Array) -> Array:
-    return sharding.shard(x, sharding.P(*[None] * x.ndim))
+    return cotangents.at[text].get(mode="fill", fill_value=0, out_sharding=sharding.spec(_by_way(cotangents.ndim + 1)))

@@ -1,8 +1,8 @@
 """The Hugging Face weight table, read both ways.
 
-A Hugging Face linear layer stores `[out, in]`; ours stores the dims it multiplies, `DHE` and the like. `TABLE` says for each
-of our parameters what the other side calls it and how the layouts relate: import reads it left to right, export right to
-left, so the two cannot disagree.
+A Hugging Face linear layer stores `[out, in]`; ours stores the model's width first, `DHE` and the like, whichever side it is on. `TABLE`
+says for each of our parameters what the other side calls it and how the layouts relate: import reads it left to right, export
+right to left, so the two cannot disagree.
 """
 
 import dataclasses
@@ -73,11 +73,11 @@ TABLE = (
     _layer("value", "self_attn.v_proj", (1, 2, 0), (2, 1)),
     _layer("query_norm", "self_attn.q_norm", (0,), (1,)),
     _layer("key_norm", "self_attn.k_norm", (0,), (1,)),
-    _layer("output", "self_attn.o_proj", (2, 0, 1), (1, 2)),
+    _layer("output", "self_attn.o_proj", (0, 1, 2), (1, 2)),
     _layer("mlp_norm", "post_attention_layernorm", (0,), (1,)),
     _layer("gate", "mlp.gate_proj", (1, 0), (1, 1)),
     _layer("up", "mlp.up_proj", (1, 0), (1, 1)),
-    _layer("down", "mlp.down_proj", (1, 0), (1, 1)),
+    _layer("down", "mlp.down_proj", (0, 1), (1, 1)),
     Entry(("norm",), "norm.weight", (0,), (1,)),
 )
 EMBEDDING = TABLE[0]
