@@ -10,7 +10,7 @@ import faults
 import gcs
 import pytest
 import small_data
-from test_training import OVERRIDES, ROOT, SIGNALLER, assert_same_weights
+from small_runs import SIGNALLER, TRAIN, assert_same_weights, environment, train_command
 
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [
@@ -33,39 +33,33 @@ def data(folder):
     return small_data.write(folder).folder
 
 
-def command(folder, arguments, address=None):
-    """Runs a command of this project, which sees the bucket at `address`."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    }
-    if address:
-        environment |= {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
-    words = [sys.executable, *map(str, arguments)]
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+def run(folder, words, address=None):
+    """A command of this project, which sees the bucket at `address`."""
+    more = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address} if address else {}
+    runs_in = environment(1, folder / "compiled", GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false", **more)
+    return subprocess.run(words, cwd=folder, env=runs_in, capture_output=True, text=True, timeout=600)
 
 
-def training(data, workdir):
-    more = {"data.folder": data, "steps": STEPS, "checkpoint.every": 2, "checkpoint.keep": 2, "eval.every": 4}
-    overrides = [f"--config.{name}={value}" for name, value in (OVERRIDES | more).items()]
-    return [f"--config={ROOT}/configs/stage2.py:runlocal", f"--workdir={workdir}", *overrides]
+def training(data, workdir, python=TRAIN):
+    return train_command(data, workdir, python=python, steps=STEPS, checkpoint__every=2, checkpoint__keep=2, eval__every=4)
+
+
+def release(workdir, out):
+    return [sys.executable, "-m", "f2llm_jax.convert", "to-hf", workdir, out]
 
 
 def test_nothing_is_lost_in_a_bucket_behind_a_bad_network(data, folder):
-    plain = command(folder, ["-m", "f2llm_jax.main", *training(data, "undisturbed")])
+    plain = run(folder, training(data, "undisturbed"))
     assert plain.returncode == 0, plain.stderr
     with gcs.emulator() as bucket:
         behind = urllib.parse.urlsplit(os.environ["STORAGE_EMULATOR_HOST"])
         with faults.between((behind.hostname, behind.port), SHARE) as (address, counts):
             for killed_at in KILLED_AT:
-                done = command(folder, ["-c", SIGNALLER, "SIGKILL", killed_at, *training(data, f"{bucket}/run")], address)
+                done = run(folder, training(data, f"{bucket}/run", ("-c", SIGNALLER, "SIGKILL", str(killed_at))), address)
                 assert done.returncode == -signal.SIGKILL, done.stderr
-            done = command(folder, ["-m", "f2llm_jax.main", *training(data, f"{bucket}/run")], address)
+            done = run(folder, training(data, f"{bucket}/run"), address)
             assert done.returncode == 0 and "resumes at step" in done.stderr, done.stderr
-            done = command(folder, ["-m", "f2llm_jax.convert", "to-hf", f"{bucket}/run", folder / "exported"], address)
+            done = run(folder, release(f"{bucket}/run", "exported"), address)
             assert done.returncode == 0, done.stderr
         print(dict(counts))  # shown by pytest -s; noted in docs/log.md
         assert min(counts[fault] for fault in ("503", "cut before", "cut after")) >= 5
@@ -75,6 +69,6 @@ def test_nothing_is_lost_in_a_bucket_behind_a_bad_network(data, folder):
         log = kept.cat(f"{bucket}/run/logs/host-0.log").decode()
         assert log.count(" started: ") == len(KILLED_AT) + 1 and log.rstrip().endswith("done")
         assert_same_weights(f"{bucket}/run", folder / "undisturbed")
-    done = command(folder, ["-m", "f2llm_jax.convert", "to-hf", "undisturbed", "plain"])
+    done = run(folder, release("undisturbed", "plain"))
     assert done.returncode == 0, done.stderr
     assert (folder / "exported" / "model.safetensors").read_bytes() == (folder / "plain" / "model.safetensors").read_bytes()

@@ -2,18 +2,16 @@
 
 import contextlib
 import json
-import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import small_data
 from etils import epath
-from test_training import OVERRIDES, ROOT, SIGNALLER, losses
+from small_runs import ROOT, SIGNALLER, TRAIN, environment, losses, train_command
 
 import f2llm_jax
 from configs import stage2
@@ -193,16 +191,10 @@ def test_every_end_is_logged_and_a_refused_run_leaves_nothing(tmp_path):
     assert lines[5].startswith("Traceback") and lines[-1].endswith("DivergedError: update 9")
 
 
-def start(folder, data, workdir, *flags, devices=1, python=("-m", "f2llm_jax.main"), root=ROOT):
-    """A run in a process of its own, as `test_training.train`, but begun only."""
-    overrides = [f"--config.{name}={value}" for name, value in {"data.folder": data, **OVERRIDES}.items()]
-    environment = os.environ | {
-        "PYTHONPATH": str(root),
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-    }
-    command = [sys.executable, *python, f"--config={ROOT}/configs/stage2.py:runlocal", f"--workdir={workdir}", *overrides, *flags]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(folder, data, workdir, *flags, devices=1, python=TRAIN, root=ROOT):
+    """A run in a process of its own, begun only."""
+    command, runs_in = train_command(data, workdir, *flags, python=python), environment(devices, PYTHONPATH=str(root))
+    return subprocess.Popen(command, cwd=folder, env=runs_in, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def place(port, count, index, limit=60):
@@ -280,8 +272,7 @@ def train_together(folder, data, workdir, count, devices, *flags, python=None):
     """A run of `count` processes to its end; `python` by process, where it is not the plain command. Exit codes and outputs."""
     port, python = free_port(), python or {}
     where = {index: place(port, count, index, limit=120) if count > 1 else [] for index in range(count)}
-    plain = ("-m", "f2llm_jax.main")
-    begun = [start(folder, data, workdir, *where[i], *flags, devices=devices, python=python.get(i, plain)) for i in range(count)]
+    begun = [start(folder, data, workdir, *where[i], *flags, devices=devices, python=python.get(i, TRAIN)) for i in range(count)]
     return end(*begun)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import small_data
 import tiny
+from small_runs import OVERRIDES, assert_same_weights
 from test_encoder import B, N, encode_chunk, packed
-from test_training import OVERRIDES, assert_same_weights
 
 from configs import stage2
 from f2llm_jax.batch import Batch

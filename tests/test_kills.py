@@ -1,16 +1,14 @@
 """A run that SIGKILL ends twenty times, between saves and within them, is the undisturbed run to the bit."""
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import small_data
-from test_training import OVERRIDES, ROOT, assert_same_weights
+from small_runs import assert_same_weights, environment, train_command
 
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [
@@ -31,26 +29,11 @@ def folder(tmp_path_factory):
 def begin(folder):
     """Begins a run that saves after every update, in a process of its own; what it prints goes to a list."""
     data = small_data.write(folder).folder
-    more = {"data.folder": data, "steps": STEPS, "checkpoint.every": 1, "checkpoint.keep": 2, "eval.every": 25}
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
+    runs_in = environment(1, folder / "compiled")
 
     def call(workdir):
-        overrides = [f"--config.{name}={value}" for name, value in (OVERRIDES | more).items()]
-        command = [
-            sys.executable,
-            "-m",
-            "f2llm_jax.main",
-            f"--config={ROOT}/configs/stage2.py:runlocal",
-            f"--workdir={workdir}",
-            *overrides,
-        ]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        command = train_command(data, workdir, steps=STEPS, checkpoint__every=1, checkpoint__keep=2, eval__every=25)
+        process = subprocess.Popen(command, env=runs_in, stderr=subprocess.PIPE, text=True)
         printed = []
         reader = threading.Thread(target=lambda: printed.extend(process.stderr), daemon=True)
         reader.start()

@@ -1,16 +1,14 @@
 """Whole runs by the real command: they learn, survive SIGKILL to the bit, move to other devices, and refuse what does not fit."""
 
 import json
-import os
-import pathlib
 import shutil
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import small_data
+from small_runs import OVERRIDES, SIGNALLER, STEPS, TRAIN, assert_same_weights, environment, losses, metrics, train_command
 
 from configs import stage2
 from f2llm_jax.model.stored import CheckpointError, find_checkpoint
@@ -20,25 +18,7 @@ from f2llm_jax.training.start import StartError
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 
-ROOT = pathlib.Path(__file__).parents[1]
-STEPS, SAVED = 30, 10
-OVERRIDES = {
-    "steps": STEPS,
-    "remat": "none",
-    "log_every": 10,
-    "batch.size": 24,
-    "batch.max_length": small_data.MAX_LENGTH,
-    "batch.row_tokens": small_data.MAX_LENGTH,
-    "batch.row_texts": 8,
-    "batch.microbatch_rows": 16,
-    "batch.negatives.clustering": 2,
-    "objective.matryoshka_minimum": 64,
-    "optimizer.learning_rate": 4e-3,
-    "optimizer.warmup_steps": 5,
-    "eval.every": 15,
-    "checkpoint.every": 5,
-    "checkpoint.keep": 9,
-}
+SAVED = 10
 # Kills the process as a given step is about to be recorded, once a given checkpoint is complete.
 KILLER = """
 import os, pathlib, signal, sys, time
@@ -57,22 +37,6 @@ metrics.Recorder.step = step
 app.run(main.main)
 """
 
-# Sends the process a given signal as it is about to record a given step.
-SIGNALLER = """
-import os, signal, sys
-from absl import app
-from f2llm_jax import main
-from f2llm_jax.training import metrics
-name, at = sys.argv.pop(1), int(sys.argv.pop(1))
-record = metrics.Recorder.step
-def step(self, number, *rest):
-    if number == at:
-        os.kill(os.getpid(), signal.Signals[name])
-    record(self, number, *rest)
-metrics.Recorder.step = step
-app.run(main.main)
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -84,27 +48,11 @@ def data(folder):
     return small_data.write(folder).folder
 
 
-def train(folder, data, workdir, *flags, devices=1, python=("-m", "f2llm_jax.main")):
+def train(folder, data, workdir, *flags, devices=1, python=TRAIN):
     """A run in a process of its own; `workdir` is relative to `folder`."""
-    overrides = [f"--config.{name}={value}" for name, value in {"data.folder": data, **OVERRIDES}.items()]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        # Runs of this module share what they compile, and compile it quickly.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
-    command = [sys.executable, *python, f"--config={ROOT}/configs/stage2.py:runlocal", f"--workdir={workdir}", *overrides, *flags]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(workdir):
-    return {line["step"]: line["loss"] for line in metrics(workdir) if "loss" in line}
+    command = train_command(data, workdir, *flags, python=python)
+    runs_in = environment(devices, folder / "compiled")
+    return subprocess.run(command, cwd=folder, env=runs_in, capture_output=True, text=True, timeout=300)
 
 
 def forget_after(workdir, step):
@@ -112,11 +60,6 @@ def forget_after(workdir, step):
     for checkpoint in (workdir / "checkpoints").iterdir():
         if checkpoint.name.isdigit() and int(checkpoint.name) > step:
             shutil.rmtree(checkpoint)
-
-
-def assert_same_weights(one, other):
-    for got, want in zip(jax.tree.leaves(find_checkpoint(one).load()), jax.tree.leaves(find_checkpoint(other).load()), strict=True):
-        np.testing.assert_array_equal(got, want)
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,11 @@ class Decoder(nnx.Module):
 
 
 def abstract_decoder(config: DecoderConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
-    """`nnx.split` of a decoder that holds shapes and shardings but no memory; the target of every restore and import."""
+    """`nnx.split` of a decoder that holds shapes and shardings but no memory; the target of every restore and import.
+
+    Raises:
+      ValueError: the mesh does not divide a parameter.
+    """
     graphdef, params = nnx.split(jax.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
     if mesh is None:
         return graphdef, params
@@ -218,8 +222,16 @@ def abstract_decoder(config: DecoderConfig, mesh: jax.sharding.Mesh | None = Non
     def place(path, parameter: Parameter) -> Parameter:
         spec = sharding.PARAMETER_SPECS[parameter.dims]
         spec = sharding.stacked(spec) if path[0] == "layers" else spec
-        value = parameter.get_value()
-        return parameter.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec)))
+        value, placed = parameter.get_value(), NamedSharding(mesh, spec)
+        try:
+            placed.shard_shape(value.shape)
+        except ValueError as error:
+            sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+            raise ValueError(
+                f"{'/'.join(path)} of shape {value.shape} cannot be split over a mesh of {sizes} as {spec}; "
+                "choose mesh.fsdp and mesh.tensor that divide it and give the other devices to mesh.data"
+            ) from error
+        return parameter.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed))
 
     return graphdef, nnx.map_state(place, params)
 
