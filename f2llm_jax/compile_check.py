@@ -3,7 +3,7 @@
     python -m f2llm_jax.compile_check --config configs/stage2.py:size=14b --topology v5p:4x4x4
     python -m f2llm_jax.compile_check --config configs/stage2.py:size=0.6b --topology v5e:2x4 --slices 2 --teacher 1.7b --config.mesh.data=2
 
-The step is the real one: optimizer, teacher, matryoshka, packing, chunks. Needs libtpu (`pip install 'f2llm_jax[tpu]'`), no TPU.
+The step is the real one: optimizer, teacher, matryoshka, packing, chunks. Needs libtpu (`pip install -e '.[tpu]'`), no TPU.
 """
 
 import os

@@ -50,10 +50,6 @@ class WidthError(ValueError):
     """A width that the model does not have."""
 
 
-class MeshError(ValueError):
-    """A mesh that this host's devices do not make."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = _parser()
@@ -70,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"evaluate: error: {error}; install the extra: pip install -e '.[eval]'", file=sys.stderr)
         return 1
-    except (*ERRORS, MeshError, WidthError) as error:
+    except (*ERRORS, sharding.MeshError, WidthError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1
     _print(scores)
@@ -111,10 +107,7 @@ def _print_held_out(flags: argparse.Namespace) -> None:
 
 
 def _mesh(sizes: Sequence[int] | None) -> jax.sharding.Mesh | None:
-    try:
-        return sharding.make_mesh(*sizes, devices=jax.local_devices()) if sizes else None
-    except ValueError as error:
-        raise MeshError(f"--mesh: {error}") from error
+    return sharding.make_mesh(*sizes, devices=jax.local_devices()) if sizes else None
 
 
 def _widths(dims: Sequence[str], origin: ModelSource) -> list[int]:

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             pruned = prune(source, flags.target, dataset, flags.calibration_rows, method, seed=flags.seed, mesh=mesh, report=report)
         write_pruned(pruned, flags.out, form_of(flags), overwrite=flags.overwrite)
-    except (*ERRORS, DatasetError, PruningError) as error:
+    except (*ERRORS, DatasetError, PruningError, sharding.MeshError) as error:
         print(f"prune: error: {error}", file=sys.stderr)
         return 1
     before, after = count_parameters(source.config), count_parameters(pruned.model.config)

@@ -61,27 +61,37 @@ CHUNKS_RT = P(None, BATCH, None)  # a batch on its way in: chunks, rows of a chu
 SAMPLES_D = P(BATCH, None)
 
 
+class MeshError(ValueError):
+    """The devices do not make this mesh, or it does not divide a parameter; the message names the remedy."""
+
+
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """An explicit `(data, fsdp, tensor)` mesh over `devices` (all by default); one size may be -1 and is filled in.
 
     Where the devices are in several slices, `data` goes across them: the one sum of gradients a step is all that leaves a slice.
 
     Raises:
-      ValueError: more than one -1, the sizes do not multiply to the number of devices, or `data` to that of slices.
+      MeshError: more than one -1, the sizes do not multiply to the number of devices, or `data` to that of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1:
-        raise ValueError(f"mesh sizes (data, fsdp, tensor) = {tuple(sizes)}: at most one may be -1")
+        raise MeshError(f"mesh sizes (data, fsdp, tensor) = {tuple(sizes)}: at most one may be -1; set the others")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // math.prod(s for s in sizes if s != -1)
+        given = math.prod(s for s in sizes if s != -1)
+        if len(devices) % given:
+            raise MeshError(
+                f"mesh sizes (data, fsdp, tensor) = {tuple(sizes)} need a multiple of {given} devices, here are {len(devices)}; "
+                "lower fsdp or tensor"
+            )
+        sizes[sizes.index(-1)] = len(devices) // given
     if math.prod(sizes) != len(devices):
-        raise ValueError(
+        raise MeshError(
             f"mesh sizes (data, fsdp, tensor) = {(data, fsdp, tensor)} do not fill {len(devices)} devices; set one of them to -1"
         )
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if sizes[0] % slices:
-        raise ValueError(f"the devices are in {slices} slices, over which mesh size data={data} cannot be split; set it to {slices}")
+        raise MeshError(f"the devices are in {slices} slices, over which mesh size data={data} cannot be split; set it to {slices}")
     if slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)  # 4 x 16 ways of 8 x 8 chips, say
     else:

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from f2llm_jax import sharding
 from f2llm_jax.model import attention
+from f2llm_jax.model.decoder import REMAT_POLICIES
 
 R, T, H, K, E = 4, 256, 4, 2, 128
 LENGTHS = ((256,), (100, 31, 119), (1, 127, 1, 127), (130,))  # of the texts of a row; the rest is padding
@@ -76,15 +77,17 @@ def test_a_fused_kernel_is_xla_in_bfloat16(kernel):
 
 
 def test_cudnn_lowers_for_a_gpu_that_is_not_here(monkeypatch):
-    """To its two kernels, forward and backward, causal; that their library is installed is all that is left out."""
+    """To its two kernels, causal, each once although layers are recomputed; that their library is installed is all that is left out."""
     for check in ("check_cudnn_version", "check_compute_capability", "is_cuda_compute_capability_equal"):
         monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: 0)
     q, k = (jax.ShapeDtypeStruct((R, T, heads, E), jnp.bfloat16) for heads in (H, K))
 
-    def summed(q, k, v):
-        return attention.attention(q, k, v, jnp.asarray(segment_ids()), "cudnn").astype(jnp.float32).sum()
+    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES["dots"])
+    def attend(q, k, v):
+        return jnp.sin(attention.attention(jnp.sin(q), k, v, jnp.asarray(segment_ids()), "cudnn"))
 
-    text = jax.jit(jax.grad(summed, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    step = jax.jit(jax.grad(lambda *arrays: attend(*arrays).astype(jnp.float32).sum(), (0, 1, 2)))
+    text = step.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
     for name in ("fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"):
         (call,) = (line for line in text.splitlines() if f"@__cudnn${name}(" in line)
         assert "CAUSAL" in call

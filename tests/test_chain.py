@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import small_data
+from small_runs import environment
 
 from configs import ablation, common, family
 from f2llm_jax.chain import links, sweep
@@ -205,9 +206,8 @@ def test_the_table_is_means_and_deviations_over_seeds():
 
 def run_family(root, raw, *flags, **options):
     command = [sys.executable, "-m", "f2llm_jax.family", "--config", "configs/family.py:toy", "--root", str(root), "--run", *flags]
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_COMPILATION_CACHE_DIR": str(root / "compiled")}
     overrides = [f"--config.raw={raw / 'raw'}", f"--config.tokenizer={raw / 'tokenizer'}"]
-    return subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, text=True, **options)
+    return subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment(1, root / "compiled"), text=True, **options)
 
 
 @pytest.mark.slow

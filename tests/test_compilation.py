@@ -129,16 +129,19 @@ def test_devices_of_a_collective_in_every_way_that_xla_writes_them(written, grou
 @pytest.mark.parametrize(("kind", "received"), [("ALL_REDUCE", 2 * 3 / 4 * 64), ("ALL_GATHER", 3 / 4 * 64), ("REDUCE_SCATTER", 3 * 64)])
 def test_what_goes_between_slices_is_counted(kind, received):
     """As libtpu 0.0.42 writes it: a send and a receive by the hosts."""
-    attributes = f'_xla_megascale_target="{{1,2,3,4}}x{{0:7}}",_xla_megascale_transfer_type="{kind}"'
+    attributes = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2,3,4}x{0:7}",'
+    attributes += f'_xla_megascale_transfer_type="{kind}"'
     text = f"""ENTRY %main (x: f32[8]) -> f32[8] {{
   %send.1 = (f32[4,4]{{1,0}}, u32[], token[]) send(%x, %after-all.1), channel_id=2, frontend_attributes={{{attributes}}}
   %recv.1 = (f32[4,4]{{1,0}}, u32[], token[]) recv(%after-all.1), channel_id=1, frontend_attributes={{{attributes}}}
-  %recv-done.1 = (f32[4,4]{{1,0}}, token[]) recv-done(%recv.1), channel_id=1
+  %recv-done.1 = (f32[4,4]{{1,0}}, token[]) recv-done(%recv.1), channel_id=1, frontend_attributes={{{attributes}}}
 }}
 """
     (found,) = collectives(text, lambda scope: 1)
     assert (found.kind, found.shapes, found.group) == (kind.lower().replace("_", "-"), ("f32[4,4]",), (0, 8, 16, 24))
     assert found.received == received
+    with pytest.raises(ValueError, match="not understood"):
+        collectives(text.replace(kind, "SOMETHING_NEW"), lambda scope: 1)
 
 
 @pytest.mark.parametrize("chunks", [1, 4])

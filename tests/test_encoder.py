@@ -48,8 +48,8 @@ def packed(chunks):
     return lay_out(packing, SHAPE, lambda wanted: [ids[i] for i in wanted], chunks=CHUNKS)
 
 
-def encode_chunk(dtype=jnp.float32, remat="full"):
-    return chunk_encoder(abstract_decoder(tiny.CONFIG)[0], dtype, remat)
+def encode_chunk(dtype=jnp.float32, remat="full", layers=()):
+    return chunk_encoder(abstract_decoder(tiny.CONFIG)[0], dtype, remat, layers)
 
 
 def objective(weights):
@@ -124,13 +124,14 @@ def test_encoding_alone_gives_the_same_embeddings(params, in_chunks):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_gradients_come_back_where_the_parameters_are():
+@pytest.mark.parametrize("depths", [(), (1, 2, 3)])
+def test_gradients_come_back_where_the_parameters_are(depths):
     """On types alone: under a mesh every gradient has its parameter's sharding, so nothing is gathered to be kept."""
     mesh = sharding.make_mesh(2, 2, 2)
     _, abstract = abstract_decoder(tiny.CONFIG, mesh)
     texts = abstract_texts(mesh, rows=4, slots=16)
     with jax.set_mesh(mesh):
-        step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(), p, t, TEXTS)  # noqa: E731
+        step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(layers=depths), p, t, TEXTS)  # noqa: E731
         _, gradients = jax.eval_shape(step, abstract, texts)
     for gradient, parameter in zip(jax.tree.leaves(gradients), jax.tree.leaves(abstract), strict=True):
         assert gradient.sharding.spec == parameter.sharding.spec

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-KILLS, STEPS = 20, 70
+KILLS, STEPS = 20, 100
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
@@ -50,7 +50,7 @@ def ended(process, printed, reader, timeout=600):
 
 
 def newest(workdir):
-    return max((int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), default=-1)
+    return max((int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()), default=-1)
 
 
 def wait_for(process, condition, timeout=120):
@@ -61,19 +61,37 @@ def wait_for(process, condition, timeout=120):
         time.sleep(0.002)
 
 
-def test_twenty_kills_change_nothing(folder, begin):
-    code, text = ended(*begin(folder / "undisturbed"))
+def wait_for_start(process, printed):
+    """Until the banner, before which nothing is written."""
+    wait_for(process, lambda: any("parameters" in line for line in printed))
+
+
+@pytest.fixture
+def undisturbed(folder, begin):
+    """A run to its end; its workdir, the seconds from its banner to its first save, and those of a step."""
+    workdir = folder / "undisturbed"
+    process, printed, reader = begin(workdir)
+    wait_for_start(process, printed)
+    started = time.monotonic()
+    wait_for(process, lambda: newest(workdir) >= 0)
+    saved = time.monotonic()
+    code, text = ended(process, printed, reader)
     assert code == 0, text
+    return workdir, saved - started, (time.monotonic() - saved) / STEPS
+
+
+def test_twenty_kills_change_nothing(folder, begin, undisturbed):
+    whole, start_seconds, step_seconds = undisturbed
     workdir, dice, within = folder / "killed", random.Random(5), 0
     for number in range(KILLS):
         process, printed, reader = begin(workdir)
-        wait_for(process, lambda said=printed: any("parameters" in line for line in said))  # before that nothing is written
+        wait_for_start(process, printed)
         if number % 4 == 0:  # while it reads, compiles, validates, makes its first steps
-            time.sleep(dice.uniform(0, 6))
+            time.sleep(dice.uniform(0, start_seconds + 4 * step_seconds))
         else:
             before = newest(workdir)
             wait_for(process, lambda old=before: newest(workdir) > old)
-            time.sleep(dice.uniform(0, 1.5))
+            time.sleep(dice.uniform(0, 3 * step_seconds))
         if number % 4 in (1, 3):
             wait_for(process, lambda: list((workdir / "checkpoints").glob(UNFINISHED)))
             time.sleep(dice.uniform(0, 0.05))
@@ -86,5 +104,5 @@ def test_twenty_kills_change_nothing(folder, begin):
     code, text = ended(*begin(workdir))
     assert code == 0 and "resumes at step" in text, text
     assert not list((workdir / "checkpoints").glob(UNFINISHED))
-    assert (workdir / "metrics.jsonl").read_bytes() == (folder / "undisturbed" / "metrics.jsonl").read_bytes()
-    assert_same_weights(workdir, folder / "undisturbed")
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert_same_weights(workdir, whole)

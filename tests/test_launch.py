@@ -13,6 +13,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
+from configs import stage1
+
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 README = (LAUNCH / "README.md").read_text(encoding="utf-8")
@@ -140,6 +142,21 @@ def test_the_jobset_is_of_the_published_schema(tmp_path, spot):
         inner[path[-1]] = wrong
         with pytest.raises((ValueError, AssertionError)):
             assert JobsetV1alpha2JobSet.from_dict(broken).to_dict() == broken
+
+
+DEVICES = {"launch/tpu_vm.sh run": 64, "launch/gke/gke.sh apply": 256, "launch/gke/gke.sh xpk": 256}
+
+
+@pytest.mark.parametrize(("script", "devices"), DEVICES.items())
+def test_what_is_shown_fits_the_slices_that_are_shown(script, devices):
+    """A v5p-128 has 64 devices, two slices of tpu7x-128 have 256."""
+    (command,) = (example[0] for example in EXAMPLES if example[0].startswith(script + " "))
+    flags = dict(word.removeprefix("--config").split("=", 1) for word in shlex.split(command)[2:])
+    config = stage1.get_config(flags.pop("").partition(":")[2])
+    for name, value in flags.items():
+        config.update_from_flattened_dict({name[1:]: int(value) if value.isdigit() else value})
+    assert (config.mesh.data, config.mesh.tensor) == (-1, 1) and devices % config.mesh.fsdp == 0
+    assert config.batch.microbatch_rows % devices == 0
 
 
 def test_the_jobset_says_what_it_should(tmp_path):

@@ -10,6 +10,7 @@ import tiny
 from flax import nnx
 from test_encoder import TEXTS, B, N, packed
 
+from f2llm_jax import sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode, layer_matryoshka
@@ -59,6 +60,24 @@ def test_the_loss_is_the_mean_over_depths(params):
     alone = [step(*shallow(params, depth)) for depth in DEPTHS]
     np.testing.assert_allclose(got["loss"].value, np.mean([m["loss"].value for m in alone]), rtol=1e-6)
     np.testing.assert_allclose(got["hard"].value, alone[-1]["hard"].value, rtol=1e-6)
+
+
+def test_on_a_mesh_a_step_is_that_of_one_device():
+    ids = np.arange(B, dtype=np.int32), np.arange(B, B + B * N, dtype=np.int32).reshape(B, N)
+    batch = Batch(packed(2), np.ones(B, np.float32), np.ones((B, N), np.float32), np.float32(1), *ids)
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, total_steps=9)
+    step = make_train_step(encoder(tiny.CONFIG, DEPTHS), Objective(contrastive=ContrastiveConfig(dims=(8, 64))), optimizer)
+
+    def metrics(mesh):
+        weights = init_decoder(tiny.CONFIG, 0, mesh)
+        state = TrainState(jnp.int32(0), weights, make_optimizer(optimizer).init(weights))
+        return jax.jit(step)(state, None, sharding.batch_to_devices(batch, mesh))[1]
+
+    alone, mesh = metrics(None), sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        together = metrics(mesh)
+    for name in ("loss", "hard", "grad_norm"):
+        np.testing.assert_allclose(together[name].value, alone[name].value, rtol=1e-5)
 
 
 def test_published_depths():

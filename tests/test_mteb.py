@@ -328,7 +328,8 @@ def test_manifests_that_are_wrong(tmp_path, tasks, message):
         (["--tasks", "Bankin77Classification"], "did you mean 'Banking77Classification'"),
         (["--manifest", "absent.json"], "absent.json cannot be read"),
         (["--tasks", "STS12", "--dims", "65"], "has 64 dimensions"),
-        (["--tasks", "STS12", "--mesh", "3,1,1"], "--mesh: mesh sizes (data, fsdp, tensor) = (3, 1, 1) do not fill 8 devices"),
+        (["--tasks", "STS12", "--mesh", "1,1,8"], "choose fsdp and tensor that divide it"),
+        (["--tasks", "STS12", "--mesh", "3,1,1"], "mesh sizes (data, fsdp, tensor) = (3, 1, 1) do not fill 8 devices"),
         (
             ["--tasks", "STS12", "--instructions", "own.json"],
             "'Clasification' is no task, task type or 'query'; did you mean 'Classification'",

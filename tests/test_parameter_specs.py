@@ -1,4 +1,4 @@
-"""Where every parameter of every size lives: a file to read, so that a change shows as a diff.
+"""Meshes, and where every parameter of every size lives on one: a file to read, so that a change shows as a diff.
 
 `python tests/test_parameter_specs.py` writes it anew.
 """
@@ -6,6 +6,7 @@
 import pathlib
 
 import jax
+import pytest
 
 from f2llm_jax import sharding
 from f2llm_jax.model.decoder import abstract_decoder
@@ -16,8 +17,8 @@ FILE = pathlib.Path(__file__).parent / "fixtures" / "parameter_specs.txt"
 
 
 def lines():
-    """`size path shape spec`, one parameter a line; layers are stacked."""
-    mesh = sharding.make_mesh(2, 2, 2)
+    """`size path shape spec`, one parameter a line; layers are stacked. On a mesh that divides all sizes: names are all that counts."""
+    mesh = sharding.make_mesh(8, 1, 1)
     for size, config in SIZES.items():
         for path, leaf in sorted(flatten(abstract_decoder(config, mesh)[1]).items()):
             spec = ", ".join("-" if axes is None else "+".join([axes] if isinstance(axes, str) else axes) for axes in leaf.sharding.spec)
@@ -26,6 +27,19 @@ def lines():
 
 def test_specs_are_those_written_down():
     assert list(lines()) == FILE.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((-1, -1, 1), "at most one may be -1; set the others"),
+        ((-1, 3, 1), "need a multiple of 3 devices, here are 8; lower fsdp or tensor"),
+        ((3, 1, 1), "do not fill 8 devices; set one of them to -1"),
+    ],
+)
+def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, message):
+    with pytest.raises(sharding.MeshError, match=message):
+        sharding.make_mesh(*sizes)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
-_TRANSFER = re.compile(r" = (\(.*?) (recv)\(.*_xla_megascale_target=\"\{([\d,]+)\}x\{0:(\d+)\}\".*_xla_megascale_transfer_type=\"(\w+)\"")
+_TRANSFER = re.compile(r" = (\(.*?) recv\(.*xla_megascale_runtime")
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"')
+_TRANSFER_KIND = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _CALLS = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?%?([\w.\-]+(?:, ?%?[\w.\-]+)*)")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
@@ -68,7 +70,7 @@ def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
             if (match := _COLLECTIVE.search(line)) and not goes_on:
                 found.append(_collective(match, line, name, times, here))
             elif match := _TRANSFER.search(line):
-                found.append(_transfer(match, times, here))
+                found.append(_transfer(match, line, times, here))
             if loop := _LOOP.search(line):
                 limits = [int(n) for inner in computations[loop[1]] for n in _LIMIT.findall(inner)]
                 visit(loop[2], times * (limits[0] if limits else chunks(here)), here)
@@ -102,11 +104,14 @@ def _collective(match: re.Match, line: str, computation: str, times: int, scope:
     return _counted(kind, arrays, _group(line), times, scope, scattered=match[2] == "reduce-scatter")
 
 
-def _transfer(match: re.Match, times: int, scope: str) -> Collective:
+def _transfer(match: re.Match, line: str, times: int, scope: str) -> Collective:
     """Between the devices at the same place of several slices, which are written as `{1,2}x{0:7}` for two of eight."""
-    slice_devices = int(match[4]) + 1
-    group = tuple(range(0, len(match[3].split(",")) * slice_devices, slice_devices))
-    kind = match[5].lower().replace("_", "-")
+    slices, named = _SLICES.search(line), _TRANSFER_KIND.search(line)
+    kind = named[1].lower().replace("_", "-") if named else ""
+    if not slices or kind not in KINDS:
+        raise ValueError(f"a transfer between slices that is not understood: {line.strip()[:600]}")
+    slice_devices = int(slices[2]) + 1
+    group = tuple(range(0, len(slices[1].split(",")) * slice_devices, slice_devices))
     return _counted(kind, _ARRAY.findall(match[1])[:-1], group, times, scope, scattered=kind == "reduce-scatter")  # the last is a context
 
 

@@ -69,7 +69,7 @@ def slice_devices(name: str, slices: int = 1) -> list[jax.Device]:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
     except Exception as error:  # libtpu raises what it likes
         if "not installed" in str(error):
-            raise TopologyError("compiling for TPUs needs libtpu; install it: pip install 'f2llm_jax[tpu]'") from error
+            raise TopologyError("compiling for TPUs needs libtpu; install it: pip install -e '.[tpu]'") from error
         reason = str(error).splitlines()[0]
         raise TopologyError(f"there is no slice {name!r}; they are written v5e:2x4, v6e:4x4, v5p:4x4x4, tpu7x:2x2x1 ({reason})") from error
     if devices[0].device_kind not in CHIPS:

@@ -11,7 +11,6 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,7 +22,13 @@ SPLASH_LANES = 128  # the TPU's vector width, of which the kernel takes whole mu
 # Of queries and of keys. Coarser ones compute more above the diagonal; finer ones move more memory, because the fused backward
 # kernel writes a share of the queries' gradient for each block of keys.
 SPLASH_BLOCK = 256
-RESIDUAL = "attention"  # what the kernels name their result, for rematerialisation policies to keep it
+SPLASH_RESIDUAL = "attention"
+# A rematerialisation policy: keeps what the fused kernels have for their own backward pass. The TPU's has a name, cuDNN's is what a
+# primitive of JAX returns.
+FUSED_RESIDUALS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(SPLASH_RESIDUAL),
+    lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
+)
 
 
 def choose(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_dim: int) -> Kernel:
@@ -102,7 +107,7 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     )
     causal = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * H)
     kernel = splash_attention_kernel.make_splash_mha(
-        causal, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=RESIDUAL
+        causal, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=SPLASH_RESIDUAL
     )
     segments = splash_attention_kernel.SegmentIds(segment_ids, segment_ids)
     q, k, v = (x.swapaxes(1, 2) for x in (q * E**-0.5, k, v))
@@ -110,7 +115,9 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
 
 
 def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """One device's rows and heads. The mask says all; that it is causal lets the kernel pass over what lies above the diagonal."""
+    """One device's rows and heads. The mask says all; that it is causal lets the kernel pass over what lies above the diagonal.
+
+    JAX 0.10.2 hands the mask over as a bias, `[R, 1, T, T]` in the queries' dtype, and computes a gradient of it that nobody reads.
+    """
     mask = _visible(segment_ids)[:, None]
-    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
-    return checkpoint_name(mixed, RESIDUAL)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")

@@ -15,18 +15,16 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
-from f2llm_jax.model.attention import RESIDUAL, Kernel, attention
+from f2llm_jax.model.attention import FUSED_RESIDUALS, Kernel, attention
 from f2llm_jax.model.sizes import DecoderConfig
 
 INITIALIZER_RANGE = 0.02  # Qwen3 config.json, `initializer_range`
 
 # What the backward pass keeps of a layer. "full" keeps only the layer's input and recomputes the rest; "dots" keeps what weights
-# were multiplied to, and the result of a fused attention kernel.
+# were multiplied to, and what a fused attention kernel has for its own backward pass.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(RESIDUAL)
-    ),
+    "dots": jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, FUSED_RESIDUALS),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -213,7 +211,7 @@ def abstract_decoder(config: DecoderConfig, mesh: jax.sharding.Mesh | None = Non
     """`nnx.split` of a decoder that holds shapes and shardings but no memory; the target of every restore and import.
 
     Raises:
-      ValueError: the mesh does not divide a parameter.
+      MeshError: the mesh does not divide a parameter.
     """
     graphdef, params = nnx.split(jax.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
     if mesh is None:
@@ -227,9 +225,9 @@ def abstract_decoder(config: DecoderConfig, mesh: jax.sharding.Mesh | None = Non
             placed.shard_shape(value.shape)
         except ValueError as error:
             sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-            raise ValueError(
-                f"{'/'.join(path)} of shape {value.shape} cannot be split over a mesh of {sizes} as {spec}; "
-                "choose mesh.fsdp and mesh.tensor that divide it and give the other devices to mesh.data"
+            raise sharding.MeshError(
+                f"a decoder {config.hidden_size} wide: {'/'.join(path)} of shape {value.shape} cannot be split over a mesh of {sizes} "
+                f"as {spec}; choose fsdp and tensor that divide it and give the other devices to data"
             ) from error
         return parameter.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed))
 

@@ -58,7 +58,7 @@ def layer_matryoshka(layers: int) -> tuple[int, ...]:
 
 def encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, text_count: int) -> Float[Array, "S ..."]:
     """Embeddings of all texts, without keeping anything for a backward pass. A text that is nowhere packed gets zeros."""
-    return _together(_encode(encode_chunk, params, texts, texts.chunks, text_count))
+    return _together(_encode_apart(encode_chunk, params, texts, texts.chunks, text_count))
 
 
 def value_and_grad(
@@ -75,7 +75,7 @@ def value_and_grad(
     params = sharding.lazy(params)
     final = texts.chunks - 1
     with jax.named_scope("encode"):
-        placed = _encode(encode_chunk, params, texts, final, text_count)
+        placed = _encode_apart(encode_chunk, params, texts, final, text_count)
     with jax.named_scope("last_chunk"):
         pooled, backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, final)), params)
         embeddings = _together(_place(placed, pooled, texts.text[final]))
@@ -98,8 +98,10 @@ def _rows(texts: PackedTexts, chunk: Int[Array, ""]) -> tuple[Array, ...]:
     return texts.token_ids[chunk], texts.positions[chunk], texts.segment_ids[chunk], texts.last[chunk]
 
 
-def _encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, chunks: Int[Array, ""], text_count: int) -> Float[Array, "W S ..."]:
-    """Of the first `chunks` chunks, each embedding with those of the W batch ways that made it, zeros with the others."""
+def _encode_apart(
+    encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, chunks: Int[Array, ""], text_count: int
+) -> Float[Array, "A S ..."]:
+    """Of the first `chunks` chunks, each embedding with the one of A batch ways that made it, zeros with the others."""
     pooled = jax.eval_shape(encode_chunk, params, *_rows(texts, jnp.int32(0)))
     shape = (sharding.batch_ways(sharding.mesh_in_use()), text_count, *pooled.shape[2:])
     nothing = sharding.shard(jnp.zeros(shape, pooled.dtype), _by_way(len(shape)))
@@ -110,7 +112,7 @@ def _encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, chunks: 
     return jax.lax.fori_loop(0, chunks, step, nothing)
 
 
-def _place(placed: Float[Array, "W S ..."], pooled: Float[Array, "M X ..."], text: Int[Array, "M X"]) -> Float[Array, "W S ..."]:
+def _place(placed: Float[Array, "A S ..."], pooled: Float[Array, "M X ..."], text: Int[Array, "M X"]) -> Float[Array, "A S ..."]:
     """Writes a chunk's embeddings to their texts' rows, where they are: nothing moves."""
 
     def here(placed, pooled, text):
@@ -122,7 +124,7 @@ def _place(placed: Float[Array, "W S ..."], pooled: Float[Array, "M X ..."], tex
     return jax.shard_map(here, in_specs=(whole, rows, _by_way(2)), out_specs=whole)(placed, pooled, text)
 
 
-def _together(placed: Float[Array, "W S ..."]) -> Float[Array, "S ..."]:
+def _together(placed: Float[Array, "A S ..."]) -> Float[Array, "S ..."]:
     """All embeddings on every device (the batch's are small): one sum, in which each has one term that is not zero."""
     return jnp.sum(placed, axis=0)
 

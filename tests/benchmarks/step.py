@@ -17,19 +17,18 @@ import pathlib
 import sys
 import time
 
-MODEL = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 384, "vocab": 8192}
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+import step_batches
+
 ROW_TEXTS = 64
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"steps": 16, "threads": 2, **MODEL}.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
-    parser.add_argument("--lengths", default=str(pathlib.Path(__file__).with_name("step_lengths.json")))
+    parser = step_batches.parser(__doc__)
     parser.add_argument("--row-tokens", type=int, default=0, help="T; default the longest text")
     parser.add_argument("--microbatch-rows", type=int, default=4, help="M, rows encoded at once")
     parser.add_argument("--remat", default="none")
-    parser.add_argument("--size", default="", help="a published size, in place of the widths and depths")
     parser.add_argument("--dtype", default="float32", help="computed in; weights and optimizer are fp32")
     parser.add_argument("--attention", default="auto")
     return parser.parse_args()
@@ -37,7 +36,6 @@ def arguments() -> argparse.Namespace:
 
 flags = arguments()
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])  # before XLA counts its threads
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -48,31 +46,18 @@ from f2llm_jax.batch import Batch  # noqa: E402
 from f2llm_jax.data.packing import RowShape, lay_out  # noqa: E402
 from f2llm_jax.model.decoder import init_decoder  # noqa: E402
 from f2llm_jax.model.flops import Work, training_flops  # noqa: E402
-from f2llm_jax.model.sizes import SIZES, DecoderConfig  # noqa: E402
 from f2llm_jax.training import program  # noqa: E402
 
 
-def model_of_flags() -> DecoderConfig:
-    if flags.size:
-        return SIZES[flags.size]
-    return DecoderConfig(
-        vocab_size=flags.vocab,
-        hidden_size=flags.hidden,
-        intermediate_size=flags.ffn,
-        num_hidden_layers=flags.layers,
-        num_attention_heads=flags.heads,
-        num_key_value_heads=flags.kv_heads,
-        head_dim=flags.head_dim,
-    )
-
-
-def batch_of(lengths: dict, shape: RowShape, chunks: int, negatives: int, rng: np.random.Generator) -> tuple[Batch, Work, int]:
+def batch_of(
+    lengths: dict, shape: RowShape, chunks: int, negatives: int, vocabulary: int, rng: np.random.Generator
+) -> tuple[Batch, Work, int]:
     """Random tokens in texts of these lengths; the batch on the host, the work in it, and the slots that are computed on."""
     B, n = len(lengths["query"]), len(lengths["negatives"][0])
     sizes = np.zeros(B * (2 + negatives), np.int64)
     sizes[:B], sizes[B : 2 * B] = lengths["query"], lengths["passage"]
     sizes[2 * B :].reshape(B, negatives)[:, :n] = lengths["negatives"]
-    tokens = [rng.integers(5, flags.vocab, size, np.int32) for size in sizes]
+    tokens = [rng.integers(5, vocabulary, size, np.int32) for size in sizes]
     texts = lay_out(shape.pack(sizes), shape, lambda which: [tokens[i] for i in which], chunks=chunks)
     mask = np.zeros((B, negatives), np.float32)
     mask[:, :n] = 1
@@ -83,12 +68,11 @@ def batch_of(lengths: dict, shape: RowShape, chunks: int, negatives: int, rng: n
 
 
 def main() -> None:
-    found = json.loads(pathlib.Path(flags.lengths).read_text())
+    model, found = step_batches.model_of(flags), step_batches.batches_of(flags)
     longest = max(max(itertools.chain(b["query"], b["passage"], *b["negatives"])) for b in found)
     shape = RowShape(flags.microbatch_rows, flags.row_tokens or longest, ROW_TEXTS)
     negatives = max(len(b["negatives"][0]) for b in found)
     worst = -(-len(found[0]["query"]) * (2 + negatives) // shape.chunk_rows)
-    model = model_of_flags()
     config = stage2.get_config("runlocal")
     config.update({"remat": flags.remat, "dtype": flags.dtype, "attention": flags.attention})
     config.batch.row_tokens = shape.row_tokens
@@ -99,7 +83,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         steps = program.build(config, model, 1000, jax.default_backend())
         state = program.fresh_state(init_decoder(model, 0, mesh), steps.optimizer)
-        batches = [batch_of(b, shape, worst, negatives, rng) for b in found]
+        batches = [batch_of(b, shape, worst, negatives, model.vocab_size, rng) for b in found]
         for number in range(flags.steps + 1):  # the first step is warm-up
             host, work, computed = batches[number % len(batches)]
             begun = time.perf_counter()

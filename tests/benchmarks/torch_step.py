@@ -1,12 +1,13 @@
-"""The padded PyTorch recipe's training step on the batches of step.py, on a GPU where there is one: its peer.
+"""A padded PyTorch training step on the batches of step.py, on a GPU where there is one: its peer.
 
     python tests/benchmarks/torch_step.py [--lengths FILE] [--steps 16] [--hidden 128 ... | --size 0.6b] [--dtype bfloat16] [--checkpoint]
 
-As the published trainer does it: queries, passages and negatives padded to the longest of them all, a Qwen3 decoder of transformers in
-`--dtype`, both losses under matryoshka, AdamW with clipping. Prints one JSON line as step.py does. Needs torch and transformers.
+As the published trainer: queries, passages and negatives padded to the longest of them all, a Qwen3 decoder of transformers, both losses
+under matryoshka, AdamW with clipping. It ran on several GPUs with flash_attention_2 (`--attention`, where flash-attn is installed;
+sdpa otherwise, for which transformers repeats keys and values) and kept fp32 weights beside those in bfloat16; here weights and optimizer
+are in `--dtype`, which is faster. Prints one JSON line as step.py does. Every batch is run once before the clock runs.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -21,37 +22,10 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from f2llm_jax.model.sizes import SIZES
+import step_batches
 
-MODEL = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 384, "vocab": 8192}
 TEMPERATURE = 0.05
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"steps": 16, "threads": 2, **MODEL}.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
-    parser.add_argument("--lengths", default=str(pathlib.Path(__file__).with_name("step_lengths.json")))
-    parser.add_argument("--size", default="", help="a published size, in place of the widths and depths")
-    parser.add_argument("--dtype", default="float32", help="of weights, optimizer and computation")
-    parser.add_argument("--attention", default="sdpa", help="attn_implementation of transformers")
-    parser.add_argument("--checkpoint", action="store_true", help="compute activations again in the backward pass")
-    return parser.parse_args()
-
-
-def shape_of(flags: argparse.Namespace) -> dict[str, int]:
-    if flags.size:
-        found = dataclasses.asdict(SIZES[flags.size])
-        return {name: found[name] for name in found if name not in ("rope_theta", "rms_norm_eps", "table_rank")}
-    return {
-        "vocab_size": flags.vocab,
-        "hidden_size": flags.hidden,
-        "intermediate_size": flags.ffn,
-        "num_hidden_layers": flags.layers,
-        "num_attention_heads": flags.heads,
-        "num_key_value_heads": flags.kv_heads,
-        "head_dim": flags.head_dim,
-    }
+NOT_OF_QWEN3 = ("table_rank", "rope_theta")  # of random weights any theta serves
 
 
 def matryoshka(width: int, loss_at) -> torch.Tensor:
@@ -86,20 +60,24 @@ def encode(model: torch.nn.Module, lengths: list[int], vocabulary: int, device: 
 
 
 def main() -> None:
-    flags = arguments()
+    parser = step_batches.parser(__doc__)
+    parser.add_argument("--dtype", default="float32", help="of weights, optimizer and computation")
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation of transformers")
+    parser.add_argument("--checkpoint", action="store_true", help="compute activations again in the backward pass")
+    flags = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(flags.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = shape_of(flags)
+    shape = {name: value for name, value in dataclasses.asdict(step_batches.model_of(flags)).items() if name not in NOT_OF_QWEN3}
     config = transformers.Qwen3Config(**shape, tie_word_embeddings=True, use_cache=False, attn_implementation=flags.attention)
     model = transformers.Qwen3Model(config).to(device, getattr(torch, flags.dtype)).train()
     if flags.checkpoint:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.01)
-    batches = json.loads(pathlib.Path(flags.lengths).read_text())
+    batches = step_batches.batches_of(flags)
     useful = padded = 0
     seconds = 0.0
-    for number in range(flags.steps + 1):  # the first step is warm-up
+    for number in range(-len(batches), flags.steps):
         batch = batches[number % len(batches)]
         B = len(batch["query"])
         lengths = [*batch["query"], *batch["passage"], *itertools.chain(*batch["negatives"])]
@@ -112,7 +90,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        if number:
+        if number >= 0:
             seconds += time.perf_counter() - begun
             useful, padded = useful + sum(lengths), padded + len(lengths) * max(lengths)
     result = {"useful_tokens_per_s": useful / seconds, "token_efficiency": useful / padded}
