@@ -27,7 +27,7 @@ ROW_TEXTS = 64
 def arguments() -> argparse.Namespace:
     parser = step_batches.parser(__doc__)
     parser.add_argument("--row-tokens", type=int, default=0, help="T; default the longest text")
-    parser.add_argument("--microbatch-rows", type=int, default=4, help="M, rows encoded at once")
+    parser.add_argument("--microbatch-rows", type=int, default=2, help="M, rows encoded at once")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--dtype", default="float32", help="computed in; weights and optimizer are fp32")
     parser.add_argument("--attention", default="auto")
