@@ -257,3 +257,5 @@ def test_a_sweep_in_small_ends_in_a_table(tmp_path):
     assert done.returncode == 0, done.stderr + shlex.join(command)
     table = (tmp_path / "runs" / "starts.md").read_text()
     assert done.stdout.strip().endswith(table.strip()) and table.count("| pruned |") == 2 and (tmp_path / "runs" / "starts.png").exists()
+    said = done.stdout.strip().removesuffix(table.strip()).splitlines()  # by the commands it runs
+    assert [line.split()[0] for line in said] == ["cached", "pruned"]

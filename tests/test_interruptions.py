@@ -1,4 +1,4 @@
-"""What may come between a run and its end: infinite gradients, an object store as its workdir. Kills are in test_training.py."""
+"""What may come between a run and its end: infinite gradients, an object store as its workdir. Kills: test_training, test_kills."""
 
 import json
 import pathlib

@@ -214,15 +214,16 @@ NAMES = {"range_min": "--skip", "range_max": "--nearest", "num_negatives": "--ne
 NAMES |= {"max_score": "--max-score", "min_score": "--min-score", "absolute_margin": "--absolute-margin"}
 
 
+@pytest.mark.parametrize("repeats", [2, 201], ids=["two positives", "one positive"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.filterwarnings("ignore")
-def test_rows_are_those_of_sentence_transformers(model, tmp_path, small, name):
+def test_rows_are_those_of_sentence_transformers(model, tmp_path, small, name, repeats):
+    """Every query has as many positives: the peer sees a candidate more for each that a query has fewer than another."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import mine_hard_negatives
 
-    # Every query has two positives: the peer sees a candidate more for each positive that a query has fewer than another.
-    table, options = write_pairs(tmp_path / "pairs.parquet", repeats=2), OPTIONS[name]
+    table, options = write_pairs(tmp_path / "pairs.parquet", repeats=repeats), OPTIONS[name]
     peer = SentenceTransformer(str(model), device="cpu")
     peer.prompts = {}
     pairs = Dataset.from_dict({"query": table["query"], "passage": table["passage"]})
