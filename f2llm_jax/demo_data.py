@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from f2llm_jax.data import demo_corpus
+from f2llm_jax.preparation import demo_corpus
 
 
 def main() -> None:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from f2llm_jax.data import records, summary, writing
-from f2llm_jax.data.catalogue import CAP, CatalogueError, load_catalogue
-from f2llm_jax.data.raw_files import RawDataError
-from f2llm_jax.data.selection import Recipe
-from f2llm_jax.data.sources import find_sources
+from f2llm_jax.data import records
+from f2llm_jax.preparation import summary, writing
+from f2llm_jax.preparation.catalogue import CAP, CatalogueError, load_catalogue
+from f2llm_jax.preparation.raw_files import RawDataError
+from f2llm_jax.preparation.selection import Recipe
+from f2llm_jax.preparation.sources import find_sources
 from f2llm_jax.text import TokenizerError
 
 

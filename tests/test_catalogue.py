@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from f2llm_jax.data import catalogue
+from f2llm_jax.preparation import catalogue
 
 
 def test_the_shipped_catalogue_has_the_published_sizes():

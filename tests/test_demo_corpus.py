@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from f2llm_jax import text
-from f2llm_jax.data import demo_corpus
+from f2llm_jax.preparation import demo_corpus
 
 HELDOUT = ("bitext", "zero_shot", "code")
 

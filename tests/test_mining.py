@@ -11,11 +11,11 @@ import pytest
 import tiny
 
 from f2llm_jax import mine, sharding
-from f2llm_jax.data.sources import find_sources
 from f2llm_jax.mining import nearest as nearest_module
 from f2llm_jax.mining import search, selection, vectors
 from f2llm_jax.mining.nearest import nearest
 from f2llm_jax.mining.selection import Rules
+from f2llm_jax.preparation.sources import find_sources
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import query_prompt
 

@@ -1,1 +1,1 @@
-"""From raw parquet to tokenised records on disk. Knows texts and rows; knows no model."""
+"""What a training step reads: prepared records, the order they come in, packing, the pipeline."""

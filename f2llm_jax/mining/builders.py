@@ -21,10 +21,10 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from etils import epath
 
-from f2llm_jax.data.raw_files import source_name
 from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.inputs import Pairs, instructed
 from f2llm_jax.mining.selection import generator
+from f2llm_jax.preparation.raw_files import source_name
 
 ENTAILED, NEUTRAL, CONTRADICTED = range(3)
 NLI_LABELS = {

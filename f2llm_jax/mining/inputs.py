@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from etils import epath
 
-from f2llm_jax.data.raw_files import NULL, RawFile, open_file, read_blocks, source_name
-from f2llm_jax.data.sources import ALIASES
 from f2llm_jax.mining.errors import MiningError
+from f2llm_jax.preparation.raw_files import NULL, RawFile, open_file, read_blocks, source_name
+from f2llm_jax.preparation.sources import ALIASES
 from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, leading_prompt, query_prompt
 
 DOCUMENT_COLUMNS = (*ALIASES["passage"], "text")

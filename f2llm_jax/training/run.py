@@ -14,13 +14,13 @@ import ml_collections
 from etils import epath
 
 from f2llm_jax import sharding
-from f2llm_jax.data import embedded
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.model.stored import absolute
+from f2llm_jax.preparation import embedded
 from f2llm_jax.training import checkpoint, hosts, program, start
 from f2llm_jax.training.facts import write_facts
 from f2llm_jax.training.host_log import HostLog

@@ -15,10 +15,10 @@ import time
 import numpy as np
 
 from f2llm_jax.data import records
-from f2llm_jax.data.catalogue import CAP, load_catalogue
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.plan import Plan, PlanSource
+from f2llm_jax.preparation.catalogue import CAP, load_catalogue
 
 BATCH, ROW_TOKENS, ROW_TEXTS = 512, 512, 128
 # Rows encoded at once: what a batch does not fill of its last chunk is lost, so a small batch wants small chunks.

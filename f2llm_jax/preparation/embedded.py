@@ -2,9 +2,9 @@
 
 from etils import epath
 
-from f2llm_jax.data import demo_corpus, writing
-from f2llm_jax.data.selection import Recipe
-from f2llm_jax.data.sources import find_sources
+from f2llm_jax.preparation import demo_corpus, writing
+from f2llm_jax.preparation.selection import Recipe
+from f2llm_jax.preparation.sources import find_sources
 
 
 def prepare(folder: epath.Path, stage: int, max_length: int) -> epath.Path:

@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax.data import records
-from f2llm_jax.data.shards import shard_name
-from f2llm_jax.data.sources import Source
+from f2llm_jax.preparation.shards import shard_name
+from f2llm_jax.preparation.sources import Source
 
 STREAMED_ROWS = 65_536
 

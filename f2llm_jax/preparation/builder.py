@@ -14,11 +14,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from etils import epath
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from f2llm_jax.data import records, tables
-from f2llm_jax.data.raw_files import RawDataError
-from f2llm_jax.data.selection import Recipe, Rules
-from f2llm_jax.data.shards import WriteDocuments, WriteRows, shard_name
-from f2llm_jax.data.sources import Source
+from f2llm_jax.data import records
+from f2llm_jax.preparation import tables
+from f2llm_jax.preparation.raw_files import RawDataError
+from f2llm_jax.preparation.selection import Recipe, Rules
+from f2llm_jax.preparation.shards import WriteDocuments, WriteRows, shard_name
+from f2llm_jax.preparation.sources import Source
 
 # The in-process runner by name: plain DirectRunner first tries Prism, which it would have to download.
 IN_PROCESS = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from f2llm_jax.data.cleaning import Policy, clean
-from f2llm_jax.data.raw_files import RawDataError, read_blocks
-from f2llm_jax.data.sources import Part, Source
+from f2llm_jax.preparation.cleaning import Policy, clean
+from f2llm_jax.preparation.raw_files import RawDataError, read_blocks
+from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.text import leading_prompt, query_prompt, strip_instruction
 
 VALIDATION_SHARE = 0.01  # published split: 99/1 a source

@@ -22,8 +22,8 @@ from array_record.python import array_record_module
 from etils import epath
 
 from f2llm_jax.data import records
-from f2llm_jax.data.selection import Rows, Rules, choose_rows, document_key, read_rows
-from f2llm_jax.data.sources import Part, Source
+from f2llm_jax.preparation.selection import Rows, Rules, choose_rows, document_key, read_rows
+from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 BUCKET_TEXTS = 500_000  # of a source, repeats included, that one bucket takes

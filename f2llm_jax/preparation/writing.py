@@ -19,9 +19,10 @@ from multiprocessing import connection
 
 from etils import epath
 
-from f2llm_jax.data import records, summary
-from f2llm_jax.data.selection import Recipe
-from f2llm_jax.data.sources import Source
+from f2llm_jax.data import records
+from f2llm_jax.preparation import summary
+from f2llm_jax.preparation.selection import Recipe
+from f2llm_jax.preparation.sources import Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 
@@ -210,7 +211,7 @@ def _die_with_parent() -> None:
 def _build(job: _Job) -> records.SourceInfo:
     """Builds one source, records and tables."""
     with contextlib.nullcontext() if job.beam_flags else _quiet():
-        from f2llm_jax.data import builder  # takes seconds, and warns of Google libraries nobody asked for
+        from f2llm_jax.preparation import builder  # takes seconds, and warns of Google libraries nobody asked for
 
         return builder.build_source(job.folder, job.source, job.recipe, records.tokenizer_folder(job.folder), job.beam_flags)
 

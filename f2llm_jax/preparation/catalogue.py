@@ -23,7 +23,7 @@ KINDS = ("retrieval", "clustering", "classification")
 CAP = 80_000  # queries a unit in stage 2 (paper, section 3.2)
 # Query and document can change places (paper, section 3.2); so can they in every clustering source.
 SYMMETRIC_CATEGORIES = ("Bitext Mining", "STS", "Paraphrase Detection")
-SHIPPED = importlib.resources.files("f2llm_jax.data") / "catalogues"
+SHIPPED = importlib.resources.files("f2llm_jax.preparation") / "catalogues"
 
 
 class CatalogueError(ValueError):

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from f2llm_jax.data.catalogue import KINDS, Catalogue, FileRange
-from f2llm_jax.data.raw_files import SUFFIXES, RawDataError, RawFile, open_file, source_name
+from f2llm_jax.preparation.catalogue import KINDS, Catalogue, FileRange
+from f2llm_jax.preparation.raw_files import SUFFIXES, RawDataError, RawFile, open_file, source_name
 
 TASKS_FILE = "tasks.json"
 PART_ROWS = 100_000  # rows that one worker reads and writes at a time, where row groups allow it

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_jax.data.raw_files import ABSENT, Block, RawDataError
+from f2llm_jax.preparation.raw_files import ABSENT, Block, RawDataError
 from f2llm_jax.text import strip_instruction
 
 Policy = Literal["default", "set-aside", "strict"]

@@ -1,0 +1,1 @@
+"""From raw files to a prepared dataset: reading, cleaning, the catalogue, the TFDS builder, the tables beside its records."""
