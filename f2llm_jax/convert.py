@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.evaluation.agreement import AgreementError, compare
-from f2llm_jax.model.cut import Cut
-from f2llm_jax.model.origin import find_model
-from f2llm_jax.model.stored import steps_of
 from f2llm_jax.release import hf_folder, workdir
 from f2llm_jax.release.flags import ERRORS, add_form_flags, form_of
 from f2llm_jax.release.push import TOKEN_VARIABLE, files_to_push, push
+from f2llm_jax.weights.cut import Cut
+from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.stored import steps_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
-from f2llm_jax.model.hf_import import ModelFolderError
-from f2llm_jax.model.origin import find_model
-from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.text import TokenizerError, query_prompt
+from f2llm_jax.weights.hf_import import ModelFolderError
+from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.stored import CheckpointError
 
 
 class InputError(ValueError):

@@ -27,11 +27,11 @@ from f2llm_jax.evaluation.mteb_run import Score, TaskNameError, find_tasks, run_
 from f2llm_jax.evaluation.record import read_record
 from f2llm_jax.evaluation.vector_cache import CachedEncoder, VectorCacheError
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.model.digest import model_digest
-from f2llm_jax.model.hf_import import ModelFolderError
-from f2llm_jax.model.origin import ModelSource, find_model
-from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.text import TokenizerError
+from f2llm_jax.weights.digest import model_digest
+from f2llm_jax.weights.hf_import import ModelFolderError
+from f2llm_jax.weights.origin import ModelSource, find_model
+from f2llm_jax.weights.stored import CheckpointError
 
 ERRORS = (
     CheckpointError,

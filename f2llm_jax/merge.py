@@ -8,11 +8,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.model.origin import find_model
-from f2llm_jax.model.stored import steps_of
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.flags import ERRORS, add_form_flags, form_of
 from f2llm_jax.release.merge import METHODS, merge
+from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.stored import steps_of
 
 LAST = 5  # the published trainer keeps its last five "for ckpt merging"
 

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from f2llm_jax import sharding
 from f2llm_jax.data.records import DatasetError, load_dataset
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.model.origin import find_model
 from f2llm_jax.pruning.choice import CHANNELS_BY, LAYERS_BY, Method
 from f2llm_jax.pruning.prune import prune
 from f2llm_jax.pruning.target import PruningError
 from f2llm_jax.release.flags import ERRORS, add_form_flags, form_of
 from f2llm_jax.release.pruned import check_out, write_pruned
+from f2llm_jax.weights.origin import find_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

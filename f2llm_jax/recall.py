@@ -16,10 +16,10 @@ from f2llm_jax.evaluation import retrieval
 from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.retrieval import Pairs, PairsError, Recall
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.model.hf_import import ModelFolderError
-from f2llm_jax.model.origin import find_model
-from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.text import TokenizerError
+from f2llm_jax.weights.hf_import import ModelFolderError
+from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.stored import CheckpointError
 
 EXTREMES = 3  # languages shown from either end
 Results = dict[str, dict[str, dict[str, Recall]]]  # by model, file, width

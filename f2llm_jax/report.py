@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.evaluation.report import ReportError, write_report
-from f2llm_jax.model.stored import CheckpointError
+from f2llm_jax.weights.stored import CheckpointError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,13 +21,13 @@ from flax import nnx
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.data.packing import RowShape, lay_out
-from f2llm_jax.model import hf_import
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode
-from f2llm_jax.model.weights import TABLE
 from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import Teacher, TrainState, by_role, make_train_step
+from f2llm_jax.weights import hf_import
+from f2llm_jax.weights.weights import TABLE
 
 TOLERANCE = 1e-4
 

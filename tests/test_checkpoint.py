@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import common
-from f2llm_jax.model.stored import steps_of
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.checkpoint import CheckpointConfig
 from f2llm_jax.training.step import TrainState
+from f2llm_jax.weights.stored import steps_of
 
 STATE = TrainState(jnp.int32(0), {"norm": jnp.arange(3.0)}, {"count": jnp.int32(0)})
 

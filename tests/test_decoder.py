@@ -13,10 +13,10 @@ from flax import nnx
 
 from f2llm_jax import sharding
 from f2llm_jax.data.packing import RowShape, lay_out
-from f2llm_jax.model import hf_import
 from f2llm_jax.model.decoder import REMAT_POLICIES, abstract_decoder, count_parameters, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, last_token
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
+from f2llm_jax.weights import hf_import
 
 ROWS, TOKENS = 4, 24
 LENGTHS = (24, 1, 9, 13, 2, 17, 5)

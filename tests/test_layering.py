@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(f2llm_jax.__file__).parent
 GROUND, PARTS, WORK, RUN = range(4)
 BANDS = {
     **dict.fromkeys(("sharding", "batch", "text"), GROUND),
-    **dict.fromkeys(("data", "preparation", "model", "objectives"), PARTS),
+    **dict.fromkeys(("data", "preparation", "model", "weights", "objectives"), PARTS),
     **dict.fromkeys(("training", "evaluation", "release", "pruning", "mining", "chain", "compilation"), WORK),
 }  # any other module at the top is a command
 # What a room of the two lower bands may import besides itself.
@@ -22,7 +22,8 @@ ALLOWED = {
     "objectives": {"sharding"},
     "data": {"batch", "sharding", "text"},
     "preparation": {"data", "text"},
-    "model": {"batch", "sharding", "text"},
+    "model": {"batch", "sharding"},
+    "weights": {"model", "sharding", "text"},
 }
 
 

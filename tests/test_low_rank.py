@@ -16,15 +16,15 @@ from f2llm_jax import convert, sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model import low_rank
-from f2llm_jax.model.cut import Cut, CutError
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
-from f2llm_jax.model.origin import find_model
 from f2llm_jax.objectives import ContrastiveConfig, Objective
 from f2llm_jax.text import load_tokenizer
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import TableRanks, TrainState, make_train_step
+from f2llm_jax.weights.cut import Cut, CutError
+from f2llm_jax.weights.origin import find_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RANK = 16

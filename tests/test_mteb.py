@@ -25,9 +25,9 @@ from f2llm_jax.evaluation import encode, instructions
 from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
 from f2llm_jax.evaluation.vector_cache import CachedEncoder, VectorCacheError
-from f2llm_jax.model.digest import model_digest
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import INSTRUCTION_TEMPLATE
+from f2llm_jax.weights.digest import model_digest
 
 TOPICS = {"cat": ["purr", "claw", "whisker"], "dog": ["bark", "leash", "bone"], "mat": ["floor", "woven", "yoga"]}
 QUICK = ("Retrieval", "BitextMining", "STS", "PairClassification")  # the others fit classifiers and clusters

@@ -19,15 +19,15 @@ from f2llm_jax import prune as command
 from f2llm_jax import sharding
 from f2llm_jax.data import records
 from f2llm_jax.model.decoder import count_parameters, init_decoder
-from f2llm_jax.model.origin import ModelSource, find_model
 from f2llm_jax.model.sizes import SIZES
-from f2llm_jax.model.stored import flatten
 from f2llm_jax.pruning.calibration import draw_texts, measure
 from f2llm_jax.pruning.choice import Method, choose
 from f2llm_jax.pruning.cut import cut
 from f2llm_jax.pruning.target import PruningError, parse_target
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
+from f2llm_jax.weights.origin import ModelSource, find_model
+from f2llm_jax.weights.stored import flatten
 
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]

@@ -18,13 +18,13 @@ import transformers
 from f2llm_jax import convert, text
 from f2llm_jax.evaluation.agreement import compare
 from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
-from f2llm_jax.model.origin import find_model
-from f2llm_jax.model.stored import array_spec
-from f2llm_jax.model.weights import TABLE
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.folder import ReleaseError
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.step import TrainState
+from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.stored import array_spec
+from f2llm_jax.weights.weights import TABLE
 
 LIMIT = 96
 PROMPT = text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION)

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 from safetensors.torch import load_file, save_file
 
 from f2llm_jax import sharding
-from f2llm_jax.model.hf_import import ModelFolderError
-from f2llm_jax.model.origin import find_model
 from f2llm_jax.release import hf_folder, workdir
+from f2llm_jax.weights.hf_import import ModelFolderError
+from f2llm_jax.weights.origin import find_model
 
 EVERYTHING = 10**9
 

@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from f2llm_jax.model.decoder import init_decoder
-from f2llm_jax.model.origin import ModelOrigin
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.stored import flatten
 from f2llm_jax.text import load_tokenizer
+from f2llm_jax.weights.origin import ModelOrigin
+from f2llm_jax.weights.stored import flatten
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 CONFIG = DecoderConfig(

@@ -15,7 +15,7 @@ import numpy as np
 from f2llm_jax import text
 from f2llm_jax.evaluation.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.evaluation.golden import GOLDEN_FILE, TEXTS, read_golden
-from f2llm_jax.model.origin import ModelOrigin, find_model
+from f2llm_jax.weights.origin import ModelOrigin, find_model
 
 REQUIRED_FLOAT32 = 0.99999  # worst cosine of all texts
 REQUIRED_HALF = 0.999  # weights and, in the peers, arithmetic of bfloat16 or float16

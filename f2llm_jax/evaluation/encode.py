@@ -20,9 +20,9 @@ from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.model import attention
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder
-from f2llm_jax.model.origin import ModelOrigin
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer
+from f2llm_jax.weights.origin import ModelOrigin
 
 ROW_TOKENS = (128, 256, 512, 2048)  # and the longest text, if longer
 ROW_TEXTS = 32  # most texts in the shortest row

@@ -14,10 +14,10 @@ from etils import epath
 from f2llm_jax import text
 from f2llm_jax.evaluation.by_layer import encode_by_layer
 from f2llm_jax.evaluation.encode import truncate_and_normalize
-from f2llm_jax.model.parameters import Parameters
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.weights import Entry
 from f2llm_jax.text import Tokenizer
+from f2llm_jax.weights.parameters import Parameters
+from f2llm_jax.weights.weights import Entry
 
 GOLDEN_FILE = "golden.json"
 DECIMALS = 6  # cosines keep nine nines

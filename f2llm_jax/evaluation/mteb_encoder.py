@@ -16,8 +16,8 @@ from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.encode import truncate_and_normalize
 from f2llm_jax.evaluation.vector_cache import CachedEncoder
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.model.origin import ModelSource
 from f2llm_jax.text import INSTRUCTION_TEMPLATE
+from f2llm_jax.weights.origin import ModelSource
 
 MEGABYTE = 2**20
 

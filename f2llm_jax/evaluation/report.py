@@ -15,10 +15,10 @@ from f2llm_jax.evaluation.glance import Glance, principal_plane, take_glance
 from f2llm_jax.evaluation.page import Chart, RunLine, page
 from f2llm_jax.evaluation.record import RunRecord, read_record
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.model.hf_import import ModelFolderError
-from f2llm_jax.model.origin import find_model
-from f2llm_jax.model.stored import CheckpointError
 from f2llm_jax.text import TokenizerError
+from f2llm_jax.weights.hf_import import ModelFolderError
+from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.stored import CheckpointError
 
 PAGE = "report.html"
 NAMED = 12  # languages at either end that are named where there are too many to label

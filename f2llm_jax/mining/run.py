@@ -20,7 +20,7 @@ from f2llm_jax.mining.rows import mined
 from f2llm_jax.mining.search import Report, Searched, all_here, search
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.mining.vectors import VectorStore, made_by
-from f2llm_jax.model.origin import ModelOrigin
+from f2llm_jax.weights.origin import ModelOrigin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

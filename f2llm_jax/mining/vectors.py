@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 
 from f2llm_jax.evaluation.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.mining.errors import MiningError
-from f2llm_jax.model.digest import model_digest
-from f2llm_jax.model.origin import ModelOrigin
+from f2llm_jax.weights.digest import model_digest
+from f2llm_jax.weights.origin import ModelOrigin
 
 SHARD_TEXTS = 8192
 DTYPES = ("float32", "float16")

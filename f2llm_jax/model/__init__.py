@@ -1,1 +1,1 @@
-"""What is trained: the eight sizes, the Qwen3 decoder, the encoder around it, and the Hugging Face weight table."""
+"""What is trained: the eight sizes, the Qwen3 decoder and the encoder around it."""

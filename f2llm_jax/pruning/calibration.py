@@ -24,11 +24,11 @@ from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.evaluation.by_layer import ENTRIES, lookup
 from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
-from f2llm_jax.model.origin import ModelSource
-from f2llm_jax.model.parameters import Parameters
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.pruning.target import PruningError
 from f2llm_jax.text import truncate
+from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.parameters import Parameters
 
 LEAST_ROWS = 16  # fewer texts say more of themselves than of the model
 CHUNK_TOKENS = 8192  # that pass a layer at once; memory of one layer's activations

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from f2llm_jax.model.origin import ModelSource
-from f2llm_jax.model.parameters import Parameters, parameter_dims
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.weights import Entry
 from f2llm_jax.pruning.choice import Choice
+from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.parameters import Parameters, parameter_dims
+from f2llm_jax.weights.weights import Entry
 
 
 def cut(source: ModelSource, target: DecoderConfig, choice: Choice) -> ModelSource:

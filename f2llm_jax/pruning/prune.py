@@ -6,11 +6,11 @@ import jax
 
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.model.origin import ModelSource
 from f2llm_jax.pruning.calibration import Activations, Report, draw_texts, measure
 from f2llm_jax.pruning.choice import Choice, Method, choose
 from f2llm_jax.pruning.cut import cut
 from f2llm_jax.pruning.target import PruningError, parse_target
+from f2llm_jax.weights.origin import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,11 @@ import io
 import numpy as np
 from etils import epath
 
-from f2llm_jax.model.stored import absolute
 from f2llm_jax.pruning.picture import spectrum
 from f2llm_jax.pruning.prune import Pruned
 from f2llm_jax.release import hf_folder, workdir
 from f2llm_jax.release.folder import check_free, complete_or_absent, write_json
+from f2llm_jax.weights.stored import absolute
 
 FACTS_FILE = "pruning.json"
 MODEL_FOLDER = "model"

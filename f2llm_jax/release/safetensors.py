@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from f2llm_jax.model.parameters import Parameters, Shape, blocks, hf_tensors, parameter_shapes
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release.folder import ReleaseError, write_json
+from f2llm_jax.weights.parameters import Parameters, Shape, blocks, hf_tensors, parameter_shapes
 
 # What a release may be stored in: numpy's type and safetensors' name of it.
 DTYPES = {

@@ -15,13 +15,13 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.model.origin import ModelSource
-from f2llm_jax.model.parameters import Parameters, Shape, blocks, parameter_shapes
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.stored import absolute, array_spec
-from f2llm_jax.model.weights import Entry
 from f2llm_jax.release.folder import complete_or_absent
 from f2llm_jax.release.progress import Progress
+from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.parameters import Parameters, Shape, blocks, parameter_shapes
+from f2llm_jax.weights.stored import absolute, array_spec
+from f2llm_jax.weights.weights import Entry
 
 STEP = "checkpoints/0"
 COMMITTED = "commit_success.txt"  # what Orbax looks for on an object store

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.model.stored import CheckpointError, absolute, flatten, unflatten
 from f2llm_jax.training.step import TrainState
+from f2llm_jax.weights.stored import CheckpointError, absolute, flatten, unflatten
 
 # Arrays are stored in chunks of at most this size, cut along the first axis (layers, rows of the embedding table) where that is
 # possible: a chunk is the least that can be read, so a release of 8B takes 1.2 GiB of memory instead of a whole 7 GB parameter.

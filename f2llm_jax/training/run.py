@@ -19,7 +19,6 @@ from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
-from f2llm_jax.model.stored import absolute
 from f2llm_jax.preparation import embedded
 from f2llm_jax.training import checkpoint, hosts, program, start
 from f2llm_jax.training.facts import write_facts
@@ -28,6 +27,7 @@ from f2llm_jax.training.metrics import Recorder, StepWork
 from f2llm_jax.training.preemption import Preempted, StopRequest
 from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.validation import validate
+from f2llm_jax.weights.stored import absolute
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts.Place = hosts.ALONE, limit: int = 300) -> None:

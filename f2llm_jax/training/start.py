@@ -9,9 +9,9 @@ from flax import nnx
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.low_rank import factorised
-from f2llm_jax.model.origin import ModelOrigin, find_model
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
-from f2llm_jax.model.stored import find_checkpoint
+from f2llm_jax.weights.origin import ModelOrigin, find_model
+from f2llm_jax.weights.stored import find_checkpoint
 
 TOY_VOCAB_MULTIPLE = 64  # toy sizes take the tokenizer's vocabulary, rounded up so that it splits over devices
 

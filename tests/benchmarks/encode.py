@@ -28,10 +28,10 @@ import tiny
 
 from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model.decoder import init_decoder
-from f2llm_jax.model.origin import ModelOrigin, find_model
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer, strip_instruction
+from f2llm_jax.weights.origin import ModelOrigin, find_model
 
 THREADS = 2
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128)

@@ -25,11 +25,11 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tiny
 
-from f2llm_jax.model.origin import ModelSource
-from f2llm_jax.model.parameters import parameter_shapes
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
+from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.parameters import parameter_shapes
 
 SAMPLE_SECONDS = 0.05
 

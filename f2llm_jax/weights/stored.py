@@ -16,9 +16,9 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from f2llm_jax.model.decoder import abstract_decoder
-from f2llm_jax.model.parameters import parameter_shapes
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.weights import Entry
+from f2llm_jax.weights.parameters import parameter_shapes
+from f2llm_jax.weights.weights import Entry
 
 
 class CheckpointError(ValueError):

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from f2llm_jax.model import low_rank
-from f2llm_jax.model.parameters import OpenParameters, Parameters
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.model.weights import EMBEDDING, LEFT, RIGHT, Entry
+from f2llm_jax.weights.parameters import OpenParameters, Parameters
+from f2llm_jax.weights.weights import EMBEDDING, LEFT, RIGHT, Entry
 
 
 class CutError(ValueError):

@@ -7,11 +7,11 @@ import jax
 from etils import epath
 from flax import nnx
 
-from f2llm_jax.model import hf_import, stored
-from f2llm_jax.model.cut import Cut
-from f2llm_jax.model.parameters import OpenParameters
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer, TokenizerError, load_tokenizer
+from f2llm_jax.weights import hf_import, stored
+from f2llm_jax.weights.cut import Cut
+from f2llm_jax.weights.parameters import OpenParameters
 
 WHOLE = Cut()
 DEFAULT_TEXT_LIMIT = 8192  # where training left no word of it: mteb's `codefuse_models.py`, for every F2LLM model

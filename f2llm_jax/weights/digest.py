@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 
-from f2llm_jax.model.origin import ModelSource
-from f2llm_jax.model.parameters import blocks, parameter_shapes
+from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.parameters import blocks, parameter_shapes
 
 
 def model_digest(source: ModelSource) -> str:
