@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.records import load_dataset
-from f2llm_jax.evaluation.teacher import cache_teacher
+from f2llm_jax.inference.teacher import cache_teacher
 from f2llm_jax.weights.origin import find_model
 from f2llm_jax.weights.stored import absolute
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
+from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.text import TokenizerError, query_prompt
 from f2llm_jax.weights.hf_import import ModelFolderError
 from f2llm_jax.weights.origin import find_model

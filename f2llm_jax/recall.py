@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from f2llm_jax.evaluation import retrieval
-from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.retrieval import Pairs, PairsError, Recall
 from f2llm_jax.evaluation.widths import FULL, parse_dims
+from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.text import TokenizerError
 from f2llm_jax.weights.hf_import import ModelFolderError
 from f2llm_jax.weights.origin import find_model

@@ -11,9 +11,9 @@ import pytest
 import tiny
 
 from f2llm_jax import embed, recall, sharding
-from f2llm_jax.evaluation import encode as encoding
-from f2llm_jax.evaluation.encode import TextEncoder, load_encoder, truncate_and_normalize
 from f2llm_jax.evaluation.retrieval import PairsError, hits_at_1, read_pairs
+from f2llm_jax.inference import encode as encoding
+from f2llm_jax.inference.encode import TextEncoder, load_encoder, truncate_and_normalize
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import query_prompt
 

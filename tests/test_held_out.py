@@ -5,8 +5,8 @@ import pytest
 import small_data
 import tiny
 
-from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.held_out import accuracies
+from f2llm_jax.inference.encode import load_encoder
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 

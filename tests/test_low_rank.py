@@ -14,7 +14,7 @@ from test_layer_matryoshka import shallow
 
 from f2llm_jax import convert, sharding
 from f2llm_jax.batch import Batch
-from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
+from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model import low_rank
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad

@@ -21,10 +21,11 @@ from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
 from mteb.types import PromptType
 
 from f2llm_jax import evaluate
-from f2llm_jax.evaluation import encode, instructions
-from f2llm_jax.evaluation.encode import load_encoder
+from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
-from f2llm_jax.evaluation.vector_cache import CachedEncoder, VectorCacheError
+from f2llm_jax.inference import encode
+from f2llm_jax.inference.encode import load_encoder
+from f2llm_jax.inference.vector_cache import CachedEncoder, VectorCacheError
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import INSTRUCTION_TEMPLATE
 from f2llm_jax.weights.digest import model_digest

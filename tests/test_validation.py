@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from configs import stage2
 from f2llm_jax import evaluate, sharding
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
-from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.held_out import as_in_training
+from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.objectives import Embeddings, Samples, ranked_first
 from f2llm_jax.release import hf_folder
 from f2llm_jax.training import checkpoint

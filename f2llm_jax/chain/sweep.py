@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from f2llm_jax.chain.links import Link, run
 from f2llm_jax.data.records import Dataset, load_dataset
-from f2llm_jax.evaluation.encode import load_encoder
 from f2llm_jax.evaluation.held_out import accuracies
+from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.weights.origin import find_model
 

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float
 
 from f2llm_jax.data.records import CORPUS, Dataset
-from f2llm_jax.evaluation.encode import TextEncoder
 from f2llm_jax.evaluation.held_out import SPLIT, encode_stored
+from f2llm_jax.inference.encode import TextEncoder
 
 ROWS = 600  # of all sources together
 

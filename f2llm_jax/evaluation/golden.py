@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax import text
-from f2llm_jax.evaluation.by_layer import encode_by_layer
-from f2llm_jax.evaluation.encode import truncate_and_normalize
+from f2llm_jax.inference.by_layer import encode_by_layer
+from f2llm_jax.inference.encode import truncate_and_normalize
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer
 from f2llm_jax.weights.parameters import Parameters

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import CORPUS, Dataset
-from f2llm_jax.evaluation.encode import TextEncoder, truncate_and_normalize
+from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.text import truncate
 from f2llm_jax.training.validation import accuracies as accuracies_of_rows
 

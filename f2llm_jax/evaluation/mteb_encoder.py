@@ -13,8 +13,8 @@ from etils import epath
 from tqdm import tqdm
 
 from f2llm_jax.evaluation import instructions
-from f2llm_jax.evaluation.encode import truncate_and_normalize
-from f2llm_jax.evaluation.vector_cache import CachedEncoder
+from f2llm_jax.inference.encode import truncate_and_normalize
+from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.text import INSTRUCTION_TEMPLATE
 from f2llm_jax.weights.origin import ModelSource

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from f2llm_jax.evaluation.instructions import near
 from f2llm_jax.evaluation.mteb_encoder import Conditions, MtebEncoder, meta_code
-from f2llm_jax.evaluation.vector_cache import CachedEncoder
+from f2llm_jax.inference.vector_cache import CachedEncoder
 
 LOADER_TEXTS = 1024  # texts a batch of mteb's data loader; our encoder makes its own batches
 

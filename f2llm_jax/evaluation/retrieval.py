@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
-from f2llm_jax.evaluation.encode import Report, TextEncoder, truncate_and_normalize
+from f2llm_jax.inference.encode import Report, TextEncoder, truncate_and_normalize
 from f2llm_jax.text import query_prompt
 
 COLUMNS = ("query", "instruction", "document", "language")

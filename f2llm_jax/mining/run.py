@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from f2llm_jax import sharding
-from f2llm_jax.evaluation.encode import load_encoder
+from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.mining import writing
 from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.inputs import Pairs, check_names

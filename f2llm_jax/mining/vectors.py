@@ -18,7 +18,7 @@ import pyarrow as pa
 from etils import epath
 from jaxtyping import Float, Int
 
-from f2llm_jax.evaluation.encode import TextEncoder, truncate_and_normalize
+from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.weights.digest import model_digest
 from f2llm_jax.weights.origin import ModelOrigin

@@ -22,7 +22,7 @@ from f2llm_jax import sharding
 from f2llm_jax.batch import PackedTexts
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.data.records import Dataset
-from f2llm_jax.evaluation.by_layer import ENTRIES, lookup
+from f2llm_jax.inference.by_layer import ENTRIES, lookup
 from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.pruning.target import PruningError

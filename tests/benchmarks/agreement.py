@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from f2llm_jax import text
-from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
+from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.weights.origin import find_model
 
 TEXTS = 200

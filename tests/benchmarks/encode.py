@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import tiny
 
-from f2llm_jax.evaluation.encode import load_encoder, truncate_and_normalize
+from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release import hf_folder

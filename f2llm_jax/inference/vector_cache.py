@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from f2llm_jax.evaluation.encode import Report, TextEncoder
+from f2llm_jax.inference.encode import Report, TextEncoder
 
 KEY_BYTES = 16
 

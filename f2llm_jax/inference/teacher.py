@@ -10,7 +10,7 @@ from etils import epath
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.data.teacher_cache import CacheFacts, TeacherCacheError
-from f2llm_jax.evaluation.encode import TextEncoder
+from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.text import truncate
 from f2llm_jax.weights.origin import ModelOrigin
 
