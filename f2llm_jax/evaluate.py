@@ -23,10 +23,10 @@ from f2llm_jax.evaluation.instructions import InstructionsError
 from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
 from f2llm_jax.evaluation.mteb_encoder import Conditions, model_meta
 from f2llm_jax.evaluation.mteb_run import Score, TaskNameError, find_tasks, run_tasks
-from f2llm_jax.evaluation.record import read_record
 from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.inference.vector_cache import CachedEncoder, VectorCacheError
+from f2llm_jax.reporting.record import read_record
 from f2llm_jax.text import TokenizerError
 from f2llm_jax.weights.digest import model_digest
 from f2llm_jax.weights.hf_import import ModelFolderError

@@ -9,7 +9,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.evaluation.report import ReportError, write_report
+from f2llm_jax.reporting.report import ReportError, write_report
 from f2llm_jax.weights.stored import CheckpointError
 
 

@@ -12,7 +12,7 @@ GROUND, PARTS, WORK, RUN = range(4)
 BANDS = {
     **dict.fromkeys(("sharding", "batch", "text"), GROUND),
     **dict.fromkeys(("data", "preparation", "model", "weights", "objectives"), PARTS),
-    **dict.fromkeys(("training", "inference", "evaluation", "release", "pruning", "mining", "chain", "compilation"), WORK),
+    **dict.fromkeys(("training", "inference", "evaluation", "reporting", "release", "pruning", "mining", "chain", "compilation"), WORK),
 }  # any other module at the top is a command
 # What a room of the two lower bands may import besides itself.
 ALLOWED = {

@@ -12,11 +12,11 @@ import small_data
 import tiny
 
 from f2llm_jax import report
-from f2llm_jax.evaluation import charts
-from f2llm_jax.evaluation.glance import principal_plane, take_glance
-from f2llm_jax.evaluation.record import RunRecord
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.reporting import charts
+from f2llm_jax.reporting.glance import principal_plane, take_glance
+from f2llm_jax.reporting.record import RunRecord
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.step import TrainState
 

@@ -8,8 +8,8 @@ import huggingface_hub
 from etils import epath
 
 from f2llm_jax import __version__, text
-from f2llm_jax.evaluation.record import RunRecord, read_record
 from f2llm_jax.model.decoder import count_parameters
+from f2llm_jax.reporting.record import RunRecord, read_record
 from f2llm_jax.weights.origin import ModelSource
 
 CURVE_FILE = "training_curve.png"
@@ -107,7 +107,7 @@ def _pictures(record: RunRecord) -> dict[str, bytes]:
     """PNGs by file name, as far as there is something to draw."""
     if not record.metrics:
         return {}
-    from f2llm_jax.evaluation import charts  # matplotlib, only here: most releases of a folder have nothing to draw
+    from f2llm_jax.reporting import charts  # matplotlib, only here: most releases of a folder have nothing to draw
 
     drawn = {CURVE_FILE: charts.loss([record]), WIDTHS_FILE: charts.by_width([record])}
     return {name: charts.png(figure) for name, figure in drawn.items() if figure}

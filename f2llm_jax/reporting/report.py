@@ -9,12 +9,12 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from f2llm_jax.data.records import DatasetError, load_dataset
-from f2llm_jax.evaluation import charts
-from f2llm_jax.evaluation.glance import Glance, principal_plane, take_glance
-from f2llm_jax.evaluation.page import Chart, RunLine, page
-from f2llm_jax.evaluation.record import RunRecord, read_record
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.decoder import count_parameters
+from f2llm_jax.reporting import charts
+from f2llm_jax.reporting.glance import Glance, principal_plane, take_glance
+from f2llm_jax.reporting.page import Chart, RunLine, page
+from f2llm_jax.reporting.record import RunRecord, read_record
 from f2llm_jax.text import TokenizerError
 from f2llm_jax.weights.hf_import import ModelFolderError
 from f2llm_jax.weights.origin import find_model
