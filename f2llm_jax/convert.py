@@ -14,8 +14,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.evaluation.agreement import AgreementError, compare
 from f2llm_jax.release import hf_folder, workdir
+from f2llm_jax.release.agreement import AgreementError, compare
 from f2llm_jax.release.flags import ERRORS, add_form_flags, form_of
 from f2llm_jax.release.push import TOKEN_VARIABLE, files_to_push, push
 from f2llm_jax.weights.cut import Cut

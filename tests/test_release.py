@@ -16,9 +16,9 @@ import torch
 import transformers
 
 from f2llm_jax import convert, text
-from f2llm_jax.evaluation.agreement import compare
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.release import hf_folder
+from f2llm_jax.release.agreement import compare
 from f2llm_jax.release.folder import ReleaseError
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.step import TrainState

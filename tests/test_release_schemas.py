@@ -19,8 +19,8 @@ import tiny
 import yaml
 from safetensors import safe_open
 
-from f2llm_jax.evaluation.agreement import compare
 from f2llm_jax.release import hf_folder
+from f2llm_jax.release.agreement import compare
 from f2llm_jax.release.merge import merge
 
 

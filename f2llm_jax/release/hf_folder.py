@@ -10,11 +10,11 @@ from typing import Any
 
 from etils import epath
 
-from f2llm_jax.evaluation.golden import GOLDEN_FILE, golden_vectors
 from f2llm_jax.model.decoder import INITIALIZER_RANGE
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release import card, sentence_transformers
 from f2llm_jax.release.folder import ReleaseError, check_free, complete_or_absent, write_json
+from f2llm_jax.release.golden import GOLDEN_FILE, golden_vectors
 from f2llm_jax.release.progress import Progress
 from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_weights
 from f2llm_jax.text import Tokenizer

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from f2llm_jax import text
-from f2llm_jax.evaluation.golden import GOLDEN_FILE, TEXTS, read_golden
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
+from f2llm_jax.release.golden import GOLDEN_FILE, TEXTS, read_golden
 from f2llm_jax.weights.origin import ModelOrigin, find_model
 
 REQUIRED_FLOAT32 = 0.99999  # worst cosine of all texts
