@@ -8,6 +8,8 @@ import difflib
 
 import ml_collections
 
+from f2llm_jax.errors import UserError
+
 # Peak learning rate and epochs by size (paper, table 1; it does not tell the stages apart).
 LEARNING_RATE = {"80m": 4e-5, "160m": 3e-5, "330m": 2e-5, "0.6b": 1e-5, "1.7b": 9e-6, "4b": 7e-6, "8b": 6e-6, "14b": 5e-6}
 EPOCHS = {"80m": 4, "160m": 3, "330m": 3, "0.6b": 2, "1.7b": 2, "4b": 2, "8b": 2, "14b": 2}
@@ -35,7 +37,7 @@ def parse_arg(arg: str | None, **defaults: str | bool) -> ml_collections.ConfigD
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(defaults)}"
-            raise ValueError(f"unknown configuration argument {name!r}; {hint}")
+            raise UserError(f"unknown configuration argument {name!r}; {hint}")
         values[name] = value.lower() not in ("0", "false", "no") if isinstance(defaults[name], bool) else value
     return ml_collections.ConfigDict(values)
 
@@ -43,7 +45,7 @@ def parse_arg(arg: str | None, **defaults: str | bool) -> ml_collections.ConfigD
 def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     """Every field of a run, for one of the eight sizes or, with `runlocal`, for a toy on a laptop."""
     if size not in LEARNING_RATE:
-        raise ValueError(f"unknown size {size!r}; there are: {', '.join(LEARNING_RATE)}")
+        raise UserError(f"unknown size {size!r}; there are: {', '.join(LEARNING_RATE)}")
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.size = size  # a row of f2llm_jax/model/sizes.py

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from f2llm_jax.command import command
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.records import load_dataset
+from f2llm_jax.files import absolute
 from f2llm_jax.inference.teacher import cache_teacher
 from f2llm_jax.weights.origin import find_model
-from f2llm_jax.weights.stored import absolute
 
 
+@command("cache_teacher")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="cache_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,20 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-length", type=int, required=True, help="tokens at which texts are cut: the run's batch.max_length")
     parser.add_argument("--dtype", choices=teacher_cache.DTYPES, default="float16", help="on disk (default float16)")
     flags = parser.parse_args(arguments)
-    try:
-        dataset, out = load_dataset(flags.data), absolute(flags.out)
-        with tqdm(unit=" texts", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
+    dataset, out = load_dataset(flags.data), absolute(flags.out)
+    with tqdm(unit=" texts", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
 
-            def report(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-            options = {"dims": flags.dims, "max_length": flags.max_length, "dtype": flags.dtype}
-            facts = cache_teacher(find_model(flags.model), dataset, out, **options, report=report)
-        teacher_cache.finish(out, dataset)
-    except (ValueError, OSError) as error:
-        print(f"cache_teacher: error: {error}", file=sys.stderr)
-        return 1
+        options = {"dims": flags.dims, "max_length": flags.max_length, "dtype": flags.dtype}
+        facts = cache_teacher(find_model(flags.model), dataset, out, **options, report=report)
+    teacher_cache.finish(out, dataset)
     print(f"cached {facts.width} dims of {flags.model} for every text of {flags.data} in {out}")
     return 0
 

@@ -12,6 +12,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from f2llm_jax.command import command
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed JAX would look for a TPU here
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, e.g. configs/stage2.py:size=14b.", lock_config=True)
@@ -24,6 +26,7 @@ JSON = flags.DEFINE_string("json", None, "File to write the report to as JSON.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
+@command("compile_check")
 def main(argv: list[str]) -> int | None:
     """Compiles and prints; what does not fit, or an unknown slice, is one line on stderr and exit code 1."""
     if len(argv) > 1:
@@ -31,14 +34,10 @@ def main(argv: list[str]) -> int | None:
     from f2llm_jax.compilation import check, table
 
     request = check.Request(CONFIG.value, TOPOLOGY.value, SLICES.value, TEACHER.value, TOKENS_PER_TEXT.value)
-    try:
-        found = check.search(request, lambda line: print(line, file=sys.stderr, flush=True)) if SEARCH.value else check.check(request)
-        if JSON.value:
-            table.write_json(found, JSON.value)
-        print(table.describe(found))
-    except (ValueError, OSError) as error:
-        print(f"f2llm_jax.compile_check: error: {error}", file=sys.stderr)
-        return 1
+    found = check.search(request, lambda line: print(line, file=sys.stderr, flush=True)) if SEARCH.value else check.check(request)
+    if JSON.value:
+        table.write_json(found, JSON.value)
+    print(table.describe(found))
 
 
 if __name__ == "__main__":

@@ -14,23 +14,21 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from f2llm_jax.command import command
 from f2llm_jax.release import hf_folder, workdir
-from f2llm_jax.release.agreement import AgreementError, compare
-from f2llm_jax.release.flags import ERRORS, add_form_flags, form_of
+from f2llm_jax.release.agreement import compare
+from f2llm_jax.release.flags import add_form_flags, form_of
 from f2llm_jax.release.push import TOKEN_VARIABLE, files_to_push, push
 from f2llm_jax.weights.cut import Cut
 from f2llm_jax.weights.origin import find_model
 from f2llm_jax.weights.stored import steps_of
 
 
+@command("convert")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    try:
-        return flags.command(flags)
-    except (*ERRORS, AgreementError) as error:
-        print(f"convert: error: {error}", file=sys.stderr)
-        return 1
+    return flags.command(flags)
 
 
 def _to_hf(flags: argparse.Namespace) -> int:

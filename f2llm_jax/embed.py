@@ -12,25 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from f2llm_jax.command import command
+from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
-from f2llm_jax.text import TokenizerError, query_prompt
-from f2llm_jax.weights.hf_import import ModelFolderError
+from f2llm_jax.text import query_prompt
 from f2llm_jax.weights.origin import find_model
-from f2llm_jax.weights.stored import CheckpointError
 
 
-class InputError(ValueError):
-    """Texts or flags that cannot be embedded with; the message names the remedy."""
-
-
+@command("embed")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    try:
-        shape = _embed(flags)
-    except (CheckpointError, InputError, ModelFolderError, TokenizerError, OSError) as error:
-        print(f"embed: error: {error}", file=sys.stderr)
-        return 1
+    shape = _embed(flags)
     print(f"wrote {shape[0]:,} vectors of {shape[1]} dimensions to {flags.output}")
     return 0
 
@@ -40,7 +33,7 @@ def _embed(flags: argparse.Namespace) -> tuple[int, int]:
     origin = find_model(flags.model)
     dim = flags.dim or origin.config.hidden_size
     if dim > origin.config.hidden_size:
-        raise InputError(f"--dim {dim} exceeds the {origin.config.hidden_size} dimensions of {flags.model}")
+        raise UserError(f"--dim {dim} exceeds the {origin.config.hidden_size} dimensions of {flags.model}")
     encoder = load_encoder(origin, dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
     prompt = flags.prompt or query_prompt(flags.instruction)
     with tqdm(total=len(texts), unit=" texts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
@@ -59,9 +52,9 @@ def _read_lines(path: pathlib.Path) -> list[str]:
         with path.open(encoding="utf-8") as file:  # iteration, because str.splitlines also splits at U+2028 and the like
             lines = [line.removesuffix("\n") for line in file]
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error}); convert it with iconv") from error
+        raise UserError(f"{path} is not UTF-8 ({error}); convert it with iconv") from error
     if not lines:
-        raise InputError(f"{path} is empty; write one text a line")
+        raise UserError(f"{path} is empty; write one text a line")
     return lines
 
 

@@ -16,40 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax import sharding
-from f2llm_jax.data.records import DatasetError, load_dataset
+from f2llm_jax.command import command
+from f2llm_jax.data.records import load_dataset
+from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.held_out import as_in_training
-from f2llm_jax.evaluation.instructions import InstructionsError
-from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
+from f2llm_jax.evaluation.local_tasks import read_manifest
 from f2llm_jax.evaluation.mteb_encoder import Conditions, model_meta
-from f2llm_jax.evaluation.mteb_run import Score, TaskNameError, find_tasks, run_tasks
+from f2llm_jax.evaluation.mteb_run import Score, find_tasks, run_tasks
 from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.inference.encode import load_encoder
-from f2llm_jax.inference.vector_cache import CachedEncoder, VectorCacheError
+from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.reporting.record import read_record
-from f2llm_jax.text import TokenizerError
 from f2llm_jax.weights.digest import model_digest
-from f2llm_jax.weights.hf_import import ModelFolderError
 from f2llm_jax.weights.origin import ModelSource, find_model
 from f2llm_jax.weights.stored import CheckpointError
 
-ERRORS = (
-    CheckpointError,
-    DatasetError,
-    InstructionsError,
-    ManifestError,
-    ModelFolderError,
-    OSError,
-    TaskNameError,
-    TokenizerError,
-    VectorCacheError,
-)
 
-
-class WidthError(ValueError):
-    """A width that the model does not have."""
-
-
+@command("evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = _parser()
@@ -58,17 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("name what to evaluate: --benchmark, --tasks, --manifest or --held-out")
     if not (flags.held_out or flags.out):
         parser.error("--out is required: a folder for results and vectors")
-    try:
-        if flags.held_out:
-            _print_held_out(flags)
-            return 0
-        scores = _evaluate(flags)
-    except ImportError as error:
-        print(f"evaluate: error: {error}; install the extra: pip install -e '.[eval]'", file=sys.stderr)
-        return 1
-    except (*ERRORS, sharding.MeshError, WidthError) as error:
-        print(f"evaluate: error: {error}", file=sys.stderr)
-        return 1
+    if flags.held_out:
+        _print_held_out(flags)
+        return 0
+    scores = _evaluate(flags)
     _print(scores)
     print(f"results in mteb's layout: {flags.out}/results")
     return 0
@@ -114,7 +91,7 @@ def _widths(dims: Sequence[str], origin: ModelSource) -> list[int]:
     """Widest first, each once."""
     widths = {origin.config.hidden_size if dim == FULL else int(dim) for dim in dims}
     if max(widths) > origin.config.hidden_size:
-        raise WidthError(f"--dims {max(widths)}: {origin.name} has {origin.config.hidden_size} dimensions; lower it")
+        raise UserError(f"--dims {max(widths)}: {origin.name} has {origin.config.hidden_size} dimensions; lower it")
     return sorted(widths, reverse=True)
 
 

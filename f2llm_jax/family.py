@@ -5,10 +5,10 @@ missing, one command after the other; run again, it goes on where it stopped. Th
 argument `toy` makes it one for a laptop: `--config configs/family.py:toy`.
 """
 
-import sys
-
 from absl import app, flags
 from ml_collections import config_flags
+
+from f2llm_jax.command import command
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/family.py", "The chain.", lock_config=True)
 ROOT = flags.DEFINE_string("root", None, "Folder of every dataset, workdir and release of the chain.", required=True)
@@ -16,6 +16,7 @@ PLAN = flags.DEFINE_bool("plan", False, "Print the chain and do nothing; what ha
 RUN = flags.DEFINE_bool("run", False, "Run what is missing.")
 
 
+@command("family")
 def main(argv: list[str]) -> int | None:
     """Prints or runs the chain; an error is one line on stderr and exit code 1."""
     if len(argv) > 1 or (PLAN.value and RUN.value):
@@ -24,13 +25,9 @@ def main(argv: list[str]) -> int | None:
     from f2llm_jax.chain.family import family_links
 
     chain = family_links(CONFIG.value, ROOT.value)
-    try:
-        if RUN.value:
-            links.run(chain, ROOT.value)
-        print(links.describe(chain, ROOT.value))
-    except (links.ChainError, OSError) as error:
-        print(f"f2llm_jax.family: error: {error}", file=sys.stderr)
-        return 1
+    if RUN.value:
+        links.run(chain, ROOT.value)
+    print(links.describe(chain, ROOT.value))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Trains a model: `python -m f2llm_jax.main --config configs/stage2.py:size=0.6b --workdir DIR [--config.x=y ...]`."""
 
-import sys
-
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from f2llm_jax.command import command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, e.g. configs/stage1.py:size=0.6b.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go; local or gs://. The same command resumes.")
@@ -16,29 +16,17 @@ LIMIT = flags.DEFINE_integer("initialization_timeout", 300, "Seconds within whic
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+@command("main")
 def main(argv: list[str]) -> int | None:
-    """Runs the configured training; a configuration, data or weights error is one line on stderr and exit code 1.
-
-    Exit code 75 says that SIGTERM came, the state is saved, and the same command goes on.
-    """
+    """Runs the configured training."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
     from f2llm_jax.training import hosts
-    from f2llm_jax.training.preemption import EXIT_CODE, Preempted  # after flag parsing: --help needs no JAX
-    from f2llm_jax.training.run import run
+    from f2llm_jax.training.run import run  # after flag parsing: --help needs no JAX
 
     logging.set_verbosity(logging.WARNING)
-    try:
-        place = hosts.find_place(COORDINATOR.value, COUNT.value, INDEX.value, LIMIT.value)
-        run(CONFIG.value, WORKDIR.value, place, LIMIT.value)
-    except Preempted as notice:
-        print(f"f2llm_jax.main: {notice}", file=sys.stderr)
-        return EXIT_CODE
-    except ValueError as error:
-        if logging.level_debug():
-            raise
-        print(f"f2llm_jax.main: error: {error}", file=sys.stderr)
-        return 1
+    place = hosts.find_place(COORDINATOR.value, COUNT.value, INDEX.value, LIMIT.value)
+    run(CONFIG.value, WORKDIR.value, place, LIMIT.value)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from f2llm_jax.command import command
 from f2llm_jax.release import hf_folder
-from f2llm_jax.release.flags import ERRORS, add_form_flags, form_of
+from f2llm_jax.release.flags import add_form_flags, form_of
 from f2llm_jax.release.merge import METHODS, merge
 from f2llm_jax.weights.origin import find_model
 from f2llm_jax.weights.stored import steps_of
@@ -17,15 +18,12 @@ from f2llm_jax.weights.stored import steps_of
 LAST = 5  # the published trainer keeps its last five "for ckpt merging"
 
 
+@command("merge")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    try:
-        merged = merge([find_model(name) for name in _names(flags.models, flags.last)], flags.weights, flags.method)
-        hf_folder.export(merged, flags.out, form_of(flags), overwrite=flags.overwrite)
-    except ERRORS as error:
-        print(f"merge: error: {error}", file=sys.stderr)
-        return 1
+    merged = merge([find_model(name) for name in _names(flags.models, flags.last)], flags.weights, flags.method)
+    hf_folder.export(merged, flags.out, form_of(flags), overwrite=flags.overwrite)
     print(f"wrote the {merged.name} to {flags.out}")
     return 0
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 from tqdm import tqdm
 
+from f2llm_jax.command import command
 from f2llm_jax.mining import builders, inputs, run
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.mining.vectors import DTYPES
@@ -20,19 +21,16 @@ from f2llm_jax.mining.writing import write_built
 from f2llm_jax.weights.origin import find_model
 
 
+@command("mine")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = _parser()
     flags = parser.parse_args(arguments)
     if not flags.model and flags.build not in set(builders.INSTRUCTIONS) - set(builders.MINED):
         parser.error("--model is required, except with --build classification or clustering")
-    try:
-        if flags.distributed:
-            jax.distributed.initialize()
-        summary = _mine(flags)
-    except (ValueError, OSError) as error:
-        print(f"mine: error: {error}", file=sys.stderr)
-        return 1
+    if flags.distributed:
+        jax.distributed.initialize()
+    summary = _mine(flags)
     for name, count in summary["total"].items():
         print(f"{name}: {count:,}")
     print(f"mined {flags.out}")

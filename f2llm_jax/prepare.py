@@ -11,37 +11,35 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from f2llm_jax.data import records
+from f2llm_jax.command import command
 from f2llm_jax.preparation import summary, writing
-from f2llm_jax.preparation.catalogue import CAP, CatalogueError, load_catalogue
-from f2llm_jax.preparation.raw_files import RawDataError
+from f2llm_jax.preparation.catalogue import CAP, load_catalogue
 from f2llm_jax.preparation.selection import Recipe
 from f2llm_jax.preparation.sources import find_sources
-from f2llm_jax.text import TokenizerError
 
 
+@command("prepare")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    bar = tqdm(unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty())
-    try:
-        sources = find_sources(
-            flags.raw,
-            stage=flags.stage,
-            tasks=flags.tasks,
-            catalogue=load_catalogue(flags.catalogue) if flags.catalogue else None,
-            columns=dict(flags.columns),
-            instructions=dict(flags.instruction),
-            strict=flags.policy == "strict",
-        )
-        recipe = Recipe(
-            stage=flags.stage,
-            max_length=flags.max_length,
-            seed=flags.seed,
-            cap=(CAP if flags.stage == 2 else 0) if flags.cap is None else flags.cap,
-            instruct_documents=flags.instruct_documents,
-            policy=flags.policy,
-        )
+    sources = find_sources(
+        flags.raw,
+        stage=flags.stage,
+        tasks=flags.tasks,
+        catalogue=load_catalogue(flags.catalogue) if flags.catalogue else None,
+        columns=dict(flags.columns),
+        instructions=dict(flags.instruction),
+        strict=flags.policy == "strict",
+    )
+    recipe = Recipe(
+        stage=flags.stage,
+        max_length=flags.max_length,
+        seed=flags.seed,
+        cap=(CAP if flags.stage == 2 else 0) if flags.cap is None else flags.cap,
+        instruct_documents=flags.instruct_documents,
+        policy=flags.policy,
+    )
+    with tqdm(unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         dataset = writing.prepare(
             sources,
             flags.tokenizer,
@@ -52,11 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             beam_flags=shlex.split(flags.beam),
             report=lambda progress: _show(progress, bar),
         )
-    except (RawDataError, CatalogueError, TokenizerError, records.DatasetError) as error:
-        bar.close()
-        print(f"prepare: error: {error}", file=sys.stderr)
-        return 1
-    bar.close()
     print(summary.table(dataset.folder))
     print(f"prepared {flags.out}")
     return 0

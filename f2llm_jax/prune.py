@@ -11,35 +11,32 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from f2llm_jax import sharding
-from f2llm_jax.data.records import DatasetError, load_dataset
+from f2llm_jax.command import command
+from f2llm_jax.data.records import load_dataset
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.pruning.choice import CHANNELS_BY, LAYERS_BY, Method
 from f2llm_jax.pruning.prune import prune
-from f2llm_jax.pruning.target import PruningError
-from f2llm_jax.release.flags import ERRORS, add_form_flags, form_of
+from f2llm_jax.release.flags import add_form_flags, form_of
 from f2llm_jax.release.pruned import check_out, write_pruned
 from f2llm_jax.weights.origin import find_model
 
 
+@command("prune")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    try:
-        check_out(flags.out, flags.overwrite)
-        source, dataset = find_model(flags.model), load_dataset(flags.data)
-        method = Method(hidden_by=flags.hidden_by, ffn_by=flags.ffn_by, layers_by=flags.layers_by)
-        mesh = sharding.make_mesh()
-        with tqdm(desc="calibrating", unit=" layers", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
+    check_out(flags.out, flags.overwrite)
+    source, dataset = find_model(flags.model), load_dataset(flags.data)
+    method = Method(hidden_by=flags.hidden_by, ffn_by=flags.ffn_by, layers_by=flags.layers_by)
+    mesh = sharding.make_mesh()
+    with tqdm(desc="calibrating", unit=" layers", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
 
-            def report(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-            pruned = prune(source, flags.target, dataset, flags.calibration_rows, method, seed=flags.seed, mesh=mesh, report=report)
-        write_pruned(pruned, flags.out, form_of(flags), overwrite=flags.overwrite)
-    except (*ERRORS, DatasetError, PruningError, sharding.MeshError) as error:
-        print(f"prune: error: {error}", file=sys.stderr)
-        return 1
+        pruned = prune(source, flags.target, dataset, flags.calibration_rows, method, seed=flags.seed, mesh=mesh, report=report)
+    write_pruned(pruned, flags.out, form_of(flags), overwrite=flags.overwrite)
     before, after = count_parameters(source.config), count_parameters(pruned.model.config)
     print(f"pruned {before:,} to {after:,} parameters on {pruned.activations.tokens:,} tokens; wrote {flags.out}")
     return 0

@@ -12,30 +12,25 @@ from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
+from f2llm_jax.command import command
 from f2llm_jax.evaluation import retrieval
-from f2llm_jax.evaluation.retrieval import Pairs, PairsError, Recall
+from f2llm_jax.evaluation.retrieval import Pairs, Recall
 from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.inference.encode import load_encoder
-from f2llm_jax.text import TokenizerError
-from f2llm_jax.weights.hf_import import ModelFolderError
 from f2llm_jax.weights.origin import find_model
-from f2llm_jax.weights.stored import CheckpointError
 
 EXTREMES = 3  # languages shown from either end
 Results = dict[str, dict[str, dict[str, Recall]]]  # by model, file, width
 
 
+@command("recall")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    try:
-        files = [retrieval.read_pairs(path) for path in flags.pairs]
-        results = {name: _evaluate(name, files, flags.dims) for name in flags.model}
-        if flags.json:
-            flags.json.write_text(json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n")
-    except (CheckpointError, ModelFolderError, PairsError, TokenizerError, OSError) as error:
-        print(f"recall: error: {error}", file=sys.stderr)
-        return 1
+    files = [retrieval.read_pairs(path) for path in flags.pairs]
+    results = {name: _evaluate(name, files, flags.dims) for name in flags.model}
+    if flags.json:
+        flags.json.write_text(json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n")
     _print(files, results, flags.dims)
     return 0
 

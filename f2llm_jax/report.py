@@ -9,21 +9,18 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.reporting.report import ReportError, write_report
-from f2llm_jax.weights.stored import CheckpointError
+from f2llm_jax.command import command
+from f2llm_jax.reporting.report import write_report
 
 
+@command("report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run of f2llm_jax.main")
     parser.add_argument("--out", type=pathlib.Path, help="folder to write (default: WORKDIR/report of the first)")
     flags = parser.parse_args(arguments)
-    try:
-        page = write_report(flags.workdirs, flags.out or pathlib.Path(flags.workdirs[0]) / "report")
-    except (ReportError, CheckpointError, OSError) as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 1
+    page = write_report(flags.workdirs, flags.out or pathlib.Path(flags.workdirs[0]) / "report")
     print(f"wrote {page}")
     return 0
 

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from f2llm_jax.batch import Batch, PackedTexts
+from f2llm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes over which rows and samples are split
@@ -61,7 +62,7 @@ CHUNKS_RT = P(None, BATCH, None)  # a batch on its way in: chunks, rows of a chu
 SAMPLES_D = P(BATCH, None)
 
 
-class MeshError(ValueError):
+class MeshError(UserError):
     """The devices do not make this mesh, or it does not divide a parameter; the message names the remedy."""
 
 

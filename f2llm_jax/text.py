@@ -20,13 +20,15 @@ import tokenizers
 from etils import epath
 from tokenizers import processors
 
+from f2llm_jax.errors import UserError
+
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery: "
 _INSTRUCTION = re.compile(r"\AInstruct: .*?\nQuery: ?", re.DOTALL)
 
 DEFAULT_QUERY_INSTRUCTION = "Given a question, retrieve passages that can help answer the question."
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer folder that cannot be trained with or released; the message names the remedy."""
 
 
@@ -72,7 +74,7 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
         """Token ids of each text, int32 `[length]` with `1 <= length <= max_length`, EOS last whatever the length."""
         if max_length < 1:
-            raise ValueError(f"max_length must be at least 1 (the EOS alone), not {max_length}")
+            raise UserError(f"max_length must be at least 1 (the EOS alone), not {max_length}")
         encoded = self.backend.encode_batch_fast(list(texts))
         return [truncate(np.array(e.ids, np.int32), max_length, self.eos_id) for e in encoded]
 

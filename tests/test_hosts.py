@@ -15,10 +15,10 @@ from small_runs import ROOT, SIGNALLER, TRAIN, environment, losses, train_comman
 
 import f2llm_jax
 from configs import stage2
+from f2llm_jax.errors import Preempted
 from f2llm_jax.training import hosts
 from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import DivergedError
-from f2llm_jax.training.preemption import Preempted
 from f2llm_jax.training.roll_call import Roll, RollCallError, roll_call
 from f2llm_jax.weights.stored import find_checkpoint
 

@@ -10,9 +10,9 @@ import tiny
 from safetensors.numpy import load_file
 
 from f2llm_jax import merge as command
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.release import hf_folder, workdir
-from f2llm_jax.release.folder import ReleaseError
 from f2llm_jax.release.merge import merge
 
 FORM = hf_folder.Form(golden=False)
@@ -92,18 +92,18 @@ def test_half_precision_inputs_merge_in_float32(origins, tmp_path):
 
 def test_what_does_not_belong_together_is_refused(origins, tmp_path, capsys):
     wide = origin(0, tmp_path / "t", dataclasses.replace(tiny.CONFIG, intermediate_size=128))
-    with pytest.raises(ReleaseError, match="not of the architecture"):
+    with pytest.raises(UserError, match="not of the architecture"):
         merge([origins[0], wide])
-    with pytest.raises(ReleaseError, match="exactly two"):
+    with pytest.raises(UserError, match="exactly two"):
         merge(origins, method="slerp")
-    with pytest.raises(ReleaseError, match="2 weights for 3 models"):
+    with pytest.raises(UserError, match="2 weights for 3 models"):
         merge(origins, (1, 2))
-    with pytest.raises(ReleaseError, match="must be positive"):
+    with pytest.raises(UserError, match="must be positive"):
         merge(origins[:2], (1, -1))
     tokenizer = json.loads(origins[1].tokenizer.backend.to_str())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
     other = dataclasses.replace(origins[1].tokenizer, backend=type(origins[1].tokenizer.backend).from_str(json.dumps(tokenizer)))
-    with pytest.raises(ReleaseError, match="different tokenizers"):
+    with pytest.raises(UserError, match="different tokenizers"):
         merge([origins[0], dataclasses.replace(origins[1], tokenizer=other)])
     workdir.write_workdir(origins[0], tmp_path / "run", overwrite=False)
     assert command.main(["--out", str(tmp_path / "out"), str(tmp_path / "run")]) == 1

@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from f2llm_jax import convert, text
+from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.agreement import compare
-from f2llm_jax.release.folder import ReleaseError
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.step import TrainState
 from f2llm_jax.weights.origin import find_model
@@ -218,7 +218,7 @@ def test_a_failed_export_leaves_the_older_release(origin, tmp_path, tmp_path_fac
     out = export(origin, tmp_path / "out")
     before = (out / "model.safetensors").read_bytes()
     huge = tiny.origin(tmp_path_factory.mktemp("t"), load=lambda mesh: jax.tree.map(lambda x: x * 1e6, origin.load(mesh)))
-    with pytest.raises(ReleaseError, match=r"embed_tokens\.weight holds values that are not finite in float16"):
+    with pytest.raises(UserError, match=r"embed_tokens\.weight holds values that are not finite in float16"):
         export(huge, out, "float16", overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -255,7 +255,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(folder, tmp_path, capsy
 
 
 def test_a_width_that_was_not_trained_is_refused(origin, tmp_path):
-    with pytest.raises(ReleaseError, match="not trained for 24 dimensions, only for 16, 32, 64"):
+    with pytest.raises(UserError, match="not trained for 24 dimensions, only for 16, 32, 64"):
         hf_folder.export(origin, tmp_path / "out", hf_folder.Form(truncate_dim=24))
 
 

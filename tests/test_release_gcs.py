@@ -14,8 +14,8 @@ import tiny
 from etils import epath
 
 from f2llm_jax import convert, prune
+from f2llm_jax.files import INCOMPLETE
 from f2llm_jax.release import hf_folder
-from f2llm_jax.release.folder import INCOMPLETE
 
 SHARDS = ("--max-shard-size", "100KB", "--no-golden")
 

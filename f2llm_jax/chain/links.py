@@ -17,13 +17,16 @@ from typing import Literal
 
 from etils import epath
 
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import is_remote
+
 DONE_FILE = "chain.json"
 LOCK_FILE = "chain.lock"
 
 Status = Literal["done", "begun", "missing", "changed"]
 
 
-class ChainError(ValueError):
+class ChainError(UserError):
     """A chain that cannot be run; the message names the remedy."""
 
 
@@ -83,7 +86,7 @@ def run(links: Sequence[Link], root: epath.PathLike) -> None:
       ChainError: a command fails, what a link stands for was made by another command, or `root` is not on this machine.
     """
     root = epath.Path(root)
-    if "://" in str(root):
+    if is_remote(root):
         raise ChainError(f"a chain runs in a local folder, not in {root}; there, type the commands of the plan yourself")
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root) as lock:

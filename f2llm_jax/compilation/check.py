@@ -20,6 +20,7 @@ from f2llm_jax.compilation.collectives import Collective, collectives
 from f2llm_jax.compilation.cost import Cost, trace
 from f2llm_jax.compilation.topology import CHIPS, GIB, Chip, slice_devices
 from f2llm_jax.data.plan import NEGATIVES
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
@@ -30,7 +31,7 @@ TOTAL_STEPS = 1000  # of the learning rate's schedule, which is a constant of th
 _TOO_LARGE = re.compile(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm")
 
 
-class DoesNotFitError(ValueError):
+class DoesNotFitError(UserError):
     """The program needs more memory than a device has."""
 
 
@@ -210,7 +211,7 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -
     ways = sharding.batch_ways(mesh)
     M, T, X = config.microbatch_rows, config.row_tokens, config.row_texts
     if M % ways:
-        raise ValueError(f"batch.microbatch_rows={M} must be a multiple of the {ways} ways that rows are split over")
+        raise UserError(f"batch.microbatch_rows={M} must be a multiple of the {ways} ways that rows are split over")
     B, N = -(-config.size // ways) * ways, max({**NEGATIVES, **config.negatives}.values())
     C = -(-B * (2 + N) // M)
 

@@ -6,6 +6,7 @@ import os
 import jax
 from jax.experimental import topologies
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.flops import PEAK_FLOPS
 
 GIB = 2**30
@@ -18,7 +19,7 @@ ENVIRONMENT = {
 }
 
 
-class TopologyError(ValueError):
+class TopologyError(UserError):
     """There is no such slice, or no compiler for it; the message names the remedy."""
 
 

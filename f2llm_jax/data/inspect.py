@@ -13,6 +13,7 @@ from etils import epath
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
+from f2llm_jax.command import command
 from f2llm_jax.data import records
 from f2llm_jax.data.packing import Packing
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, PlannedStep
@@ -22,23 +23,20 @@ COLOURS = {"query": "tab:blue", "positive": "tab:green", "negative": "tab:orange
 SHOWN_TEXT = 160  # characters
 
 
+@command("inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    try:
-        dataset = records.load_dataset(flags.folder)
-        names = [flags.source] if flags.source else list(dataset.sources)
-        if unknown := [name for name in names if name not in dataset.sources]:
-            raise records.DatasetError(f"{flags.folder} has no source {unknown[0]!r}; choose one of {', '.join(dataset.sources)}")
-        if flags.step is None:
-            for name in names:
-                rows = np.arange(min(flags.samples, dataset.sources[name].rows[flags.split]))
-                print_samples(dataset, name, flags.split, rows, dataset.tables(name, flags.split).documents[rows])
-            return 0
-        show_step(dataset, names, flags)
-    except (records.DatasetError, ValueError) as error:
-        print(f"inspect: error: {error}", file=sys.stderr)
-        return 1
+    dataset = records.load_dataset(flags.folder)
+    names = [flags.source] if flags.source else list(dataset.sources)
+    if unknown := [name for name in names if name not in dataset.sources]:
+        raise records.DatasetError(f"{flags.folder} has no source {unknown[0]!r}; choose one of {', '.join(dataset.sources)}")
+    if flags.step is None:
+        for name in names:
+            rows = np.arange(min(flags.samples, dataset.sources[name].rows[flags.split]))
+            print_samples(dataset, name, flags.split, rows, dataset.tables(name, flags.split).documents[rows])
+        return 0
+    show_step(dataset, names, flags)
     return 0
 
 

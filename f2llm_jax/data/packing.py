@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from f2llm_jax.batch import PackedTexts
+from f2llm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -
     """
     lengths = np.asarray(lengths, np.int32)
     if lengths.max(initial=0) > row_tokens:
-        raise ValueError(f"a text of {lengths.max()} tokens does not fit a row of {row_tokens}; raise row_tokens or lower max_length")
+        raise UserError(f"a text of {lengths.max()} tokens does not fit a row of {row_tokens}; raise row_tokens or lower max_length")
     row, start, slot = (np.full(len(lengths), -1, np.int32) for _ in range(3))
     open_rows: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # by tokens left
     free = 0  # bit k is set if a row with k tokens left is open: the best fit is the lowest set bit from `length` up

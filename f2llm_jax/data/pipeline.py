@@ -14,6 +14,7 @@ from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import Kind, NegativesPer, Plan, PlanSource, StepPlan
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
+from f2llm_jax.errors import UserError
 from f2llm_jax.text import truncate
 
 OPEN_READERS = 256  # each holds the open shards of one split
@@ -43,7 +44,7 @@ class BatchConfig:
 
     def __post_init__(self):
         if not 1 <= self.max_length <= self.row_tokens:
-            raise ValueError(f"max_length={self.max_length} must be between 1 and row_tokens={self.row_tokens}")
+            raise UserError(f"max_length={self.max_length} must be between 1 and row_tokens={self.row_tokens}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Pipeline:
         self._teacher = teacher
         ways = sharding.batch_ways(mesh)
         if config.microbatch_rows % ways:
-            raise ValueError(f"microbatch_rows={config.microbatch_rows} must be a multiple of the {ways} ways that rows are split over")
+            raise UserError(f"microbatch_rows={config.microbatch_rows} must be a multiple of the {ways} ways that rows are split over")
         names = sources or list(dataset.sources)
         info = {name: dataset.sources[name] for name in names}
         self.plan = Plan(

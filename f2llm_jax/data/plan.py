@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 from grain.experimental import index_shuffle
 
+from f2llm_jax.errors import UserError
+
 Kind = Literal["retrieval", "clustering", "classification"]
 NegativesPer = Literal["batch", "row"]
 
@@ -79,11 +81,11 @@ class Plan:
         """
         self._sources = {name: sources[name] for name in sorted(sources) if sources[name].rows > 0}
         if not self._sources:
-            raise ValueError("no source has any row in this split; check the prepared folder's dataset.json")
+            raise UserError("no source has any row in this split; check the prepared folder's dataset.json")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+            raise UserError(f"batch_size={batch_size} must be at least 1")
         if negatives_per_sample not in ("batch", "row"):
-            raise ValueError(f"negatives_per_sample={negatives_per_sample!r} must be 'batch' or 'row'")
+            raise UserError(f"negatives_per_sample={negatives_per_sample!r} must be 'batch' or 'row'")
         self._batch_size, self._seed = batch_size, seed
         self._negatives = {**NEGATIVES, **(negatives or {})}
         self._per_row = negatives_per_sample == "row"

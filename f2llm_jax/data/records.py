@@ -26,6 +26,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import is_remote
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -36,7 +38,7 @@ QUERY_SPLITS = ("train", "validation")
 SPLITS = (*QUERY_SPLITS, CORPUS)
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A folder that is not a complete dataset of this format; the message names the remedy."""
 
 
@@ -250,7 +252,7 @@ def _bytes(fields: Mapping, name: str) -> bytes:
 
 def load_array(file: epath.Path) -> np.ndarray:
     """A table; memory-mapped where it is local."""
-    if "://" not in str(file):
+    if not is_remote(file):
         return np.load(file, mmap_mode="r")
     with file.open("rb") as handle:
         return np.load(handle)

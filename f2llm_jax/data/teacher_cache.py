@@ -15,12 +15,14 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax.data.records import SPLITS, Dataset
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import is_remote
 
 SHARD_TEXTS = 8192
 DTYPES = ("float16", "float32")
 
 
-class TeacherCacheError(ValueError):
+class TeacherCacheError(UserError):
     """A cache that is incomplete or of something else; the message names the remedy."""
 
 
@@ -139,7 +141,7 @@ class TeacherCache:
     @functools.lru_cache(maxsize=256)  # noqa: B019  (a cache lives as long as its run)
     def _open(self, source: str, split: str, start: int) -> np.ndarray:
         path = Shard(source, split, start, 0).path(self._folder)
-        return np.load(path, mmap_mode="r") if "://" not in str(path) else np.load(io.BytesIO(path.read_bytes()))
+        return np.load(path, mmap_mode="r") if not is_remote(path) else np.load(io.BytesIO(path.read_bytes()))
 
 
 def data_digest(dataset: Dataset) -> str:

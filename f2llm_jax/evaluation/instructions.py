@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 
 from etils import epath
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.text import query_prompt
 
 
-class InstructionsError(ValueError):
+class InstructionsError(UserError):
     """A table of instructions that cannot be used; the message names the entry."""
 
 

@@ -25,6 +25,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from etils import epath
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.instructions import near
 
 DEFAULT_LANGUAGES = ("mul-Zyyy",)
@@ -32,7 +33,7 @@ OPTIONAL = ("name", "type", "instruction", "description", "languages")
 SHOWN = 3  # of many wrong ids
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """A manifest or a file it names that cannot be evaluated on; the message names file, row or field."""
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from etils import epath
 from tqdm import tqdm
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.instructions import near
 from f2llm_jax.evaluation.mteb_encoder import Conditions, MtebEncoder, meta_code
 from f2llm_jax.inference.vector_cache import CachedEncoder
@@ -22,7 +23,7 @@ from f2llm_jax.inference.vector_cache import CachedEncoder
 LOADER_TEXTS = 1024  # texts a batch of mteb's data loader; our encoder makes its own batches
 
 
-class TaskNameError(ValueError):
+class TaskNameError(UserError):
     """A task or a benchmark that mteb does not have; the message lists near names."""
 
 

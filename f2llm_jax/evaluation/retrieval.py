@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import Report, TextEncoder, truncate_and_normalize
 from f2llm_jax.text import query_prompt
 
@@ -15,7 +16,7 @@ COLUMNS = ("query", "instruction", "document", "language")
 QUERIES_AT_ONCE = 1024  # bounds the score matrix
 
 
-class PairsError(ValueError):
+class PairsError(UserError):
     """A file of pairs that cannot be evaluated on; the message names the remedy."""
 
 

@@ -14,12 +14,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import is_remote
 from f2llm_jax.inference.encode import Report, TextEncoder
 
 KEY_BYTES = 16
 
 
-class VectorCacheError(ValueError):
+class VectorCacheError(UserError):
     """A cache that cannot be read; the message names the file to delete."""
 
 
@@ -77,7 +79,7 @@ class VectorCache:
         path = self._folder / f"{name}.npy"
         rows = len(keys) // KEY_BYTES
         try:
-            vectors = np.load(path, mmap_mode="r") if "://" not in str(path) else np.load(path.open("rb"))
+            vectors = np.load(path, mmap_mode="r") if not is_remote(path) else np.load(path.open("rb"))
         except (OSError, ValueError) as error:
             raise VectorCacheError(f"{path} is not readable ({error}); delete it and {name}.keys") from error
         if vectors.shape != (rows, self._width):

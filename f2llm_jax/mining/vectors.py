@@ -18,6 +18,7 @@ import pyarrow as pa
 from etils import epath
 from jaxtyping import Float, Int
 
+from f2llm_jax.files import is_remote
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.weights.digest import model_digest
@@ -97,7 +98,7 @@ class VectorStore:
         owners = numbers // SHARD_TEXTS
         for owner in np.unique(owners):
             path, mine = self._path(shards[owner]), owners == owner
-            stored = np.load(path, mmap_mode="r") if "://" not in str(path) else np.load(io.BytesIO(path.read_bytes()))
+            stored = np.load(path, mmap_mode="r") if not is_remote(path) else np.load(io.BytesIO(path.read_bytes()))
             vectors[mine] = stored[numbers[mine] - owner * SHARD_TEXTS]
         return vectors
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from etils import epath
 from matplotlib.figure import Figure
 
+from f2llm_jax.files import is_remote
 from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, Rows
@@ -86,7 +87,7 @@ def write_summary(folder: epath.Path, kinds: dict[str, str], seen: Seen, facts: 
 @contextlib.contextmanager
 def whole_folder(out: epath.Path) -> Iterator[epath.Path]:
     """An empty folder to write to, which becomes `out` if nothing is raised and is gone otherwise."""
-    remote = "://" in str(out)
+    remote = is_remote(out)
     folder = out if remote else out.with_name(f"{out.name}.partial")
     if remote:
         (out / "summary.json").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jaxtyping import Array, Bool, Float, Int
 
 from f2llm_jax import sharding
+from f2llm_jax.errors import UserError
 
 Kernel = Literal["xla", "splash", "cudnn"]
 XLA_BLOCK = 128  # queries; on a CPU finer ones lose more in small products than they save above the diagonal
@@ -44,14 +45,14 @@ def choose(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_d
     if wanted == "auto":
         return "splash" if platform == "tpu" and dtype == jnp.bfloat16 and lanes else "xla"
     if wanted not in get_args(Kernel):
-        raise ValueError(f"there is no attention kernel {wanted!r}; take auto, {', '.join(get_args(Kernel))}")
+        raise UserError(f"there is no attention kernel {wanted!r}; take auto, {', '.join(get_args(Kernel))}")
     if wanted == "splash" and not (platform == "tpu" and lanes):
-        raise ValueError(
+        raise UserError(
             f"attention=splash needs a TPU and multiples of {SPLASH_LANES} as row_tokens and head_dim; "
             f"here are {platform!r}, {row_tokens} and {head_dim}: take attention=auto or xla"
         )
     if wanted == "cudnn" and not (platform == "gpu" and dtype != jnp.float32):
-        raise ValueError(f"attention=cudnn needs an NVIDIA GPU and 16 bits, here are {platform!r} and {dtype}: take attention=auto or xla")
+        raise UserError(f"attention=cudnn needs an NVIDIA GPU and 16 bits, here are {platform!r} and {dtype}: take attention=auto or xla")
     return wanted
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from f2llm_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -35,11 +37,11 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}")
+            raise UserError(f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary position embedding turns pairs")
+            raise UserError(f"head_dim={self.head_dim} must be even: rotary position embedding turns pairs")
         if not 0 <= self.table_rank <= self.hidden_size:
-            raise ValueError(f"table_rank={self.table_rank} must be at most the width {self.hidden_size}, or 0 for a plain table")
+            raise UserError(f"table_rank={self.table_rank} must be at most the width {self.hidden_size}, or 0 for a plain table")
 
 
 def _size(hidden: int, ffn: int, layers: int, heads: int) -> DecoderConfig:

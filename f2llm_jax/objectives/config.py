@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.objectives.matryoshka import check_dims, matryoshka_weights
 
 PassageGrad = Literal["full", "none"]
@@ -12,7 +13,7 @@ DistillationKind = Literal["mse", "cosine", "scores"]
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        raise UserError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class ContrastiveConfig:
 
     def __post_init__(self):
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive; the published value is 0.05")
+            raise UserError(f"temperature={self.temperature} must be positive; the published value is 0.05")
         _one_of("in_batch_passage_grad", self.in_batch_passage_grad, ("full", "none"))
         _one_of("in_batch_pool", self.in_batch_pool, ("positives", "positives_and_negatives"))
         if self.weights and len(self.weights) != len(self.dims):
-            raise ValueError(f"{len(self.weights)} matryoshka weights for {len(self.dims)} dims; give one a dim, or none for the published")
+            raise UserError(f"{len(self.weights)} matryoshka weights for {len(self.dims)} dims; give one a dim, or none for the published")
 
     def widths(self, width: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The dims and weights for embeddings of the given width."""
@@ -73,4 +74,4 @@ class Objective:
         _one_of("distillation", self.distillation, ("mse", "cosine", "scores"))
         for name in ("distillation_weight", "spread_out_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from f2llm_jax.errors import UserError
+
 TINY = 1e-24  # floor of a squared norm; torch's normalize floors the norm at 1e-12
 
 
@@ -25,7 +27,7 @@ def matryoshka_weights(dims: Sequence[int]) -> tuple[float, ...]:
 def check_dims(dims: Sequence[int], width: int) -> None:
     """Raises a ValueError unless `dims` ascend without repeats between 1 and `width`."""
     if not dims or list(dims) != sorted(set(dims)) or not 0 < dims[0] <= dims[-1] <= width:
-        raise ValueError(f"matryoshka dims {tuple(dims)} must ascend without repeats between 1 and the width {width}")
+        raise UserError(f"matryoshka dims {tuple(dims)} must ascend without repeats between 1 and the width {width}")
 
 
 def prefix_cosines(

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from f2llm_jax.errors import UserError
+
 KINDS = ("retrieval", "clustering", "classification")
 CAP = 80_000  # queries a unit in stage 2 (paper, section 3.2)
 # Query and document can change places (paper, section 3.2); so can they in every clustering source.
@@ -26,7 +28,7 @@ SYMMETRIC_CATEGORIES = ("Bitext Mining", "STS", "Paraphrase Detection")
 SHIPPED = importlib.resources.files("f2llm_jax.preparation") / "catalogues"
 
 
-class CatalogueError(ValueError):
+class CatalogueError(UserError):
     """A catalogue that cannot be used; the message, one line a problem, names file, source and remedy."""
 
 

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from f2llm_jax.errors import UserError
+
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv")
 # A row may carry 65 documents of thousands of characters, so few rows a block keep memory small; texts enough for a tokenizer.
 BLOCK_ROWS = 1_000
@@ -25,7 +27,7 @@ PEEKED_LINES = 1_000  # of a JSONL file, to learn its columns
 NULL, ABSENT, NOT_UTF8 = "is null", "is absent", "is not valid UTF-8"
 
 
-class RawDataError(ValueError):
+class RawDataError(UserError):
     """Raw data that cannot be used; the message, one line a problem, names file, row, field and remedy."""
 
 

@@ -22,6 +22,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from f2llm_jax.data import records
+from f2llm_jax.files import is_remote
 from f2llm_jax.preparation.selection import Rows, Rules, choose_rows, document_key, read_rows
 from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
@@ -129,7 +130,7 @@ def shard_name(index: int, split: str) -> str:
 def record_file(path: epath.Path) -> Iterator[array_record_module.ArrayRecordWriter]:
     """A writer of an ArrayRecord file. It writes local files only, so one for an object store is copied there afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        remote = "://" in str(path)
+        remote = is_remote(path)
         local = epath.Path(folder) / path.name if remote else path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         writer = array_record_module.ArrayRecordWriter(str(local), WRITER_OPTIONS)
         try:

@@ -20,6 +20,7 @@ from multiprocessing import connection
 from etils import epath
 
 from f2llm_jax.data import records
+from f2llm_jax.files import is_remote
 from f2llm_jax.preparation import summary
 from f2llm_jax.preparation.selection import Recipe
 from f2llm_jax.preparation.sources import Source
@@ -138,7 +139,7 @@ def _check_ours(folder: epath.Path) -> None:
 def _existing(out: epath.Path, settings: dict) -> records.Dataset | None:
     """The dataset at `out` if it is the one asked for, None if it may be continued; anything else is an error."""
     same = records.read_settings(out) == settings
-    if same and _remote(out) and not (out / "dataset.json").exists():
+    if same and is_remote(out) and not (out / "dataset.json").exists():
         return None
     if same:
         return records.load_dataset(out)
@@ -149,17 +150,13 @@ def _existing(out: epath.Path, settings: dict) -> records.Dataset | None:
 
 def _begin(out: epath.Path, settings: dict) -> epath.Path:
     """The folder to write in, with what an interrupted run of the same settings left there and nothing else."""
-    folder = out if _remote(out) else out.with_name(out.name + ".partial")
+    folder = out if is_remote(out) else out.with_name(out.name + ".partial")
     _check_ours(folder)
     if folder.exists() and (records.read_settings(folder) != settings or (folder / "dataset.json").exists()):
         folder.rmtree()
     folder.mkdir(parents=True, exist_ok=True)
     records.write_settings(folder, settings)
     return folder
-
-
-def _remote(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[Progress], None]) -> dict[str, records.SourceInfo]:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
 
 # A target's words and the fields they stand for. Heads are not among them: the family keeps them whole (paper, table 1).
@@ -10,7 +11,7 @@ FIELDS = {"hidden": "hidden_size", "ffn": "intermediate_size", "layers": "num_hi
 KEPT = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps")
 
 
-class PruningError(ValueError):
+class PruningError(UserError):
     """A model that cannot be pruned as asked; the message names the remedy."""
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from f2llm_jax import text
+from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.release.golden import GOLDEN_FILE, TEXTS, read_golden
 from f2llm_jax.weights.origin import ModelOrigin, find_model
@@ -24,7 +25,7 @@ BATCH = 8  # texts, padded to the longest
 Encode = Callable[[Sequence[str], str, int, int], np.ndarray]  # (texts, prompt, limit in tokens, texts at once) -> [S, D]
 
 
-class AgreementError(ValueError):
+class AgreementError(UserError):
     """The comparison cannot be made; the message names the remedy."""
 
 

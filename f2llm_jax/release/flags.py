@@ -1,18 +1,12 @@
-"""What the commands that write a release share: the flags that say how, and the errors that are the user's to mend."""
+"""What the commands that write a release share: the flags that say how."""
 
 import argparse
 import re
 
 from f2llm_jax.release.card import Labels
-from f2llm_jax.release.folder import ReleaseError
 from f2llm_jax.release.hf_folder import Form
 from f2llm_jax.release.safetensors import DTYPES
-from f2llm_jax.text import TokenizerError
-from f2llm_jax.weights.cut import CutError
-from f2llm_jax.weights.hf_import import ModelFolderError
-from f2llm_jax.weights.stored import CheckpointError
 
-ERRORS = (CheckpointError, CutError, ModelFolderError, ReleaseError, TokenizerError, OSError)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers' save_pretrained counts
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from etils import epath
 
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import check_new_folder, new_folder, write_json
 from f2llm_jax.model.decoder import INITIALIZER_RANGE
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release import card, sentence_transformers
-from f2llm_jax.release.folder import ReleaseError, check_free, complete_or_absent, write_json
 from f2llm_jax.release.golden import GOLDEN_FILE, golden_vectors
 from f2llm_jax.release.progress import Progress
 from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_weights
@@ -54,12 +55,12 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
 
     Raises:
       CheckpointError, ModelFolderError: the weights are not those of the model's shape.
-      ReleaseError: `out` may not be written, a weight is not finite in the dtype, or the model was not trained for the width.
+      UserError: `out` may not be written, a weight is not finite in the dtype, or the model was not trained for the width.
       TokenizerError: the model has no tokenizer or one that does not fit it.
     """
     tokenizer = source.matching_tokenizer()
     dims = served_dims(source, form.truncate_dim)
-    with complete_or_absent(out, sentence_transformers.MODULES_FILE, CONFIG_FILE, overwrite) as folder:
+    with new_folder(out, sentence_transformers.MODULES_FILE, CONFIG_FILE, overwrite) as folder:
         with source.open_params() as parameters:
             report = Progress("releasing", stored_bytes(source.config, form.dtype))
             write_weights(folder, source.config, parameters, form.dtype, form.max_shard_bytes, report)
@@ -73,21 +74,21 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
 
 
 def check_out(out: epath.PathLike, overwrite: bool) -> None:
-    """Raises ReleaseError if `export` would refuse to write to `out`."""
-    check_free(out, sentence_transformers.MODULES_FILE, overwrite)
+    """Raises UserError if `export` would refuse to write to `out`."""
+    check_new_folder(out, sentence_transformers.MODULES_FILE, overwrite)
 
 
 def served_dims(source: ModelSource, truncate_dim: int | None) -> tuple[int, ...]:
     """Widths, ascending, that the release declares; empty if nothing is known.
 
     Raises:
-      ReleaseError: the model was not trained for `truncate_dim`.
+      UserError: the model was not trained for `truncate_dim`.
     """
     known = source.matryoshka_dims or (source.config.hidden_size,)
     if truncate_dim is None:
         return source.matryoshka_dims
     if truncate_dim not in known:
-        raise ReleaseError(f"{source.name} was not trained for {truncate_dim} dimensions, only for {', '.join(map(str, known))}")
+        raise UserError(f"{source.name} was not trained for {truncate_dim} dimensions, only for {', '.join(map(str, known))}")
     return tuple(dim for dim in source.matryoshka_dims if dim <= truncate_dim)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from f2llm_jax.release.folder import ReleaseError
+from f2llm_jax.errors import UserError
 from f2llm_jax.weights.origin import ModelSource
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, parameter_shapes
 from f2llm_jax.weights.weights import Entry
@@ -28,7 +28,7 @@ def merge(sources: Sequence[ModelSource], weights: Sequence[float] | None = None
       method: "linear", or "slerp" of exactly two: along the arc between the two tensors, each taken as one long vector.
 
     Raises:
-      ReleaseError: they do not belong together, or weights or method do not fit them.
+      UserError: they do not belong together, or weights or method do not fit them.
     """
     weights = list(weights) if weights else [1.0] * len(sources)
     _check(sources, weights, method)
@@ -59,19 +59,19 @@ def merge(sources: Sequence[ModelSource], weights: Sequence[float] | None = None
 
 def _check(sources: Sequence[ModelSource], weights: Sequence[float], method: str) -> None:
     if len(sources) < 2:
-        raise ReleaseError("a merge needs at least two models; name more, or a workdir with several checkpoints")
+        raise UserError("a merge needs at least two models; name more, or a workdir with several checkpoints")
     if method == "slerp" and len(sources) != 2:
-        raise ReleaseError(f"slerp merges exactly two models, not {len(sources)}; merge two at a time, or use --method linear")
+        raise UserError(f"slerp merges exactly two models, not {len(sources)}; merge two at a time, or use --method linear")
     if len(weights) != len(sources):
-        raise ReleaseError(f"{len(weights)} weights for {len(sources)} models; give one each")
+        raise UserError(f"{len(weights)} weights for {len(sources)} models; give one each")
     if sum(weights) <= 0 or (method == "slerp" and min(weights) < 0):
-        raise ReleaseError(f"weights {weights} do not make an average; their sum must be positive, and for slerp each of them")
+        raise UserError(f"weights {weights} do not make an average; their sum must be positive, and for slerp each of them")
     first = sources[0]
     for other in sources[1:]:
         if other.config != first.config:
-            raise ReleaseError(f"{other.name} is not of the architecture of {first.name}: {other.config}, not {first.config}")
+            raise UserError(f"{other.name} is not of the architecture of {first.name}: {other.config}, not {first.config}")
         if other.matching_tokenizer().fingerprint != first.matching_tokenizer().fingerprint:
-            raise ReleaseError(f"{other.name} and {first.name} have different tokenizers; their embedding tables do not match")
+            raise UserError(f"{other.name} and {first.name} have different tokenizers; their embedding tables do not match")
 
 
 class _Linear:

@@ -13,28 +13,27 @@ import io
 import numpy as np
 from etils import epath
 
+from f2llm_jax.files import absolute, check_new_folder, new_folder, write_json
 from f2llm_jax.pruning.picture import spectrum
 from f2llm_jax.pruning.prune import Pruned
 from f2llm_jax.release import hf_folder, workdir
-from f2llm_jax.release.folder import check_free, complete_or_absent, write_json
-from f2llm_jax.weights.stored import absolute
 
 FACTS_FILE = "pruning.json"
 MODEL_FOLDER = "model"
 
 
 def check_out(out: epath.PathLike, overwrite: bool) -> None:
-    """Raises ReleaseError if `write_pruned` would refuse to write to `out`."""
-    check_free(out, FACTS_FILE, overwrite)
+    """Raises UserError if `write_pruned` would refuse to write to `out`."""
+    check_new_folder(out, FACTS_FILE, overwrite)
 
 
 def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, overwrite: bool) -> None:
     """Writes all of the above; `out` is complete or absent.
 
     Raises:
-      ReleaseError, TokenizerError: as `hf_folder.export`.
+      UserError, TokenizerError: as `hf_folder.export`.
     """
-    with complete_or_absent(absolute(out), FACTS_FILE, FACTS_FILE, overwrite) as folder:
+    with new_folder(absolute(out), FACTS_FILE, FACTS_FILE, overwrite) as folder:
         workdir.fill(folder, pruned.model)
         hf_folder.export(pruned.model, folder / MODEL_FOLDER, form)
         arrays = {field.name: getattr(pruned.choice, field.name) for field in dataclasses.fields(pruned.choice)}

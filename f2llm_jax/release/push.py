@@ -5,7 +5,8 @@ import pathlib
 
 import huggingface_hub
 
-from f2llm_jax.release.folder import INCOMPLETE, ReleaseError
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import INCOMPLETE
 from f2llm_jax.release.sentence_transformers import MODULES_FILE
 
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -15,15 +16,15 @@ def files_to_push(folder: str) -> list[tuple[str, int]]:
     """Path and size of every file of a release, sorted.
 
     Raises:
-      ReleaseError: it is not a complete release, or the header of its card cannot be read.
+      UserError: it is not a complete release, or the header of its card cannot be read.
     """
     root = pathlib.Path(folder)
     if not (root / MODULES_FILE).exists() or not (root / "config.json").exists() or (root / INCOMPLETE).exists():
-        raise ReleaseError(f"{folder} is not a complete release; write one with `convert to-hf`")
+        raise UserError(f"{folder} is not a complete release; write one with `convert to-hf`")
     try:
         huggingface_hub.ModelCard.load(root / "README.md")
     except (OSError, ValueError) as error:
-        raise ReleaseError(f"{folder}/README.md: the Hub would not read its header ({error})") from error
+        raise UserError(f"{folder}/README.md: the Hub would not read its header ({error})") from error
     return sorted((file.relative_to(root).as_posix(), file.stat().st_size) for file in root.rglob("*") if file.is_file())
 
 
@@ -31,16 +32,16 @@ def push(folder: str, repo_id: str, *, private: bool) -> str:
     """Uploads the release and returns its address. The token is taken from the environment and handed to the client only.
 
     Raises:
-      ReleaseError: no token, no complete release, or the Hub refuses.
+      UserError: no token, no complete release, or the Hub refuses.
     """
     files_to_push(folder)
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
-        raise ReleaseError(f"set {TOKEN_VARIABLE} to a token that may write to {repo_id}")
+        raise UserError(f"set {TOKEN_VARIABLE} to a token that may write to {repo_id}")
     api = huggingface_hub.HfApi(token=token)
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Release by f2llm_jax")
     except Exception as error:  # the client has a class for each of offline, no permission, bad name
-        raise ReleaseError(f"the Hub refused {repo_id} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise UserError(f"the Hub refused {repo_id} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
     return str(address)

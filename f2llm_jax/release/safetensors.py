@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import write_json
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.release.folder import ReleaseError, write_json
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, hf_tensors, parameter_shapes
 
 # What a release may be stored in: numpy's type and safetensors' name of it.
@@ -45,7 +46,7 @@ def write_weights(
       report: called with the bytes of each block written.
 
     Raises:
-      ReleaseError: a weight is not finite in `dtype`.
+      UserError: a weight is not finite in `dtype`.
     """
     width = DTYPES[dtype][0].itemsize
     shards = _shards(hf_tensors(config), width, max_shard_bytes)
@@ -108,7 +109,7 @@ def _check_finite(name: str, ours: np.ndarray, dtype: str) -> None:
     with np.errstate(over="ignore"):  # reported here, by name
         extremes = np.array([ours.min(), ours.max()]).astype(DTYPES[dtype][0])  # rounding keeps order, NaN is contagious
     if not np.isfinite(extremes.astype(np.float32)).all():
-        raise ReleaseError(f"{name} holds values that are not finite in {dtype}; export as float32 to look")
+        raise UserError(f"{name} holds values that are not finite in {dtype}; export as float32 to look")
 
 
 def _write_file(path: epath.Path, shapes: Mapping[str, Shape], dtype: str, pieces: Iterator[np.ndarray], report: Report) -> None:

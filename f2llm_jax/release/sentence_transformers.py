@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax import __version__, text
-from f2llm_jax.release.folder import write_json
+from f2llm_jax.files import write_json
 from f2llm_jax.release.safetensors import header
 
 MODULES_FILE = "modules.json"

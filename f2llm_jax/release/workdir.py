@@ -15,12 +15,12 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from f2llm_jax.files import absolute, new_folder
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.release.folder import complete_or_absent
 from f2llm_jax.release.progress import Progress
 from f2llm_jax.weights.origin import ModelSource
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, parameter_shapes
-from f2llm_jax.weights.stored import absolute, array_spec
+from f2llm_jax.weights.stored import array_spec
 from f2llm_jax.weights.weights import Entry
 
 STEP = "checkpoints/0"
@@ -39,11 +39,11 @@ def write_workdir(source: ModelSource, out: epath.PathLike, *, overwrite: bool) 
       overwrite: replace an older workdir at `out`, checkpoints and all.
 
     Raises:
-      ReleaseError: `out` may not be written.
+      UserError: `out` may not be written.
       TokenizerError: the model has no tokenizer or one that does not fit it.
     """
     source.matching_tokenizer()
-    with complete_or_absent(absolute(out), "checkpoints", f"{STEP}/{COMMITTED}", overwrite) as folder:
+    with new_folder(absolute(out), "checkpoints", f"{STEP}/{COMMITTED}", overwrite) as folder:
         fill(folder, source)
 
 

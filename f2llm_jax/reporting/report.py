@@ -9,6 +9,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from f2llm_jax.data.records import DatasetError, load_dataset
+from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.reporting import charts
@@ -26,7 +27,7 @@ NAMED = 12  # languages at either end that are named where there are too many to
 Parts = list[tuple[str, str, str, Figure | None]]  # file name, title, note, picture
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A workdir that cannot be reported on; the message names the remedy."""
 
 

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import absolute
 from f2llm_jax.training.step import TrainState
-from f2llm_jax.weights.stored import CheckpointError, absolute, flatten, unflatten
+from f2llm_jax.weights.stored import CheckpointError, flatten, unflatten
 
 # Arrays are stored in chunks of at most this size, cut along the first axis (layers, rows of the embedding table) where that is
 # possible: a chunk is the least that can be read, so a release of 8B takes 1.2 GiB of memory instead of a whole 7 GB parameter.
@@ -46,7 +48,7 @@ class CheckpointConfig:
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1 or self.keep_every < 0 or self.merge_last < 0 or self.merge_every < 1:
-            raise ValueError(
+            raise UserError(
                 f"config.checkpoint: every={self.every}, keep={self.keep} and merge_every={self.merge_every} must be at least 1, "
                 f"keep_every={self.keep_every} and merge_last={self.merge_last} at least 0"
             )
@@ -106,7 +108,7 @@ def score(name: str, found: Mapping[str, float]) -> dict[str, float] | None:
         return None
     if name not in found:
         offered = difflib.get_close_matches(name, found, n=3) or ["validation/accuracy", "validation/loss"]
-        raise ValueError(f"config.checkpoint.best={name!r} is no metric of a validation; take for example {', '.join(offered)}")
+        raise UserError(f"config.checkpoint.best={name!r} is no metric of a validation; take for example {', '.join(offered)}")
     return {SCORE: found[name] if "/accuracy" in name else -found[name]}
 
 

@@ -6,7 +6,8 @@ from types import TracebackType
 
 from etils import epath
 
-from f2llm_jax.training.preemption import Preempted
+from f2llm_jax.errors import Preempted
+from f2llm_jax.files import is_remote
 
 
 class HostLog:
@@ -17,7 +18,7 @@ class HostLog:
 
     def __init__(self, workdir: epath.Path, process_id: int):
         self._workdir, self._file = workdir, workdir / "logs" / f"host-{process_id}.log"
-        self._remote = "://" in str(workdir)
+        self._remote = is_remote(workdir)
         self._lines: list[str] = []
         self._before: str | None = None  # what an object's earlier content was: there is no appending to it
 

@@ -20,10 +20,11 @@ from etils import epath
 from jax._src.clusters import ClusterEnv
 
 import f2llm_jax
+from f2llm_jax.errors import UserError
 from f2llm_jax.training.roll_call import Roll, roll_call
 
 
-class HostsError(ValueError):
+class HostsError(UserError):
     """Processes that cannot be told apart or found; the message names the remedy."""
 
 

@@ -19,6 +19,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import is_remote
 from f2llm_jax.model.flops import PEAK_FLOPS
 from f2llm_jax.objectives import Mean
 
@@ -42,7 +44,7 @@ class StepWork:
     input_wait: float
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """Losses or gradients that stay infinite or undefined; the message names the batch and the remedy."""
 
 
@@ -66,7 +68,7 @@ class Recorder:
         first = jax.process_index() == 0
         last = start if resumed else -1
         self._metrics, self._timings = (_Lines(folder / name, last) if first else None for name in ("metrics.jsonl", "timings.jsonl"))
-        local = first and "://" not in str(folder)
+        local = first and not is_remote(folder)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1) if local else None
         self._max_skipped, self._skipped = max_skipped, 0
         self._log_every, self._start, self._total = log_every, start, total
@@ -182,7 +184,7 @@ class _Lines:
 
     def __init__(self, file: epath.Path, start: int):
         """Drops the lines after step `start`, and a last line that was cut short."""
-        self._file, self._remote = file, "://" in str(file)
+        self._file, self._remote = file, is_remote(file)
         kept = _until(file.read_text(), start) if file.exists() else []
         self._lines = kept if self._remote else []
         if file.exists() and not self._remote:  # an object is written whole or not at all

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from f2llm_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -33,9 +35,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if not 0 <= self.warmup_steps < self.total_steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0 and below total_steps={self.total_steps}")
+            raise UserError(f"warmup_steps={self.warmup_steps} must be at least 0 and below total_steps={self.total_steps}")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
-            raise ValueError(f"min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}")
+            raise UserError(f"min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}")
 
 
 def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array, ""]:

@@ -11,12 +11,6 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
-
-
-class Preempted(Exception):
-    """The run stopped on request; the message says where. The same command goes on."""
-
 
 class StopRequest:
     """Whether the run was asked to stop; used as a context manager, which puts back the handler that it replaced."""

@@ -14,13 +14,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from f2llm_jax.errors import UserError
+
 GRACE = 5.0  # seconds beyond the limit in which process 0 may still tell the outcome; also for sending one line
 RETRY = 0.2  # seconds between two attempts to reach process 0
 LONGEST_LINE = 2**20  # bytes of an answer
 NAMED = 5  # differences named of a host
 
 
-class RollCallError(ValueError):
+class RollCallError(UserError):
     """Processes that are missing or differ; the message names them, and is the same on all that were there."""
 
 

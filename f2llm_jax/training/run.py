@@ -17,6 +17,8 @@ from f2llm_jax import sharding
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
+from f2llm_jax.errors import Preempted, UserError
+from f2llm_jax.files import absolute
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.preparation import embedded
@@ -24,10 +26,9 @@ from f2llm_jax.training import checkpoint, hosts, program, start
 from f2llm_jax.training.facts import write_facts
 from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import Recorder, StepWork
-from f2llm_jax.training.preemption import Preempted, StopRequest
+from f2llm_jax.training.preemption import StopRequest
 from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.validation import validate
-from f2llm_jax.weights.stored import absolute
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts.Place = hosts.ALONE, limit: int = 300) -> None:
@@ -76,7 +77,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     if config.teacher_cache:
         cached = TeacherCache(config.teacher_cache, dataset, batch_config.max_length, model.config.hidden_size)
     if teacher and cached:
-        raise ValueError("config.teacher and config.teacher_cache are both set: one teacher at a time; clear one of them")
+        raise UserError("config.teacher and config.teacher_cache are both set: one teacher at a time; clear one of them")
 
     # Order and program
     batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached)
@@ -146,7 +147,7 @@ def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epat
     if config.data.folder:
         return config.data.folder
     if not config.data.embedded_stage:
-        raise ValueError(
+        raise UserError(
             "config.data.folder is empty; make one with `python -m f2llm_jax.prepare`, or pass :runlocal for the embedded corpus"
         )
     return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from f2llm_jax.data.records import Dataset
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.low_rank import factorised
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
@@ -16,7 +17,7 @@ from f2llm_jax.weights.stored import find_checkpoint
 TOY_VOCAB_MULTIPLE = 64  # toy sizes take the tokenizer's vocabulary, rounded up so that it splits over devices
 
 
-class StartError(ValueError):
+class StartError(UserError):
     """Weights and data (or student and teacher) that do not belong together; the message names the remedy."""
 
 

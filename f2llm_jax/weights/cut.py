@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.model import low_rank
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.weights.parameters import OpenParameters, Parameters
 from f2llm_jax.weights.weights import EMBEDDING, LEFT, RIGHT, Entry
 
 
-class CutError(ValueError):
+class CutError(UserError):
     """A cut that the model was not trained for; the message names those that it was."""
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.weights.parameters import Shape, hf_tensors, parameter_shapes
@@ -24,7 +25,7 @@ FLOAT_DTYPES = ("F32", "BF16", "F16")
 UNUSED = frozenset({"lm_head.weight"})  # Qwen3ForCausalLM stores a head that an embedding model never reads
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(UserError):
     """A folder that does not hold a Qwen3 model this project can train; the message lists everything that is wrong."""
 
 

@@ -7,6 +7,7 @@ import jax
 from etils import epath
 from flax import nnx
 
+from f2llm_jax.files import absolute
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer, TokenizerError, load_tokenizer
 from f2llm_jax.weights import hf_import, stored
@@ -87,7 +88,7 @@ def find_model(name: str, cut: Cut = WHOLE) -> ModelOrigin:
       CheckpointError, ModelFolderError: there is none, or it is not one this project can read.
       CutError: it was not trained to be cut so.
     """
-    path = stored.absolute(name)
+    path = absolute(name)
     if (path.name.isdigit() and not (path / "config.json").exists()) or (path / "checkpoints").exists():
         return _checkpoint(name, path, cut)
     folder = hf_import.resolve(name)

@@ -15,20 +15,16 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import absolute, is_remote
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.weights.parameters import parameter_shapes
 from f2llm_jax.weights.weights import Entry
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is not there or does not fit; the message names the remedy."""
-
-
-def absolute(path: epath.PathLike) -> epath.Path:
-    """`path` as Orbax wants it: absolute if it is local, unchanged if it is a URL."""
-    path = epath.Path(path)
-    return path if "://" in str(path) else path.absolute()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +91,7 @@ class StoredParameters:
 
 def array_spec(folder: epath.Path, entry: Entry) -> dict[str, Any]:
     """How tensorstore finds a parameter in a checkpoint's `params` folder: as Orbax lays it out, zarr 3 in OCDBT."""
-    base = f"{folder}/" if "://" in str(folder) else f"file://{folder}/"
+    base = f"{folder}/" if is_remote(folder) else f"file://{folder}/"
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{'/'.join(entry.path)}/"}}
 
 

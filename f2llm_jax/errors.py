@@ -1,0 +1,12 @@
+"""The exceptions that a command turns into one line (see `f2llm_jax.command`)."""
+
+
+class UserError(ValueError):
+    """Bad input: a flag, a file, a column, a model, a configuration. The message names what is wrong, where, and the remedy.
+
+    Raised as it is, or as a subclass where a caller has to tell it apart. Any other exception is a bug and keeps its traceback.
+    """
+
+
+class Preempted(Exception):
+    """The run stopped on request with its state saved; the message says where. The same command resumes."""
