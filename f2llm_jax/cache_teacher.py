@@ -15,7 +15,7 @@ from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.records import load_dataset
 from f2llm_jax.files import absolute
 from f2llm_jax.inference.teacher import cache_teacher
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 
 @command("cache_teacher")

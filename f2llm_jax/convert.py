@@ -16,12 +16,12 @@ from collections.abc import Sequence
 
 from f2llm_jax.command import command
 from f2llm_jax.release import hf_folder, workdir
-from f2llm_jax.release.agreement import compare
 from f2llm_jax.release.flags import add_form_flags, form_of
 from f2llm_jax.release.push import TOKEN_VARIABLE, files_to_push, push
-from f2llm_jax.weights.cut import Cut
-from f2llm_jax.weights.origin import find_model
-from f2llm_jax.weights.stored import steps_of
+from f2llm_jax.release.verify import compare
+from f2llm_jax.weights.checkpoint_reader import steps_of
+from f2llm_jax.weights.models import find_model
+from f2llm_jax.weights.truncation import Truncation
 
 
 @command("convert")
@@ -36,7 +36,7 @@ def _to_hf(flags: argparse.Namespace) -> int:
         pairs = [(f"{flags.model}/checkpoints/{step}", f"{flags.out}/step-{step}") for step in steps_of(flags.model)]
     else:
         pairs = [(flags.model, flags.out)]
-    cut = Cut(flags.layers, flags.table_rank)
+    cut = Truncation(flags.layers, flags.table_rank)
     for _, out in pairs:
         hf_folder.check_out(out, flags.overwrite)  # all of them before the first is written
     for model, out in pairs:

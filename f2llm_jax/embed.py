@@ -16,7 +16,7 @@ from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.text import query_prompt
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 
 @command("embed")

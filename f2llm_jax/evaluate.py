@@ -27,10 +27,10 @@ from f2llm_jax.evaluation.mteb_run import Score, find_tasks, run_tasks
 from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.inference.vector_cache import CachedEncoder
-from f2llm_jax.reporting.record import read_record
+from f2llm_jax.reporting.run_record import read_record
+from f2llm_jax.weights.checkpoint_reader import CheckpointError
 from f2llm_jax.weights.digest import model_digest
-from f2llm_jax.weights.origin import ModelSource, find_model
-from f2llm_jax.weights.stored import CheckpointError
+from f2llm_jax.weights.models import ModelSource, find_model
 
 
 @command("evaluate")

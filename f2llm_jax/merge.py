@@ -12,8 +12,8 @@ from f2llm_jax.command import command
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.flags import add_form_flags, form_of
 from f2llm_jax.release.merge import METHODS, merge
-from f2llm_jax.weights.origin import find_model
-from f2llm_jax.weights.stored import steps_of
+from f2llm_jax.weights.checkpoint_reader import steps_of
+from f2llm_jax.weights.models import find_model
 
 LAST = 5  # the published trainer keeps its last five "for ckpt merging"
 

@@ -18,7 +18,7 @@ from f2llm_jax.mining import builders, inputs, run
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.mining.vectors import DTYPES
 from f2llm_jax.mining.writing import write_built
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 
 @command("mine")

@@ -18,7 +18,7 @@ from f2llm_jax.pruning.choice import CHANNELS_BY, LAYERS_BY, Method
 from f2llm_jax.pruning.prune import prune
 from f2llm_jax.release.flags import add_form_flags, form_of
 from f2llm_jax.release.pruned import check_out, write_pruned
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 
 @command("prune")

@@ -17,7 +17,7 @@ from f2llm_jax.evaluation import retrieval
 from f2llm_jax.evaluation.retrieval import Pairs, Recall
 from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.inference.encode import load_encoder
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 EXTREMES = 3  # languages shown from either end
 Results = dict[str, dict[str, dict[str, Recall]]]  # by model, file, width

@@ -38,7 +38,7 @@ PARAMETER_SPECS = {
 }
 # The same parameters as a layer multiplies with them: gathered over fsdp, still split over tensor (the table of tokens is never
 # gathered: its rows are fetched). "Reduced" over an axis means that every device there multiplies it with other positions; its
-# gradient then is a sum that is still to be taken (see `lazy`).
+# gradient then is a sum that is still to be taken (see `unreduced`).
 GATHERED_SPECS = {
     "ZD": P(None, None, reduced=set(BATCH)),
     "DHE": P(None, "tensor", None, reduced=set(BATCH)),
@@ -122,13 +122,13 @@ def shard(x: jax.Array, value: P) -> jax.Array:
     return jax.sharding.reshard(x, value) if in_mesh() else x
 
 
-def lazy(params: Any) -> Any:
-    """The same parameters, such that gradients with respect to them stay unsummed over `data`: `settle` sums them, once."""
+def unreduced(params: Any) -> Any:
+    """The same parameters, such that gradients with respect to them stay unsummed over `data`: `reduce_over_data` sums them, once."""
     return _each(params, lambda value: P(*value.partitions, reduced={"data"}))
 
 
-def settle(gradients: Any) -> Any:
-    """The gradients that `lazy` parameters got, summed over `data`. Over `fsdp` each was scattered as it came."""
+def reduce_over_data(gradients: Any) -> Any:
+    """The gradients that `unreduced` parameters got, summed over `data`. Over `fsdp` each was scattered as it came."""
     return _each(gradients, lambda value: P(*value.partitions))
 
 
@@ -143,7 +143,7 @@ def stacked(value: P) -> P:
     return P(None, *value)
 
 
-def batch_ways(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> int:
+def batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> int:
     """The number of parts that rows and samples are split into."""
     return 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH)
 

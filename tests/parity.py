@@ -26,8 +26,8 @@ from f2llm_jax.model.encoder import chunk_encoder, encode
 from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import Teacher, TrainState, by_role, make_train_step
-from f2llm_jax.weights import hf_import
-from f2llm_jax.weights.weights import TABLE
+from f2llm_jax.weights import hf_reader
+from f2llm_jax.weights.hf_mapping import TABLE
 
 TOLERANCE = 1e-4
 
@@ -42,13 +42,13 @@ class Kit:
         self.expected = json.loads((folder / "expected.json").read_text())
         self.negatives = max(len(row) for batch in self.batches for row in batch["negatives"])
         most = max(len(batch["query"]) for batch in self.batches)
-        self.samples = -(-most // sharding.batch_ways(mesh)) * sharding.batch_ways(mesh)
+        self.samples = -(-most // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
 
     def model(self, role: str) -> tuple[Any, nnx.State]:
         """`(encode_chunk, params)` of "student" or "teacher" in float32."""
-        config = hf_import.read_config(self.folder / role)
+        config = hf_reader.read_config(self.folder / role)
         graphdef, _ = abstract_decoder(config)
-        return chunk_encoder(graphdef, jnp.float32, "full"), hf_import.load_params(self.folder / role, config, self.mesh)
+        return chunk_encoder(graphdef, jnp.float32, "full"), hf_reader.load_params(self.folder / role, config, self.mesh)
 
     def chunks(self) -> int:
         """The most chunks that a batch takes."""

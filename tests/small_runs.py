@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import small_data
 
-from f2llm_jax.weights.stored import find_checkpoint
+from f2llm_jax.weights.checkpoint_reader import find_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 30

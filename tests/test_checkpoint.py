@@ -8,7 +8,7 @@ from configs import common
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.checkpoint import CheckpointConfig
 from f2llm_jax.training.step import TrainState
-from f2llm_jax.weights.stored import steps_of
+from f2llm_jax.weights.checkpoint_reader import steps_of
 
 STATE = TrainState(jnp.int32(0), {"norm": jnp.arange(3.0)}, {"count": jnp.int32(0)})
 

@@ -16,7 +16,7 @@ from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.model.decoder import REMAT_POLICIES, abstract_decoder, count_parameters, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, last_token
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
-from f2llm_jax.weights import hf_import
+from f2llm_jax.weights import hf_reader
 
 ROWS, TOKENS = 4, 24
 LENGTHS = (24, 1, 9, 13, 2, 17, 5)
@@ -101,8 +101,8 @@ def worst_relative(got, want):
 def test_every_layer_is_that_of_transformers(peers, name):
     model, folder = peers[name]
     mesh = sharding.make_mesh(2, 2, 2) if name == "sharded" else None
-    assert hf_import.read_config(folder) == CONFIGS[name]
-    params = hf_import.load_params(folder, CONFIGS[name], mesh)
+    assert hf_reader.read_config(folder) == CONFIGS[name]
+    params = hf_reader.load_params(folder, CONFIGS[name], mesh)
     token_ids = np.random.default_rng(0).integers(0, CONFIGS[name].vocab_size, (ROWS, TOKENS), np.int32)
     rows = token_ids, np.tile(np.arange(TOKENS, dtype=np.int32), (ROWS, 1)), np.ones((ROWS, TOKENS), np.int32)
     if mesh is None:
@@ -143,7 +143,7 @@ def test_every_layout_gives_the_same_pooled_vectors(peers):
     """Left-padded, right-padded, packed with others and alone without padding: all equal transformers' on the bare text."""
     name = "grouped"
     model, folder = peers[name]
-    params = hf_import.load_params(folder, CONFIGS[name])
+    params = hf_reader.load_params(folder, CONFIGS[name])
     values = texts(CONFIGS[name].vocab_size)
     want = np.stack([peer_states(model, ids[None])[1][0, -1] for ids in values])
     for side in ("left", "right"):
@@ -165,7 +165,7 @@ def test_every_layout_gives_the_same_pooled_vectors(peers):
 
 def test_what_stands_in_padding_does_not_matter(peers):
     name = "grouped"
-    params = hf_import.load_params(peers[name][1], CONFIGS[name])
+    params = hf_reader.load_params(peers[name][1], CONFIGS[name])
     values = texts(CONFIGS[name].vocab_size)
     for side in ("left", "right"):
         clean, dirty = (pooled(name, params, *padded(values, side, filler)) for filler in (0, 77))

@@ -19,8 +19,8 @@ from f2llm_jax.errors import Preempted
 from f2llm_jax.training import hosts
 from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import DivergedError
-from f2llm_jax.training.roll_call import Roll, RollCallError, roll_call
-from f2llm_jax.weights.stored import find_checkpoint
+from f2llm_jax.training.startup_check import Processes, StartupError, startup_check
+from f2llm_jax.weights.checkpoint_reader import find_checkpoint
 
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
@@ -40,14 +40,14 @@ def free_port():
 @contextlib.contextmanager
 def calling(count, limit, facts, names=()):
     """Calls the roll of `count` processes in a thread each, of those that have facts; yields their outcomes, then waits for all."""
-    roll, outcomes = Roll("localhost", free_port(), count, names), {}
+    roll, outcomes = Processes("localhost", free_port(), count, names), {}
 
     def call(index):
         begun = time.monotonic()
         try:
-            roll_call(roll, index, facts[index], limit)
+            startup_check(roll, index, facts[index], limit)
             problem = ""
-        except RollCallError as error:
+        except StartupError as error:
             problem = str(error)
         outcomes[index] = problem, time.monotonic() - begun
 
@@ -100,12 +100,12 @@ def test_who_differs_is_named_with_what_differs():
 
 
 def test_another_number_of_processes_and_one_number_twice():
-    roll = Roll("localhost", free_port(), 2)
+    roll = Processes("localhost", free_port(), 2)
     problems = []
 
     def call(index, count):
-        with pytest.raises(RollCallError) as caught:
-            roll_call(Roll(roll.host, roll.port, count), index, FACTS, 20)
+        with pytest.raises(StartupError) as caught:
+            startup_check(Processes(roll.host, roll.port, count), index, FACTS, 20)
         problems.append(str(caught.value))
 
     for pair, expected in (([(0, 2), (3, 4)], "number of processes is 4, not 2"), ([(0, 3), (1, 3), (1, 3)], "claim the same number")):

@@ -21,7 +21,7 @@ from f2llm_jax.training.metrics import DivergedError, Recorder, StepWork
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.run import run
 from f2llm_jax.training.step import TrainState, make_train_step
-from f2llm_jax.weights.stored import find_checkpoint, steps_of
+from f2llm_jax.weights.checkpoint_reader import find_checkpoint, steps_of
 
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),

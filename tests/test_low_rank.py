@@ -23,8 +23,8 @@ from f2llm_jax.text import load_tokenizer
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import TableRanks, TrainState, make_train_step
-from f2llm_jax.weights.cut import Cut, CutError
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
+from f2llm_jax.weights.truncation import Truncation, TruncationError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RANK = 16
@@ -149,7 +149,7 @@ def test_every_cut_is_a_model_that_sentence_transformers_loads(trained, tmp_path
     flags = [*(["--layers", str(layers)] if layers else []), *(["--table-rank", str(rank)] if rank else [])]
     assert convert.main(["to-hf", str(folder), str(tmp_path / "out"), *flags]) == 0
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    ours = load_encoder(find_model(str(folder), Cut(layers, rank))).encode(tiny.TEXTS)
+    ours = load_encoder(find_model(str(folder), Truncation(layers, rank))).encode(tiny.TEXTS)
     cosine = (truncate_and_normalize(ours, 128) * theirs.encode(tiny.TEXTS)).sum(1)
     assert cosine.min() >= 0.99999
     plain = nearest_table(weights, rank or 96)
@@ -168,17 +168,17 @@ def nearest_table(weights, rank):
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        (Cut(layers=5), "was not trained to serve with 5 layers, only with 1, 2, 3"),
-        (Cut(table_rank=32), "was not trained for a table of rank 32, only for 64, 96"),
+        (Truncation(layers=5), "was not trained to serve with 5 layers, only with 1, 2, 3"),
+        (Truncation(table_rank=32), "was not trained for a table of rank 32, only for 64, 96"),
     ],
 )
 def test_other_cuts_are_refused(trained, cut, message):
-    with pytest.raises(CutError, match=message):
+    with pytest.raises(TruncationError, match=message):
         find_model(str(trained[0]), cut)
 
 
 def test_a_plain_table_has_no_other_rank(tmp_path):
     tiny_model = tiny.origin(tmp_path / "tokenizer")
     assert tiny_model.config.table_rank == 0
-    with pytest.raises(CutError, match="plain embedding table"):
-        Cut(table_rank=64).check("it", tiny_model.config, (3,))
+    with pytest.raises(TruncationError, match="plain embedding table"):
+        Truncation(table_rank=64).check("it", tiny_model.config, (3,))

@@ -11,7 +11,7 @@ import pytest
 from f2llm_jax import sharding
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import SIZES
-from f2llm_jax.weights.stored import flatten
+from f2llm_jax.weights.checkpoint_reader import flatten
 
 FILE = pathlib.Path(__file__).parent / "fixtures" / "parameter_specs.txt"
 

@@ -26,8 +26,8 @@ from f2llm_jax.pruning.cut import cut
 from f2llm_jax.pruning.target import PruningError, parse_target
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
-from f2llm_jax.weights.origin import ModelSource, find_model
-from f2llm_jax.weights.stored import flatten
+from f2llm_jax.weights.checkpoint_reader import flatten
+from f2llm_jax.weights.models import ModelSource, find_model
 
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]

@@ -19,12 +19,12 @@ from f2llm_jax import convert, text
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.release import hf_folder
-from f2llm_jax.release.agreement import compare
+from f2llm_jax.release.verify import compare
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.step import TrainState
-from f2llm_jax.weights.origin import find_model
-from f2llm_jax.weights.stored import array_spec
-from f2llm_jax.weights.weights import TABLE
+from f2llm_jax.weights.checkpoint_reader import array_spec
+from f2llm_jax.weights.hf_mapping import TABLE
+from f2llm_jax.weights.models import find_model
 
 LIMIT = 96
 PROMPT = text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION)

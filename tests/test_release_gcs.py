@@ -104,7 +104,7 @@ def test_a_failure_leaves_nothing(bucket, folder, monkeypatch):
 
 
 def test_an_imported_bucket_checkpoint_is_one_that_training_restores(bucket, folder):
-    from f2llm_jax.weights.origin import find_model
+    from f2llm_jax.weights.models import find_model
 
     assert convert.main(["from-hf", str(folder), f"{bucket}/train", "--overwrite"]) == 0
     origin = find_model(f"{bucket}/train")

@@ -20,8 +20,8 @@ import yaml
 from safetensors import safe_open
 
 from f2llm_jax.release import hf_folder
-from f2llm_jax.release.agreement import compare
 from f2llm_jax.release.merge import merge
+from f2llm_jax.release.verify import compare
 
 
 @dataclasses.dataclass(frozen=True)

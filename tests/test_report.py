@@ -15,8 +15,8 @@ from f2llm_jax import report
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.reporting import charts
-from f2llm_jax.reporting.glance import principal_plane, take_glance
-from f2llm_jax.reporting.record import RunRecord
+from f2llm_jax.reporting.embedding_sample import principal_plane, sample_embeddings
+from f2llm_jax.reporting.run_record import RunRecord
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.step import TrainState
 
@@ -143,7 +143,7 @@ def test_what_is_missing_is_said(runs, tmp_path, capsys):
 
 def test_a_glance_is_the_models_cosines(dataset, params):
     encoder = TextEncoder(tiny.CONFIG, params, dataset.tokenizer(), 48)
-    glance = take_glance(encoder, dataset)
+    glance = sample_embeddings(encoder, dataset)
     positives, negatives, start = [], [], 0
     for name, source in dataset.sources.items():
         documents = dataset.tables(name, "validation").documents[:, :4]

@@ -13,7 +13,7 @@ from small_runs import OVERRIDES, SIGNALLER, STEPS, TRAIN, assert_same_weights, 
 from configs import stage2
 from f2llm_jax.training.run import run
 from f2llm_jax.training.start import StartError
-from f2llm_jax.weights.stored import CheckpointError, find_checkpoint
+from f2llm_jax.weights.checkpoint_reader import CheckpointError, find_checkpoint
 
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]

@@ -21,7 +21,7 @@ from f2llm_jax.objectives import Embeddings, Samples, ranked_first
 from f2llm_jax.release import hf_folder
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.run import run
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 B, N, D = 8, 3, 8

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from f2llm_jax import sharding
 from f2llm_jax.release import hf_folder, workdir
-from f2llm_jax.weights.hf_import import ModelFolderError
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.hf_reader import ModelFolderError
+from f2llm_jax.weights.models import find_model
 
 EVERYTHING = 10**9
 

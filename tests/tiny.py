@@ -12,8 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import load_tokenizer
-from f2llm_jax.weights.origin import ModelOrigin
-from f2llm_jax.weights.stored import flatten
+from f2llm_jax.weights.checkpoint_reader import flatten
+from f2llm_jax.weights.models import LoadableModel
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 CONFIG = DecoderConfig(
@@ -65,7 +65,7 @@ def origin(folder, config=CONFIG, **facts):
     """A model of random weights that knows what training would have told it; its tokenizer is written to `folder`."""
     facts = {"matryoshka_dims": (16, 32, 64), "max_length": 96, "tokenizer": load_tokenizer(write_tokenizer(folder)), **facts}
     load = facts.pop("load", lambda mesh: _params(config, mesh))
-    return ModelOrigin(name="tiny", config=config, load=load, open_params=lambda: in_memory(load(None)), **facts)
+    return LoadableModel(name="tiny", config=config, load=load, open_params=lambda: in_memory(load(None)), **facts)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.evaluation.held_out import accuracies
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.sizes import SIZES
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 SOURCE, TEACHER, CACHE = "source", "teacher", "teacher-vectors"
 RANDOM = "random"

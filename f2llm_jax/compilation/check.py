@@ -74,7 +74,7 @@ class Moved:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompiledStepReport:
     """What was found. Bytes and seconds are of one device and one step, FLOPs of all devices.
 
     FLOPs of the model are those of a step whose rows are full, one text each; compiled ones are without the teacher's.
@@ -134,7 +134,7 @@ class Report:
         return self.compiled_flops / self.model_flops
 
 
-def check(request: Request) -> Report:
+def check(request: Request) -> CompiledStepReport:
     """Compiles and counts.
 
     Raises:
@@ -159,7 +159,7 @@ def check(request: Request) -> Report:
     tokens = chunks * config.batch.microbatch_rows * config.batch.row_tokens
     needed = training_flops(model, Work(tokens, tokens * config.batch.row_tokens))
     seconds = _bounds(cost + teacher_cost, moved, chip, len(devices))
-    return Report(
+    return CompiledStepReport(
         size=config.size,
         teacher=request.teacher,
         topology=request.topology,
@@ -208,7 +208,7 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -
     Raises:
       ValueError: its rows cannot be split over the mesh.
     """
-    ways = sharding.batch_ways(mesh)
+    ways = sharding.batch_shards(mesh)
     M, T, X = config.microbatch_rows, config.row_tokens, config.row_texts
     if M % ways:
         raise UserError(f"batch.microbatch_rows={M} must be a multiple of the {ways} ways that rows are split over")
@@ -314,7 +314,7 @@ def _bounds(cost: Cost, moved: list[Moved], chip: Chip, devices: int) -> dict[st
     }
 
 
-def search(request: Request, report: Callable[[str], None] = lambda line: None) -> Report:
+def search(request: Request, report: Callable[[str], None] = lambda line: None) -> CompiledStepReport:
     """The report of the largest `batch.microbatch_rows` that fits, of those that are a power of two for each of the mesh's ways.
 
     `report` is told of each try. At most, one chunk takes a whole step.
@@ -323,7 +323,7 @@ def search(request: Request, report: Callable[[str], None] = lambda line: None) 
       DoesNotFitError: not even one row a way fits.
     """
     devices = slice_devices(request.topology, request.slices)
-    ways, rows, best = sharding.batch_ways(sharding.make_mesh(**request.config.mesh, devices=devices)), 1, None
+    ways, rows, best = sharding.batch_shards(sharding.make_mesh(**request.config.mesh, devices=devices)), 1, None
     while True:
         config = request.config.copy_and_resolve_references()
         config.batch.microbatch_rows = ways * rows

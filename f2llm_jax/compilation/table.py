@@ -4,12 +4,12 @@ import dataclasses
 
 from etils import epath
 
-from f2llm_jax.compilation.check import Report
+from f2llm_jax.compilation.check import CompiledStepReport
 from f2llm_jax.compilation.topology import GIB
 from f2llm_jax.data import records
 
 
-def describe(report: Report) -> str:
+def describe(report: CompiledStepReport) -> str:
     """Some thirty lines for a terminal."""
     teacher = f", distilled from {report.teacher}" if report.teacher else ""
     slices = f"{report.slices} slices of " if report.slices > 1 else ""
@@ -38,7 +38,7 @@ def describe(report: Report) -> str:
     return "\n".join(lines)
 
 
-def write_json(report: Report, path: epath.PathLike) -> None:
+def write_json(report: CompiledStepReport, path: epath.PathLike) -> None:
     """Writes beside the file, then renames."""
     derived = {"hbm_used": report.hbm_used, "flops_ratio": report.flops_ratio}
     records.write_json(epath.Path(path), dataclasses.asdict(report) | derived)

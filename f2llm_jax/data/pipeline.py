@@ -103,7 +103,7 @@ class Pipeline:
         """
         self._dataset, self._split, self._config, self._mesh = dataset, split, config, mesh
         self._teacher = teacher
-        ways = sharding.batch_ways(mesh)
+        ways = sharding.batch_shards(mesh)
         if config.microbatch_rows % ways:
             raise UserError(f"microbatch_rows={config.microbatch_rows} must be a multiple of the {ways} ways that rows are split over")
         names = sources or list(dataset.sources)

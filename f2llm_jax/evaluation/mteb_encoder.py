@@ -17,7 +17,7 @@ from f2llm_jax.inference.encode import truncate_and_normalize
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.text import INSTRUCTION_TEMPLATE
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.models import ModelSource
 
 MEGABYTE = 2**20
 

@@ -9,7 +9,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.inference.encode import Report, TextEncoder, truncate_and_normalize
+from f2llm_jax.inference.encode import ProgressCallback, TextEncoder, truncate_and_normalize
 from f2llm_jax.text import query_prompt
 
 COLUMNS = ("query", "instruction", "document", "language")
@@ -80,7 +80,7 @@ def read_pairs(path: epath.PathLike) -> Pairs:
     return Pairs(path.stem, queries, list(number), np.array([number[d] for d in document]), np.array(language))
 
 
-def evaluate(encoder: TextEncoder, pairs: Pairs, dims: Sequence[int], report: Report | None = None) -> dict[int, Recall]:
+def evaluate(encoder: TextEncoder, pairs: Pairs, dims: Sequence[int], report: ProgressCallback | None = None) -> dict[int, Recall]:
     """Recall@1 by width.
 
     Raises:

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 
 from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.weights.hf_mapping import TABLE, Entry
 from f2llm_jax.weights.parameters import Parameters, blocks, parameter_shapes
-from f2llm_jax.weights.weights import TABLE, Entry
 
 ENTRIES = {entry.path[-1]: entry for entry in TABLE}
 

@@ -22,7 +22,7 @@ from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer
-from f2llm_jax.weights.origin import ModelOrigin
+from f2llm_jax.weights.models import LoadableModel
 
 ROW_TOKENS = (128, 256, 512, 2048)  # and the longest text, if longer
 ROW_TEXTS = 32  # most texts in the shortest row
@@ -30,7 +30,7 @@ CHUNK_TOKENS = {"cpu": 1024}  # encoded at once; fastest of 1024, 2048, 4096 on 
 CHUNK_TOKENS_ACCELERATOR = 32_768
 BLOCK_TEXTS = 4096  # tokenised and packed together; bounds the host's memory
 
-Report = Callable[[int, int], None]  # (texts done, texts in all)
+ProgressCallback = Callable[[int, int], None]  # (texts done, texts in all)
 
 
 class TextEncoder:
@@ -66,9 +66,9 @@ class TextEncoder:
         # float32 means it: accelerators multiply float32 matrices in fewer bits unless told otherwise.
         self._precision = "highest" if dtype == jnp.float32 else None
         self._params = jax.tree.map(lambda x: x.astype(dtype), params)
-        self._shapes = _row_shapes(max_length, chunk_tokens or _default_chunk_tokens(), sharding.batch_ways(mesh))
+        self._shapes = _row_shapes(max_length, chunk_tokens or _default_chunk_tokens(), sharding.batch_shards(mesh))
 
-    def encode(self, texts: Sequence[str], prompt: str = "", report: Report | None = None) -> Float[np.ndarray, "S D"]:
+    def encode(self, texts: Sequence[str], prompt: str = "", report: ProgressCallback | None = None) -> Float[np.ndarray, "S D"]:
         """Raw embeddings, float32 `[S, D]`, of `prompt + text` for each text, in the order given."""
         embeddings, done = np.empty((len(texts), self.width), np.float32), 0
         for vectors in self.encode_blocks(texts, prompt):
@@ -129,7 +129,7 @@ def _program(config: DecoderConfig, dtype: jnp.dtype, params: nnx.State, *rows: 
     return sharding.shard(encode_chunk(params, *rows), sharding.P(None, None, None))  # every host can read the result
 
 
-def load_encoder(origin: ModelOrigin, *, max_length: int | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> TextEncoder:
+def load_encoder(origin: LoadableModel, *, max_length: int | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> TextEncoder:
     """The encoder of a model that has been found; texts are cut at the model's own limit unless `max_length` is given.
 
     Raises:

@@ -12,11 +12,11 @@ from f2llm_jax.data.records import Dataset
 from f2llm_jax.data.teacher_cache import CacheFacts, TeacherCacheError
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.text import truncate
-from f2llm_jax.weights.origin import ModelOrigin
+from f2llm_jax.weights.models import LoadableModel
 
 
 def cache_teacher(
-    origin: ModelOrigin,
+    origin: LoadableModel,
     dataset: Dataset,
     out: epath.Path,
     *,

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import is_remote
-from f2llm_jax.inference.encode import Report, TextEncoder
+from f2llm_jax.inference.encode import ProgressCallback, TextEncoder
 
 KEY_BYTES = 16
 
@@ -103,7 +103,7 @@ class CachedEncoder:
         self._encoder, self._root, self._model = encoder, root, model
         self._caches: dict[str, VectorCache] = {}
 
-    def encode(self, texts: Sequence[str], prompt: str = "", dim: int | None = None, report: Report | None = None) -> np.ndarray:
+    def encode(self, texts: Sequence[str], prompt: str = "", dim: int | None = None, report: ProgressCallback | None = None) -> np.ndarray:
         """The first `dim` components (all if None) of the raw embeddings of `prompt + text`, float32 `[S, K]`, in the order given.
 
         What is missing is encoded once, longest texts first, and written block by block; `report` counts only that.

@@ -17,10 +17,10 @@ from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, make_pool
 from f2llm_jax.mining.rows import mined
-from f2llm_jax.mining.search import Report, Searched, all_here, search
+from f2llm_jax.mining.search import ProgressCallback, Searched, all_here, search
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.mining.vectors import VectorStore, made_by
-from f2llm_jax.weights.origin import ModelOrigin
+from f2llm_jax.weights.models import LoadableModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Encoding:
 
 
 def mine(
-    origin: ModelOrigin,
+    origin: LoadableModel,
     sources: Sequence[Pairs],
     corpus: Sequence[str] | None,
     out: epath.PathLike,
@@ -48,7 +48,7 @@ def mine(
     encoding: Encoding = Encoding(),
     cache: epath.PathLike | None = None,
     overwrite: bool = False,
-    report: Report = lambda what, done, total: None,
+    report: ProgressCallback = lambda what, done, total: None,
 ) -> dict:
     """Writes the sources with mined negatives to `out` (see `writing`), or finds them there; returns `summary.json`.
 
@@ -93,7 +93,7 @@ def mine(
     return json.loads(summary.read_text())
 
 
-def _write(found: Sequence[Searched], out: epath.Path, rules: Rules, facts: dict, report: Report) -> None:
+def _write(found: Sequence[Searched], out: epath.Path, rules: Rules, facts: dict, report: ProgressCallback) -> None:
     seen, counters, kinds = writing.Seen(), {}, {}
     rows = sum(len(source.query) for one in found for source in one.pool.sources)
     with writing.whole_folder(out) as folder:

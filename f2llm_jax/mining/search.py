@@ -21,7 +21,7 @@ from f2llm_jax.mining.vectors import SHARD_TEXTS, Shard, VectorStore, write_whol
 
 QUERY_SHARDS = 2  # of vectors, searched with at once: what a killed search loses, and how seldom the documents are read again
 
-Report = Callable[[str, int, int], None]  # (what is done, how much of it, of how much in all)
+ProgressCallback = Callable[[str, int, int], None]  # (what is done, how much of it, of how much in all)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Searched:
     neighbours: Neighbours
 
 
-def search(pool: Pool, store: VectorStore, folder: epath.Path, k: int, mesh: jax.sharding.Mesh, report: Report) -> Searched:
+def search(pool: Pool, store: VectorStore, folder: epath.Path, k: int, mesh: jax.sharding.Mesh, report: ProgressCallback) -> Searched:
     """Fills the store with a pool's vectors and `folder` with the neighbours of its queries, as far as they are missing.
 
     Args:
@@ -97,7 +97,7 @@ def _names(pool: Pool, folder: epath.Path, documents: Sequence[Shard], queries: 
     return Neighbours(folder, keys, QUERY_SHARDS * SHARD_TEXTS)
 
 
-def _search(found: Searched, k: int, mesh: jax.sharding.Mesh, report: Report) -> None:
+def _search(found: Searched, k: int, mesh: jax.sharding.Mesh, report: ProgressCallback) -> None:
     """This process's files of neighbours."""
     mine = range(jax.process_index(), len(found.neighbours.keys), jax.process_count())
     total = len(mine) * len(found.pool.documents)
@@ -115,7 +115,7 @@ def _search(found: Searched, k: int, mesh: jax.sharding.Mesh, report: Report) ->
         report("search", (turn + 1) * len(found.pool.documents), total)
 
 
-def _counted(blocks: Iterator[np.ndarray], done: int, total: int, report: Report) -> Iterator[np.ndarray]:
+def _counted(blocks: Iterator[np.ndarray], done: int, total: int, report: ProgressCallback) -> Iterator[np.ndarray]:
     for block in blocks:
         yield block
         done += len(block)

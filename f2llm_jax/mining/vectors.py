@@ -22,7 +22,7 @@ from f2llm_jax.files import is_remote
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.weights.digest import model_digest
-from f2llm_jax.weights.origin import ModelOrigin
+from f2llm_jax.weights.models import LoadableModel
 
 SHARD_TEXTS = 8192
 DTYPES = ("float32", "float16")
@@ -113,7 +113,7 @@ class VectorStore:
         return digest.hexdigest()[:32]
 
 
-def made_by(origin: ModelOrigin, max_length: int, compute: str) -> list[object]:
+def made_by(origin: LoadableModel, max_length: int, compute: str) -> list[object]:
     """Everything that turns a text into a vector: digest of weights and tokenizer, text limit, dtype of computation.
 
     Equal for a checkpoint and its float32 release. Reads the weights once, block by block.

@@ -72,7 +72,7 @@ def value_and_grad(
 
     Over the mesh's `data` axis gradients are summed once, after the last chunk; over `fsdp` with each chunk, as their shards need.
     """
-    params = sharding.lazy(params)
+    params = sharding.unreduced(params)
     final = texts.chunks - 1
     with jax.named_scope("encode"):
         placed = _encode_apart(encode_chunk, params, texts, final, text_count)
@@ -91,7 +91,7 @@ def value_and_grad(
     with jax.named_scope("last_chunk"):
         (gradients,) = backward(_pick(cotangents, texts.text[final]))
     with jax.named_scope("gradients"):
-        return (loss, aux), sharding.settle(jax.lax.fori_loop(0, final, accumulate, gradients))
+        return (loss, aux), sharding.reduce_over_data(jax.lax.fori_loop(0, final, accumulate, gradients))
 
 
 def _rows(texts: PackedTexts, chunk: Int[Array, ""]) -> tuple[Array, ...]:
@@ -103,7 +103,7 @@ def _encode_apart(
 ) -> Float[Array, "A S ..."]:
     """Of the first `chunks` chunks, each embedding with the one of A batch ways that made it, zeros with the others."""
     pooled = jax.eval_shape(encode_chunk, params, *_rows(texts, jnp.int32(0)))
-    shape = (sharding.batch_ways(sharding.mesh_in_use()), text_count, *pooled.shape[2:])
+    shape = (sharding.batch_shards(sharding.mesh_in_use()), text_count, *pooled.shape[2:])
     nothing = sharding.shard(jnp.zeros(shape, pooled.dtype), _by_way(len(shape)))
 
     def step(chunk, placed):

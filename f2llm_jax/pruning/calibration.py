@@ -27,7 +27,7 @@ from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.pruning.target import PruningError
 from f2llm_jax.text import truncate
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters
 
 LEAST_ROWS = 16  # fewer texts say more of themselves than of the model
@@ -39,7 +39,7 @@ MEASURES: dict[str, tuple[Callable, Callable]] = {
     "l2": (jnp.square, np.sqrt),  # root mean square, which orders channels as their L2 norm over all tokens does
     "mean-abs": (jnp.abs, lambda mean: mean),
 }
-Report = Callable[[int, int], None]  # (layers done, layers in all)
+ProgressCallback = Callable[[int, int], None]  # (layers done, layers in all)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +81,14 @@ def draw_texts(dataset: Dataset, rows: int, seed: int, max_length: int) -> list[
     return [truncate(ids, max_length, dataset.eos_id) for ids in texts]
 
 
-def measure(source: ModelSource, texts: Sequence[Int[np.ndarray, "T"]], mesh: jax.sharding.Mesh | None, report: Report) -> Activations:
+def measure(
+    source: ModelSource, texts: Sequence[Int[np.ndarray, "T"]], mesh: jax.sharding.Mesh | None, report: ProgressCallback
+) -> Activations:
     """Runs `texts` through the model in float32; `report` hears of every layer."""
     config = source.config
     in_mesh = jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
     with in_mesh, jax.default_matmul_precision("highest"), source.open_params() as parameters:
-        packed = _pack(texts, sharding.batch_ways(mesh))
+        packed = _pack(texts, sharding.batch_shards(mesh))
         rows = [_rows(packed, chunk, mesh) for chunk in range(int(packed.chunks))]
         ids = packed.token_ids.reshape(len(rows), -1)
         table = lookup(config, parameters, ids.reshape(-1)).reshape(*ids.shape, -1)

@@ -13,9 +13,9 @@ import numpy as np
 
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.pruning.choice import Choice
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.hf_mapping import Entry
+from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters, parameter_dims
-from f2llm_jax.weights.weights import Entry
 
 
 def cut(source: ModelSource, target: DecoderConfig, choice: Choice) -> ModelSource:

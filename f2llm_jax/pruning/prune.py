@@ -6,11 +6,11 @@ import jax
 
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.pruning.calibration import Activations, Report, draw_texts, measure
+from f2llm_jax.pruning.calibration import Activations, ProgressCallback, draw_texts, measure
 from f2llm_jax.pruning.choice import Choice, Method, choose
 from f2llm_jax.pruning.cut import cut
 from f2llm_jax.pruning.target import PruningError, parse_target
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.models import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def prune(
     *,
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
-    report: Report = lambda done, total: None,
+    report: ProgressCallback = lambda done, total: None,
 ) -> Pruned:
     """Prunes a model to `target` (see `parse_target`) by what it does on `rows` training rows of `dataset`.
 

@@ -9,8 +9,8 @@ from etils import epath
 
 from f2llm_jax import __version__, text
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.reporting.record import RunRecord, read_record
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.reporting.run_record import RunRecord, read_record
+from f2llm_jax.weights.models import ModelSource
 
 CURVE_FILE = "training_curve.png"
 WIDTHS_FILE = "matryoshka_curve.png"

@@ -16,8 +16,8 @@ from f2llm_jax.inference.by_layer import encode_by_layer
 from f2llm_jax.inference.encode import truncate_and_normalize
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer
+from f2llm_jax.weights.hf_mapping import Entry
 from f2llm_jax.weights.parameters import Parameters
-from f2llm_jax.weights.weights import Entry
 
 GOLDEN_FILE = "golden.json"
 DECIMALS = 6  # cosines keep nine nines

@@ -19,7 +19,7 @@ from f2llm_jax.release.golden import GOLDEN_FILE, golden_vectors
 from f2llm_jax.release.progress import Progress
 from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_weights
 from f2llm_jax.text import Tokenizer
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.models import ModelSource
 
 CONFIG_FILE = "config.json"  # every reader opens it first, so it is written last
 

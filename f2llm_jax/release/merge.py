@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.hf_mapping import Entry
+from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, parameter_shapes
-from f2llm_jax.weights.weights import Entry
 
 METHODS = ("linear", "slerp")
 NEARLY_PARALLEL = 0.9995  # cosine above which slerp is linear, as in mergekit's `slerp`

@@ -24,7 +24,7 @@ DTYPES = {
     "float16": (np.dtype(np.float16), "F16"),
 }
 
-Report = Callable[[int], None]  # bytes written since the last call
+ProgressCallback = Callable[[int], None]  # bytes written since the last call
 
 
 def stored_bytes(config: DecoderConfig, dtype: str) -> int:
@@ -33,7 +33,7 @@ def stored_bytes(config: DecoderConfig, dtype: str) -> int:
 
 
 def write_weights(
-    folder: epath.Path, config: DecoderConfig, parameters: Parameters, dtype: str, max_shard_bytes: int, report: Report
+    folder: epath.Path, config: DecoderConfig, parameters: Parameters, dtype: str, max_shard_bytes: int, report: ProgressCallback
 ) -> None:
     """One file, or numbered shards and their index.
 
@@ -112,7 +112,7 @@ def _check_finite(name: str, ours: np.ndarray, dtype: str) -> None:
         raise UserError(f"{name} holds values that are not finite in {dtype}; export as float32 to look")
 
 
-def _write_file(path: epath.Path, shapes: Mapping[str, Shape], dtype: str, pieces: Iterator[np.ndarray], report: Report) -> None:
+def _write_file(path: epath.Path, shapes: Mapping[str, Shape], dtype: str, pieces: Iterator[np.ndarray], report: ProgressCallback) -> None:
     """A file of the next pieces, as many as `shapes` has bytes; the iterator goes on in the next shard."""
     left = sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype][0].itemsize
     with path.open("wb") as file:

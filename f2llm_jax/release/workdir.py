@@ -18,10 +18,10 @@ from orbax.checkpoint import v1 as ocp
 from f2llm_jax.files import absolute, new_folder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release.progress import Progress
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.checkpoint_reader import array_spec
+from f2llm_jax.weights.hf_mapping import Entry
+from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, parameter_shapes
-from f2llm_jax.weights.stored import array_spec
-from f2llm_jax.weights.weights import Entry
 
 STEP = "checkpoints/0"
 COMMITTED = "commit_success.txt"  # what Orbax looks for on an object store

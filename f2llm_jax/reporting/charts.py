@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from f2llm_jax.reporting.record import Line, RunRecord
+from f2llm_jax.reporting.run_record import Line, RunRecord
 
 COLORS = ("#2f7ed8", "#e0702e", "#1a9e77", "#9a5fd0", "#d1405a", "#7d8590")  # told apart on white and on black
 INK = "#010203"  # stands for the colour of the text around a picture

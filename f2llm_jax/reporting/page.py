@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from f2llm_jax.reporting import charts
-from f2llm_jax.reporting.record import RunRecord
+from f2llm_jax.reporting.run_record import RunRecord
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.reporting import charts
-from f2llm_jax.reporting.glance import Glance, principal_plane, take_glance
+from f2llm_jax.reporting.embedding_sample import EmbeddingSample, principal_plane, sample_embeddings
 from f2llm_jax.reporting.page import Chart, RunLine, page
-from f2llm_jax.reporting.record import RunRecord, read_record
+from f2llm_jax.reporting.run_record import RunRecord, read_record
 from f2llm_jax.text import TokenizerError
-from f2llm_jax.weights.hf_import import ModelFolderError
-from f2llm_jax.weights.origin import find_model
-from f2llm_jax.weights.stored import CheckpointError
+from f2llm_jax.weights.checkpoint_reader import CheckpointError
+from f2llm_jax.weights.hf_reader import ModelFolderError
+from f2llm_jax.weights.models import find_model
 
 PAGE = "report.html"
 NAMED = 12  # languages at either end that are named where there are too many to label
@@ -50,7 +50,7 @@ def write_report(workdirs: Sequence[epath.PathLike], out: pathlib.Path) -> pathl
         try:
             origin = find_model(str(workdir))
             parameters = count_parameters(origin.config)
-            glances[run.name] = take_glance(load_encoder(origin), load_dataset(_data_folder(run, workdir)))
+            glances[run.name] = sample_embeddings(load_encoder(origin), load_dataset(_data_folder(run, workdir)))
         except (CheckpointError, DatasetError, ModelFolderError, TokenizerError) as error:
             missing.append(f"No picture of the space of {run.name}: {error}")
         lines.append(RunLine(run, parameters, color))
@@ -87,7 +87,7 @@ def _data_folder(run: RunRecord, workdir: epath.PathLike) -> epath.PathLike:
     return run.config.get("data", {}).get("folder") or epath.Path(workdir) / "data"
 
 
-def _sections(runs: Sequence[RunRecord], glances: Mapping[str, Glance]) -> dict[str, Parts]:
+def _sections(runs: Sequence[RunRecord], glances: Mapping[str, EmbeddingSample]) -> dict[str, Parts]:
     in_batch = "Retrieval alone: each query against the positives of the whole batch."
     weighted = "As it enters the sum."
     padding = "The rest is padding, computed for nothing."
@@ -120,7 +120,7 @@ def _charts(parts: Parts) -> list[Chart]:
     return [Chart(name, title, note, figure) for name, title, note, figure in parts if figure]
 
 
-def _space(number: int, name: str, glance: Glance) -> Parts:
+def _space(number: int, name: str, glance: EmbeddingSample) -> Parts:
     """Pictures of one run's embeddings."""
     apart = f"The less they overlap the better. Any positive is nearer than any hard negative in {glance.separation:.1%} of pairs."
     similarities = charts.similarities(glance.positive_cosine, glance.negative_cosine) if len(glance.negative_cosine) else None

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import absolute
 from f2llm_jax.training.step import TrainState
-from f2llm_jax.weights.stored import CheckpointError, flatten, unflatten
+from f2llm_jax.weights.checkpoint_reader import CheckpointError, flatten, unflatten
 
 # Arrays are stored in chunks of at most this size, cut along the first axis (layers, rows of the embedding table) where that is
 # possible: a chunk is the least that can be read, so a release of 8B takes 1.2 GiB of memory instead of a whole 7 GB parameter.

@@ -21,7 +21,7 @@ from jax._src.clusters import ClusterEnv
 
 import f2llm_jax
 from f2llm_jax.errors import UserError
-from f2llm_jax.training.roll_call import Roll, roll_call
+from f2llm_jax.training.startup_check import Processes, startup_check
 
 
 class HostsError(UserError):
@@ -82,14 +82,14 @@ def join(place: Place, facts: Mapping[str, str], limit: int) -> None:
       limit: seconds from the start of the first process on.
 
     Raises:
-      RollCallError: not all are there, or not all are alike; raised on all of them.
+      StartupError: not all are there, or not all are alike; raised on all of them.
     """
     if place.num_processes == 1:
         return
     host, _, port = place.coordinator_address.rpartition(":")
     known = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")  # GKE names the pods of a slice
     names = known if len(known) == place.num_processes else ()
-    roll_call(Roll(host.strip("[]"), int(port) - 1, place.num_processes, names), place.process_id, facts, limit)
+    startup_check(Processes(host.strip("[]"), int(port) - 1, place.num_processes, names), place.process_id, facts, limit)
     jax.distributed.initialize(place.coordinator_address, place.num_processes, place.process_id, initialization_timeout=limit)
 
 

@@ -42,7 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts
 
     Raises:
       ValueError: something in the configuration, the data or the starting weights does not fit; before the first step.
-      RollCallError: processes are missing, or run other code or another configuration.
+      StartupError: processes are missing, or run other code or another configuration.
       DivergedError: too many steps in a row had no finite loss and gradient.
       Preempted: SIGTERM came; the state is saved.
     """

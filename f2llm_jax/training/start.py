@@ -11,8 +11,8 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.low_rank import factorised
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
-from f2llm_jax.weights.origin import ModelOrigin, find_model
-from f2llm_jax.weights.stored import find_checkpoint
+from f2llm_jax.weights.checkpoint_reader import find_checkpoint
+from f2llm_jax.weights.models import LoadableModel, find_model
 
 TOY_VOCAB_MULTIPLE = 64  # toy sizes take the tokenizer's vocabulary, rounded up so that it splits over devices
 
@@ -80,7 +80,7 @@ def teacher(name: str, student_config: DecoderConfig, dataset: Dataset) -> Start
     return StartingPoint(origin.config, f"from {name}", origin.load)
 
 
-def _check_tokenizer(origin: ModelOrigin, dataset: Dataset) -> None:
+def _check_tokenizer(origin: LoadableModel, dataset: Dataset) -> None:
     _check_vocabulary(origin.config, origin.name, dataset)
     if origin.tokenizer and origin.tokenizer.fingerprint != dataset.tokenizer_fingerprint:
         raise StartError(

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import blocks, parameter_shapes
 
 

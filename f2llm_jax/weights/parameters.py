@@ -16,7 +16,7 @@ from jaxtyping import Float
 from f2llm_jax.model.decoder import Parameter as DecoderParameter
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.weights.weights import LEFT, RIGHT, TABLE, Entry
+from f2llm_jax.weights.hf_mapping import LEFT, RIGHT, TABLE, Entry
 
 BLOCK_BYTES = 2**28  # in float32; one layer's largest matrix of the 14B model is 340 MiB and is then a block of its own
 

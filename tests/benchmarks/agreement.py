@@ -20,7 +20,7 @@ import transformers
 
 from f2llm_jax import text
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 TEXTS = 200
 CUT = 16

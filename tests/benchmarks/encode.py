@@ -31,7 +31,7 @@ from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer, strip_instruction
-from f2llm_jax.weights.origin import ModelOrigin, find_model
+from f2llm_jax.weights.models import LoadableModel, find_model
 
 THREADS = 2
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128)
@@ -67,7 +67,7 @@ def random_model(shape: str, tokenizer: str, max_length: int, out: str) -> str:
         head_dim=64,
     )
     params = init_decoder(config, 0)
-    origin = ModelOrigin(
+    origin = LoadableModel(
         name=f"random weights, {layers} layers of {width}",
         config=config,
         load=lambda mesh: params,

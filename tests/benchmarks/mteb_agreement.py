@@ -23,7 +23,7 @@ from f2llm_jax import evaluate
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.local_tasks import read_manifest
 from f2llm_jax.text import INSTRUCTION_TEMPLATE, strip_instruction
-from f2llm_jax.weights.origin import find_model
+from f2llm_jax.weights.models import find_model
 
 ROWS, LANGUAGES = 300, 10
 BOUND = 1e-4

@@ -28,7 +28,7 @@ import tiny
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
-from f2llm_jax.weights.origin import ModelSource
+from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import parameter_shapes
 
 SAMPLE_SECONDS = 0.05

@@ -13,7 +13,7 @@ ROWS = 600  # of all sources together
 
 
 @dataclasses.dataclass(frozen=True)
-class Glance:
+class EmbeddingSample:
     """Normalised embeddings of held-out rows, float32.
 
     Attributes:
@@ -40,11 +40,11 @@ class Glance:
         return float(np.searchsorted(negatives, self.positive_cosine).mean() / max(len(negatives), 1))
 
 
-def take_glance(encoder: TextEncoder, dataset: Dataset) -> Glance:
+def sample_embeddings(encoder: TextEncoder, dataset: Dataset) -> EmbeddingSample:
     """The first held-out rows of each source, as many of each as of another; with up to three of a row's negatives."""
     names = [name for name, source in dataset.sources.items() if source.rows[SPLIT]]
     parts = [_of_source(encoder, dataset, name, -(-ROWS // len(names))) for name in names]
-    return Glance(
+    return EmbeddingSample(
         query=np.concatenate([query for query, _, _ in parts]),
         passage=np.concatenate([passage for _, passage, _ in parts]),
         negative_cosine=np.concatenate([cosine for _, _, cosine in parts]),

@@ -22,12 +22,12 @@ LONGEST_LINE = 2**20  # bytes of an answer
 NAMED = 5  # differences named of a host
 
 
-class RollCallError(UserError):
+class StartupError(UserError):
     """Processes that are missing or differ; the message names them, and is the same on all that were there."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Roll:
+class Processes:
     """Who is called.
 
     Attributes:
@@ -56,7 +56,7 @@ class _Answer:
         return f"process {self.index} ({self.host})"
 
 
-def roll_call(roll: Roll, index: int, facts: Mapping[str, str], limit: float) -> None:
+def startup_check(roll: Processes, index: int, facts: Mapping[str, str], limit: float) -> None:
     """Returns on every process when all have answered alike.
 
     Args:
@@ -66,16 +66,16 @@ def roll_call(roll: Roll, index: int, facts: Mapping[str, str], limit: float) ->
       limit: seconds from the start of the first process on.
 
     Raises:
-      RollCallError: within `limit`, on every process that did start.
+      StartupError: within `limit`, on every process that did start.
     """
     deadline = time.monotonic() + limit
     mine = _Answer(index, socket.gethostname(), {"number of processes": str(roll.count), **facts})
     problem = _call(roll, mine, deadline, limit) if index == 0 else _answer(roll, mine, deadline, limit)
     if problem:
-        raise RollCallError(f"roll call: {problem}")
+        raise StartupError(f"roll call: {problem}")
 
 
-def _answer(roll: Roll, mine: _Answer, deadline: float, limit: float) -> str:
+def _answer(roll: Processes, mine: _Answer, deadline: float, limit: float) -> str:
     """A process other than 0: says what it runs, again if process 0 starts late or over; the problem, "" for none."""
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError, ValueError), socket.create_connection((roll.host, roll.port), min(left, GRACE)) as connection:
@@ -86,7 +86,7 @@ def _answer(roll: Roll, mine: _Answer, deadline: float, limit: float) -> str:
     return _missing(roll, {mine.index: mine}, [0], limit)
 
 
-def _call(roll: Roll, mine: _Answer, deadline: float, limit: float) -> str:
+def _call(roll: Processes, mine: _Answer, deadline: float, limit: float) -> str:
     """Process 0: hears all and tells all the problem, "" for none."""
     with contextlib.ExitStack() as opened, _listen(roll.port) as server:
         present = {0: mine}
@@ -110,7 +110,7 @@ def _call(roll: Roll, mine: _Answer, deadline: float, limit: float) -> str:
     return problem
 
 
-def _problem(roll: Roll, present: dict[int, _Answer], limit: float, *, overdue: bool) -> str:
+def _problem(roll: Processes, present: dict[int, _Answer], limit: float, *, overdue: bool) -> str:
     """What is wrong so far, "" for nothing; who has gone meanwhile is no longer `present`."""
     for index in [index for index, answer in present.items() if answer.connection and _gone(answer.connection)]:
         del present[index]
@@ -124,7 +124,7 @@ def _problem(roll: Roll, present: dict[int, _Answer], limit: float, *, overdue: 
     return _missing(roll, present, absent, limit) if overdue else ""
 
 
-def _missing(roll: Roll, present: Mapping[int, _Answer], absent: Sequence[int], limit: float) -> str:
+def _missing(roll: Processes, present: Mapping[int, _Answer], absent: Sequence[int], limit: float) -> str:
     names = [f"process {i} ({roll.names[i]})" if roll.names else f"process {i}" for i in absent]
     return (
         f"{', '.join(names)} of {roll.count} did not answer at {roll.host}:{roll.port} within {limit:g} s; there was "
@@ -152,7 +152,7 @@ def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
-        raise RollCallError(f"roll call: process 0 cannot listen at port {port} ({error}); is another run on this host?") from error
+        raise StartupError(f"roll call: process 0 cannot listen at port {port} ({error}); is another run on this host?") from error
 
 
 def _gone(connection: socket.socket) -> bool:

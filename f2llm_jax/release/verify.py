@@ -16,7 +16,7 @@ from f2llm_jax import text
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.release.golden import GOLDEN_FILE, TEXTS, read_golden
-from f2llm_jax.weights.origin import ModelOrigin, find_model
+from f2llm_jax.weights.models import LoadableModel, find_model
 
 REQUIRED_FLOAT32 = 0.99999  # worst cosine of all texts
 REQUIRED_HALF = 0.999  # weights and, in the peers, arithmetic of bfloat16 or float16
@@ -25,7 +25,7 @@ BATCH = 8  # texts, padded to the longest
 Encode = Callable[[Sequence[str], str, int, int], np.ndarray]  # (texts, prompt, limit in tokens, texts at once) -> [S, D]
 
 
-class AgreementError(UserError):
+class VerificationError(UserError):
     """The comparison cannot be made; the message names the remedy."""
 
 
@@ -52,15 +52,15 @@ def compare(folder: str, extra_texts: Sequence[str] = ()) -> list[Agreement]:
       extra_texts: to encode besides the golden ones.
 
     Raises:
-      AgreementError: there is nothing to compare with, or `folder` is not a folder.
+      VerificationError: there is nothing to compare with, or `folder` is not a folder.
       ModelFolderError, TokenizerError: `folder` is not a model that this project can read.
     """
     if not pathlib.Path(folder).is_dir():
-        raise AgreementError(f"{folder} is not a folder; verify takes what `convert to-hf` wrote")
+        raise VerificationError(f"{folder} is not a folder; verify takes what `convert to-hf` wrote")
     origin = find_model(folder)
     golden, peers = read_golden(folder), _peers(folder)
     if not golden and not peers:
-        raise AgreementError(f"{folder} has no {GOLDEN_FILE} and no peer is installed; pip install 'f2llm-jax[eval]'")
+        raise VerificationError(f"{folder} has no {GOLDEN_FILE} and no peer is installed; pip install 'f2llm-jax[eval]'")
     stored = json.loads((pathlib.Path(folder) / "config.json").read_text()).get("dtype", "float32")
     required = REQUIRED_FLOAT32 if stored == "float32" else REQUIRED_HALF
     here = _here(origin)
@@ -79,7 +79,7 @@ def compare(folder: str, extra_texts: Sequence[str] = ()) -> list[Agreement]:
     return results
 
 
-def _cases(origin: ModelOrigin) -> dict[str, tuple[str, int, int | None]]:
+def _cases(origin: LoadableModel) -> dict[str, tuple[str, int, int | None]]:
     """Prompt, limit in tokens and width (None for all) of each comparison."""
     limit = origin.text_limit
     prompt = text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION)
@@ -90,7 +90,7 @@ def _cases(origin: ModelOrigin) -> dict[str, tuple[str, int, int | None]]:
     return cases
 
 
-def _here(origin: ModelOrigin) -> Encode:
+def _here(origin: LoadableModel) -> Encode:
     tokenizer, params = origin.matching_tokenizer(), origin.load(None)
     encoder = functools.cache(lambda limit: TextEncoder(origin.config, params, tokenizer, limit))
 

@@ -19,8 +19,8 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.files import absolute, is_remote
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.weights.hf_mapping import Entry
 from f2llm_jax.weights.parameters import parameter_shapes
-from f2llm_jax.weights.weights import Entry
 
 
 class CheckpointError(UserError):

@@ -16,16 +16,16 @@ from flax import nnx
 from f2llm_jax.errors import UserError
 from f2llm_jax.model import low_rank
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.weights.hf_mapping import EMBEDDING, LEFT, RIGHT, Entry
 from f2llm_jax.weights.parameters import OpenParameters, Parameters
-from f2llm_jax.weights.weights import EMBEDDING, LEFT, RIGHT, Entry
 
 
-class CutError(UserError):
+class TruncationError(UserError):
     """A cut that the model was not trained for; the message names those that it was."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Truncation:
     """What to leave of a model.
 
     Attributes:
@@ -37,7 +37,7 @@ class Cut:
     table_rank: int | None = None
 
     def check(self, name: str, config: DecoderConfig, depths: tuple[int, ...]) -> None:
-        """Raises a CutError unless the model `name` was trained for this cut.
+        """Raises a TruncationError unless the model `name` was trained for this cut.
 
         Args:
           name: for the message.
@@ -45,14 +45,14 @@ class Cut:
           depths: numbers of layers that it was trained to serve with.
         """
         if self.layers is not None and self.layers not in depths:
-            raise CutError(f"{name} was not trained to serve with {self.layers} layers, only with {', '.join(map(str, depths))}")
+            raise TruncationError(f"{name} was not trained to serve with {self.layers} layers, only with {', '.join(map(str, depths))}")
         if self.table_rank is None:
             return
         if not config.table_rank:
-            raise CutError(f"{name} has a plain embedding table and was trained for no rank but the full one")
+            raise TruncationError(f"{name} has a plain embedding table and was trained for no rank but the full one")
         if self.table_rank not in low_rank.ranks(config.table_rank):
             trained = ", ".join(map(str, low_rank.ranks(config.table_rank)))
-            raise CutError(f"{name} was not trained for a table of rank {self.table_rank}, only for {trained}")
+            raise TruncationError(f"{name} was not trained for a table of rank {self.table_rank}, only for {trained}")
 
     def config(self, config: DecoderConfig) -> DecoderConfig:
         """The shape of what is left, with a plain table."""

@@ -10,11 +10,11 @@ from flax import nnx
 from f2llm_jax.files import absolute
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer, TokenizerError, load_tokenizer
-from f2llm_jax.weights import hf_import, stored
-from f2llm_jax.weights.cut import Cut
+from f2llm_jax.weights import checkpoint_reader, hf_reader
 from f2llm_jax.weights.parameters import OpenParameters
+from f2llm_jax.weights.truncation import Truncation
 
-WHOLE = Cut()
+WHOLE = Truncation()
 DEFAULT_TEXT_LIMIT = 8192  # where training left no word of it: mteb's `codefuse_models.py`, for every F2LLM model
 
 
@@ -71,7 +71,7 @@ class ModelSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOrigin(ModelSource):
+class LoadableModel(ModelSource):
     """A model that has been found but whose weights have not been read.
 
     Attributes:
@@ -81,36 +81,36 @@ class ModelOrigin(ModelSource):
     load: Callable[[jax.sharding.Mesh | None], nnx.State]
 
 
-def find_model(name: str, cut: Cut = WHOLE) -> ModelOrigin:
+def find_model(name: str, cut: Truncation = WHOLE) -> LoadableModel:
     """The model that `name` means, as it is served: a checkpoint if it looks like one, else a Hugging Face folder or Hub id.
 
     Raises:
       CheckpointError, ModelFolderError: there is none, or it is not one this project can read.
-      CutError: it was not trained to be cut so.
+      TruncationError: it was not trained to be cut so.
     """
     path = absolute(name)
     if (path.name.isdigit() and not (path / "config.json").exists()) or (path / "checkpoints").exists():
         return _checkpoint(name, path, cut)
-    folder = hf_import.resolve(name)
-    config = hf_import.read_config(folder)
+    folder = hf_reader.resolve(name)
+    config = hf_reader.read_config(folder)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-    dims, max_length = hf_import.read_training_facts(folder)
+    dims, max_length = hf_reader.read_training_facts(folder)
     cut.check(name, config, (config.num_hidden_layers,))
-    return ModelOrigin(
+    return LoadableModel(
         name=name,
         config=config,
-        open_params=lambda: hf_import.open_params(folder, config),
-        load=lambda mesh: hf_import.load_params(folder, config, mesh),
+        open_params=lambda: hf_reader.open_params(folder, config),
+        load=lambda mesh: hf_reader.load_params(folder, config, mesh),
         tokenizer=tokenizer,
         matryoshka_dims=dims,
         max_length=max_length,
     )
 
 
-def _checkpoint(name: str, path: epath.Path, cut: Cut) -> ModelOrigin:
-    saved = stored.find_checkpoint(path)
+def _checkpoint(name: str, path: epath.Path, cut: Truncation) -> LoadableModel:
+    saved = checkpoint_reader.find_checkpoint(path)
     cut.check(name, saved.config, saved.depths)
-    return ModelOrigin(
+    return LoadableModel(
         name=name,
         config=cut.config(saved.config),
         open_params=cut.open(saved.config, saved.open_params),

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.weights.hf_mapping import TABLE, Entry
 from f2llm_jax.weights.parameters import Shape, hf_tensors, parameter_shapes
-from f2llm_jax.weights.weights import TABLE, Entry
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 UNUSED = frozenset({"lm_head.weight"})  # Qwen3ForCausalLM stores a head that an embedding model never reads
