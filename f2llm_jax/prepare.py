@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from f2llm_jax.command import command
 from f2llm_jax.preparation import summary, writing
-from f2llm_jax.preparation.catalogue import CAP, load_catalogue
+from f2llm_jax.preparation.catalogue import CAP, COMPOSITE, load_catalogue
 from f2llm_jax.preparation.selection import Recipe
 from f2llm_jax.preparation.sources import find_sources
+
+NO_CATALOGUE = "none"
 
 
 @command("prepare")
@@ -26,11 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags.raw,
         stage=flags.stage,
         tasks=flags.tasks,
-        catalogue=load_catalogue(flags.catalogue) if flags.catalogue else None,
+        catalogue=load_catalogue(flags.catalogue) if flags.catalogue not in (None, NO_CATALOGUE) else None,
+        recognise=flags.catalogue != NO_CATALOGUE,
         columns=dict(flags.columns),
         instructions=dict(flags.instruction),
         strict=flags.policy == "strict",
     )
+    if flags.catalogue is None and (released := [source for source in sources if source.released]):
+        files = {part.path for source in released for part in source.parts}
+        print(
+            f"{len(files)} files have names of the F2LLM-v2 release: tasks, caps and stages are those of --catalogue {COMPOSITE}, and "
+            f"empty texts are skipped and counted (--catalogue {NO_CATALOGUE} takes them as any other file)",
+            file=sys.stderr,
+        )
     recipe = Recipe(
         stage=flags.stage,
         max_length=flags.max_length,
@@ -60,7 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--raw", required=True, help="folder of raw files: *.parquet, *.jsonl, *.jsonl.gz, *.jsonl.zst, *.csv")
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json and tokenizer_config.json")
     parser.add_argument("--out", required=True, help="folder to write; exists only when complete")
-    parser.add_argument("--catalogue", help="f2llm_v2, or a JSON file of that form: which files make which source (default: each one)")
+    parser.add_argument(
+        "--catalogue",
+        help=f"{COMPOSITE}, ml_embed, or a JSON file of that form: which files make which source (default: {COMPOSITE} for files with "
+        f"names of that release where there is no tasks file, else each file one; {NO_CATALOGUE}: always each file one)",
+    )
     parser.add_argument("--tasks", help='JSON file {"source": "kind"} (default: tasks.json in --raw, if there); not with --catalogue')
     parser.add_argument("--columns", type=_pairs, default=[], help="columns of other names, as in query=question,passage=answer")
     parser.add_argument(
@@ -69,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stage", type=int, choices=(1, 2), default=2, help="1: retrieval sources, instructions stripped; 2: all, kept (default)"
     )
-    parser.add_argument("--cap", type=int, help=f"queries a source at most, 0 for all (default: {CAP} in stage 2, all in stage 1)")
+    parser.add_argument("--cap", type=int, help=f"queries a unit at most, 0 for all (default: {CAP} in stage 2, all in stage 1)")
     parser.add_argument(
         "--instruct-documents",
         type=_share,

@@ -105,7 +105,7 @@ def test_an_instruction_of_the_source_is_that_of_the_file(tokenizer, tmp_path):
 
 def test_a_catalogue_gives_units_row_ranges_kinds_and_stage_one(tokenizer, tmp_path):
     head = {"unit": "head", "files": [{"path": "x.parquet", "row_start": 0, "row_stop": 40}]}
-    tail = {"unit": "tail", "files": [{"path": "x.parquet", "row_start": 40, "row_stop": 100}, "y.parquet"]}
+    tail = {"unit": "tail", "batch": "unit", "files": [{"path": "x.parquet", "row_start": 40, "row_stop": 100}, "y.parquet"]}
     three = {"source": "three", "task": "clustering", "units": [head]}
     rest = {"source": "rest", "task": "retrieval", "stage1": True, "units": [tail]}
     catalogue = {"sources": [three, rest]}
@@ -216,11 +216,11 @@ def test_a_malformed_row_is_an_error_repaired_or_set_aside(case, tokenizer, tmp_
     assert strict is None and "bad.jsonl: row" in capsys.readouterr().err
     dataset = prepared_with(change, kind, tokenizer, tmp_path, *(["--set-aside", "--overwrite"] if message else []))
     info = dataset.sources["bad"]
-    assert sum(info.rows.values()) == left and info.set_aside == 50 - left
+    assert sum(info.rows.values()) == left and info.skipped == 50 - left
     assert info.counters[counter] > 0
     assert counter in capsys.readouterr().out
     summary = json.loads((dataset.folder / "summary.json").read_text())["sources"][0]
-    assert summary["set_aside"] == 50 - left and summary["counters"] == info.counters
+    assert summary["skipped"] == 50 - left and summary["counters"] == info.counters
     assert (dataset.folder / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 

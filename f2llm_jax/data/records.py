@@ -18,19 +18,20 @@ step without reading a record.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
+from f2llm_jax import files
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
+Kind = Literal["retrieval", "clustering", "classification"]
 BUILDER = "f2llm"
 VERSION = "1.0.0"
 CORPUS = "corpus"
@@ -71,30 +72,20 @@ def encode_record(tokens: np.ndarray, documents: np.ndarray, row: int, language:
 
 @dataclasses.dataclass(frozen=True)
 class SourceInfo:
-    """One source of a dataset, as dataset.json has it.
-
-    Attributes:
-      name: of the source.
-      kind: "retrieval", "clustering" or "classification".
-      languages: rows of each, without those where it is unknown.
-      rows: of each of `QUERY_SPLITS`.
-      documents: distinct ones.
-      negatives: n, a row; some rows may have fewer.
-      tokens: of all "queries" and of all distinct "documents".
-      counters: what cleaning did, see `cleaning`; keys of rows that were set aside begin with "rows: ".
-    """
+    """One source of a dataset, as dataset.json has it."""
 
     name: str
-    kind: str
-    languages: dict[str, int]
-    rows: dict[str, int]
-    documents: int
-    negatives: int
-    tokens: dict[str, int]
-    counters: dict[str, int]
+    kind: Kind
+    unit: str  # what the cap was applied to: this source alone, or several
+    languages: dict[str, int]  # rows of each, without those where it is unknown
+    rows: dict[str, int]  # of each of `QUERY_SPLITS`
+    documents: int  # distinct ones
+    negatives: int  # n, a row; some rows may have fewer
+    tokens: dict[str, int]  # of all "queries" and of all distinct "documents"
+    counters: dict[str, int]  # what cleaning did, see `cleaning`; keys of rows that were skipped begin with "rows: "
 
     @property
-    def set_aside(self) -> int:
+    def skipped(self) -> int:
         """Rows that were left out because something was wrong with them."""
         return sum(count for reason, count in self.counters.items() if reason.startswith("rows: "))
 
@@ -132,35 +123,23 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A complete prepared dataset.
-
-    Attributes:
-      folder: where it lies.
-      stage: 1 or 2.
-      max_length: tokens a text at most, EOS included.
-      seed: of the train/validation split.
-      tokenizer_fingerprint: `Tokenizer.fingerprint` of the tokenizer it was made with.
-      eos_id: the last token of every text.
-      pad_id: the tokenizer's pad token; records themselves are not padded.
-      vocab_size: every token id is below it.
-      sources: by name, in order of name.
-    """
+    """A complete prepared dataset."""
 
     folder: epath.Path
-    stage: int
-    max_length: int
-    seed: int
-    tokenizer_fingerprint: str
-    eos_id: int
-    pad_id: int
-    vocab_size: int
-    sources: dict[str, SourceInfo]
+    stage: int  # 1 or 2
+    max_length: int  # tokens of a text at most, EOS included
+    seed: int  # of the train/validation split
+    tokenizer_fingerprint: str  # `Tokenizer.fingerprint` of the tokenizer it was made with
+    eos_id: int  # the last token of every text
+    pad_id: int  # the tokenizer's pad token; records themselves are not padded
+    vocab_size: int  # every token id is below it
+    sources: dict[str, SourceInfo]  # by name, in order of name
 
     def tables(self, source: str, split: str) -> SplitTables:
         """The tables of "train" or "validation"; memory-mapped where the folder is local."""
         folder = tables_folder(self.folder, source)
         names = (f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length")
-        return SplitTables(*(load_array(folder / f"{name}.npy") for name in names))
+        return SplitTables(*(files.read_array(folder / f"{name}.npy") for name in names))
 
     def reader(self, source: str, split: str) -> Reader:
         """A reader of queries ("train", "validation") or of documents ("corpus")."""
@@ -182,11 +161,11 @@ def load_dataset(folder: epath.PathLike) -> Dataset:
         raise DatasetError(
             f"{folder} has no dataset.json: prepare did not complete there; run `python -m f2llm_jax.prepare --out {folder} ...` (again)"
         )
-    fields = json.loads(file.read_text())
+    fields = files.read_json(file)
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise DatasetError(f"{file} has format_version {version}, this code reads {FORMAT_VERSION}; prepare again with --overwrite")
-    sources = {entry["name"]: SourceInfo(**entry) for entry in fields.pop("sources")}
+    sources = {entry["name"]: _source_info(entry) for entry in fields.pop("sources")}
     return Dataset(folder=folder, sources=sources, **fields)
 
 
@@ -205,23 +184,27 @@ def write_dataset(
         "vocab_size": tokenizer.vocab_size,
         "sources": [dataclasses.asdict(source) for source in sources],
     }
-    write_json(epath.Path(folder) / "dataset.json", fields)
+    files.write_json(epath.Path(folder) / "dataset.json", fields)
 
 
 def finished_source(folder: epath.PathLike, name: str) -> SourceInfo | None:
     """What `write_tables` returned for a source that is complete in an unfinished dataset; None for any other."""
     file = tables_folder(epath.Path(folder), name) / "source.json"
-    return SourceInfo(**json.loads(file.read_text())) if file.exists() else None
+    return _source_info(files.read_json(file)) if file.exists() else None
 
 
-def write_settings(folder: epath.PathLike, settings: dict) -> None:
-    write_json(epath.Path(folder) / "settings.json", settings)
+def _source_info(entry: dict[str, Any]) -> SourceInfo:
+    return SourceInfo(**{"unit": entry["name"], **entry})  # before 0.1.0 a source was a unit
 
 
-def read_settings(folder: epath.PathLike) -> dict | None:
+def write_settings(folder: epath.PathLike, settings: dict[str, Any]) -> None:
+    files.write_json(epath.Path(folder) / "settings.json", settings)
+
+
+def read_settings(folder: epath.PathLike) -> dict[str, Any] | None:
     """The settings a folder was begun with; None where there are none."""
     file = epath.Path(folder) / "settings.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return files.read_json(file) if file.exists() else None
 
 
 def tokenizer_folder(folder: epath.PathLike) -> epath.Path:
@@ -248,18 +231,3 @@ def _fields(record: bytes) -> Mapping:
 
 def _bytes(fields: Mapping, name: str) -> bytes:
     return fields[name].bytes_list.value[0]
-
-
-def load_array(file: epath.Path) -> np.ndarray:
-    """A table; memory-mapped where it is local."""
-    if not is_remote(file):
-        return np.load(file, mmap_mode="r")
-    with file.open("rb") as handle:
-        return np.load(handle)
-
-
-def write_json(file: epath.Path, content: dict) -> None:
-    """Writes beside the file and renames, so a file that exists is whole."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(file)

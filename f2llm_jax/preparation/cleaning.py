@@ -9,6 +9,8 @@
     no negative left in a clustering or
       classification row (its loss would be 0)      row set aside       row set aside       error
 
+The files of the F2LLM-v2 release have a few empty texts; for them the default is `--set-aside`.
+
 A query is empty if nothing is left once its instruction is gone. What is dropped leaves a row with fewer negatives: the rest
 close up, and a step draws the missing ones from those its row has left (see `pipeline`). JSONL rows may leave out negatives.
 A missing column, a column declared as another type, and a file that cannot be read are always errors.

@@ -4,6 +4,7 @@ All of it is a function of the source, the recipe and the row alone, so workers 
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ class Recipe:
       stage: 1 (instructions stripped from queries) or 2 (kept).
       max_length: tokens a text at most, EOS included.
       seed: of what is random.
-      cap: queries a source at most; 0 for no cap.
+      cap: queries a unit at most; 0 for no cap.
       instruct_documents: share of the documents of symmetric sources that get an instruction, where they have none.
       policy: what becomes of malformed rows, see `cleaning`.
     """
@@ -73,22 +74,29 @@ def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) ->
       RawDataError: the file is damaged, or a row is malformed and the policy says that is an error.
     """
     prompt = query_prompt(source.instruction)
+    policy: Policy = "set-aside" if source.released and recipe.policy == "default" else recipe.policy
     for block in read_blocks(part.path, list(part.columns.values()), part.start, part.stop):
         numbers = part.number - part.start + block.first_row + np.arange(len(block.columns[part.columns["query"]]))
         wanted = chosen[numbers]
         if not wanted.any():
             continue
-        rows = clean(part.path, block, part.columns, source.negatives, source.kind != "retrieval", recipe.policy, wanted)
+        rows = clean(part.path, block, part.columns, source.negatives, source.kind != "retrieval", policy, wanted)
         queries = [query if leading_prompt(query) else prompt + query for query in rows.queries] if prompt else rows.queries
         yield Rows(numbers[rows.index], queries, rows.languages, rows.documents, rows.texts, rows.counters)
 
 
 def choose_rows(source: Source, recipe: Recipe) -> np.ndarray:
-    """bool `[source.rows]`: a random choice of `recipe.cap` rows over all files of the source, or all rows if they are no more."""
-    chosen = np.ones(source.rows, bool)
-    if 0 < recipe.cap < source.rows:
-        order = np.random.default_rng(_hash(f"{recipe.seed}\0cap\0{source.name}")).permutation(source.rows)
-        chosen[order[recipe.cap :]] = False
+    """bool `[source.rows]`: its part of a random choice of `recipe.cap` rows over all sources of its unit, or all if they are no more."""
+    if not 0 < recipe.cap < source.unit_rows:
+        return np.ones(source.rows, bool)
+    chosen = _choose(f"{recipe.seed}\0cap\0{source.unit}", source.unit_rows, recipe.cap)
+    return chosen[source.unit_first : source.unit_first + source.rows]
+
+
+@functools.lru_cache(maxsize=1)  # the sources of a unit come one after the other
+def _choose(salt: str, rows: int, cap: int) -> np.ndarray:
+    chosen = np.zeros(rows, bool)
+    chosen[np.random.default_rng(_hash(salt)).permutation(rows)[:cap]] = True
     return chosen
 
 

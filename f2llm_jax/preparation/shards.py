@@ -21,6 +21,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from f2llm_jax import files
 from f2llm_jax.data import records
 from f2llm_jax.files import is_remote
 from f2llm_jax.preparation.selection import Rows, Rules, choose_rows, document_key, read_rows
@@ -61,7 +62,7 @@ class WriteRows(beam.DoFn):
                     yield from spill.flush()
             yield from spill.flush()
         # By its presence the part is whole: it is written after the files it speaks of.
-        records.write_json(self.work / f"part-{index:05d}.json", {"rows": rows_by_split, "languages": languages, "counters": counts})
+        files.write_json(self.work / f"part-{index:05d}.json", {"rows": rows_by_split, "languages": languages, "counters": counts})
 
     def _documents(self, rows: Rows, tokenizer: Tokenizer, spill: "_Spill") -> np.ndarray:
         """Spills the documents not met yet; keys int64 `[rows, 1 + n]` of all, -1 for none."""

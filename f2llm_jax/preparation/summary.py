@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
+from f2llm_jax import files
 from f2llm_jax.data import records
 
 PERCENTILES = (50, 95, 99)
@@ -21,10 +22,10 @@ def write(folder: epath.PathLike, sources: Sequence[records.SourceInfo]) -> None
     folder = epath.Path(folder)
     histograms = {source.name: _token_lengths(folder, source) for source in sources}
     entries = [
-        dataclasses.asdict(source) | {"set_aside": source.set_aside, "token_lengths": _percentiles(histograms[source.name])}
+        dataclasses.asdict(source) | {"skipped": source.skipped, "token_lengths": _percentiles(histograms[source.name])}
         for source in sources
     ]
-    records.write_json(folder / "summary.json", {"sources": entries})
+    files.write_json(folder / "summary.json", {"sources": entries})
     with (folder / "summary.png").open("wb") as file:
         _draw(sources, histograms).savefig(file, format="png", dpi=100)
 
@@ -33,15 +34,16 @@ def table(folder: epath.PathLike) -> str:
     """`summary.json` as a table, one line a source and one for all, then what cleaning did."""
     sources = json.loads((epath.Path(folder) / "summary.json").read_text())["sources"]
     names = [f"p{percent}" for percent in PERCENTILES] + ["max"]
-    lines = [("source", "kind", "languages", "train", "validation", "set aside", "documents", "tokens", *names)]
+    lines = [("source", "kind", "languages", "train", "validation", "skipped", "documents", "tokens", *names)]
     for entry in sources:
         languages = ",".join(entry["languages"]) if len(entry["languages"]) <= 2 else str(len(entry["languages"]))
-        counts = (*entry["rows"].values(), entry["set_aside"], entry["documents"], sum(entry["tokens"].values()))
+        counts = (*entry["rows"].values(), entry["skipped"], entry["documents"], sum(entry["tokens"].values()))
         lengths = entry["token_lengths"]
         lines.append((entry["name"], entry["kind"], languages or "-", *(f"{n:,}" for n in (*counts, *(lengths[name] for name in names)))))
     totals = [sum(int(line[column].replace(",", "")) for line in lines[1:]) for column in range(3, 8)]
     every = {language for entry in sources for language in entry["languages"]}
-    lines.append((f"{len(sources)} sources", "", str(len(every)), *(f"{total:,}" for total in totals), *[""] * len(names)))
+    units = len({entry["unit"] for entry in sources})
+    lines.append((f"{len(sources)} sources", f"{units} units", str(len(every)), *(f"{total:,}" for total in totals), *[""] * len(names)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [
         "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
@@ -56,8 +58,8 @@ def table(folder: epath.PathLike) -> str:
 def _token_lengths(folder: epath.Path, source: records.SourceInfo) -> np.ndarray:
     """Number of texts (queries, distinct documents) of each length, int64 `[longest + 1]`."""
     target = records.tables_folder(folder, source.name)
-    files = [target / f"{split}.query_length.npy" for split in records.QUERY_SPLITS] + [target / f"{records.CORPUS}.length.npy"]
-    tables = [records.load_array(file) for file in files]
+    paths = [target / f"{split}.query_length.npy" for split in records.QUERY_SPLITS] + [target / f"{records.CORPUS}.length.npy"]
+    tables = [files.read_array(path) for path in paths]
     blocks = [table[start : start + BLOCK_TEXTS] for table in tables for start in range(0, len(table), BLOCK_TEXTS)]
     counts = [np.bincount(block) for block in blocks]
     total = np.zeros(max(map(len, counts)), np.int64)

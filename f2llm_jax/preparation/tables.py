@@ -13,6 +13,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
+from f2llm_jax import files
 from f2llm_jax.data import records
 from f2llm_jax.preparation.shards import shard_name
 from f2llm_jax.preparation.sources import Source
@@ -52,6 +53,7 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
     info = records.SourceInfo(
         name=source.name,
         kind=source.kind,
+        unit=source.unit,
         languages=dict(sorted(languages.items())),
         rows={split: sum(counts[split].values()) for split in records.QUERY_SPLITS},
         documents=sum(counts[records.CORPUS].values()),
@@ -59,7 +61,7 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
         tokens={"queries": counters.pop("query_tokens"), "documents": document_tokens},
         counters=dict(sorted(counters.items())),
     )
-    records.write_json(target / "source.json", dataclasses.asdict(info))
+    files.write_json(target / "source.json", dataclasses.asdict(info))
     return info
 
 

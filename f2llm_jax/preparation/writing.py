@@ -22,7 +22,7 @@ from etils import epath
 from f2llm_jax.data import records
 from f2llm_jax.files import is_remote
 from f2llm_jax.preparation import summary
-from f2llm_jax.preparation.selection import Recipe
+from f2llm_jax.preparation.selection import Recipe, choose_rows
 from f2llm_jax.preparation.sources import Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
@@ -63,8 +63,8 @@ class _Job:
 
     @property
     def rows(self) -> int:
-        """That it takes, before cleaning."""
-        return min(self.source.rows, self.recipe.cap or self.source.rows)
+        """That it takes before cleaning, about: of a capped unit, its sources take what chance gives them."""
+        return round(self.source.rows * min(1, (self.recipe.cap or self.source.unit_rows) / self.source.unit_rows))
 
 
 def prepare(
@@ -96,6 +96,7 @@ def prepare(
       DatasetError: `out` holds something else, or a dataset of other settings and `overwrite` is not set.
     """
     out = epath.Path(out)
+    sources = [source for source in sources if choose_rows(source, recipe).any()]  # a small file of a capped unit may be left out
     loaded = load_tokenizer(tokenizer)
     settings = _settings(sources, loaded, recipe)
     _check_ours(out)
