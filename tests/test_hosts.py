@@ -227,7 +227,7 @@ def test_a_process_alone_says_who_is_missing(folder, tmp_path):
     codes, printed = end(*begun, timeout=60)
     assert codes == [1, 1]
     for index in (0, 1):
-        assert f"f2llm_jax.main: error: roll call: process {1 - index} of 2 did not answer" in printed[index], printed[index]
+        assert f"main: error: roll call: process {1 - index} of 2 did not answer" in printed[index], printed[index]
         assert "within 3 s" in printed[index] and "Traceback" not in printed[index]
     assert not (tmp_path / "run").exists()
 
