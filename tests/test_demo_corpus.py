@@ -1,7 +1,9 @@
 """The embedded corpus: raw layout, nothing held out leaks into training, determinism, tokenizer."""
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -13,9 +15,36 @@ import pytest
 import transformers
 
 from f2llm_jax import text
-from f2llm_jax.preparation import demo_corpus
+from f2llm_jax.errors import UserError
+from f2llm_jax.preparation import demo_corpus, library_code
 
 HELDOUT = ("bitext", "zero_shot", "code")
+CORPUS = "ee4e494852f69057"  # of the seed 0
+SOURCE = '''
+class A:
+    @cached
+    def outer(x):
+        """Says how a thing
+        is done, over two lines.
+
+        More.
+        """
+
+        def inner(y):
+            """Says what inner is good for."""
+            return y  # kept
+
+        return inner(x)
+
+    def short(self):
+        """Too short."""
+        return 1
+
+    def bare(self):
+        """Has a docstring and nothing more."""
+
+    def together(self): """Shares its line with the code."""; return 1
+'''
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +87,36 @@ def test_two_builds_are_the_same_bytes(corpora):
     assert [path for path in first if first[path] != second[path]] == []
 
 
+def test_the_corpus_is_the_same_on_every_python_and_machine(corpora):
+    """Rows and tokenizer, not files: pyarrow writes its version into them."""
+    digest = hashlib.sha256()
+    for path in sorted(corpora[0].rglob("*.*")):
+        rows = json.dumps(pq.read_table(path).to_pydict()) if path.suffix == ".parquet" else path.read_text()
+        digest.update(f"{path.relative_to(corpora[0]).as_posix()} {rows}".encode())
+    assert digest.hexdigest()[:16] == CORPUS
+
+
+def test_functions_are_cut_from_the_source_without_their_docstrings():
+    assert list(library_code.functions_of(SOURCE)) == [
+        (
+            "Says how a thing is done, over two lines.",
+            "@cached\ndef outer(x):\n\n    def inner(y):\n        return y  # kept\n\n    return inner(x)",
+        ),
+        ("Says what inner is good for.", "def inner(y):\n    return y  # kept"),
+    ]
+
+
+def test_another_version_of_a_package_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(library_code.PACKAGES, "babel", ("babel", "2.17.0"))
+    with pytest.raises(UserError, match=r"babel 2\.17\.0, installed is 2\.18\.0; run: pip install 'f2llm-jax\[demo\]'"):
+        list(library_code.library_functions())
+
+
+def test_the_packages_are_pinned_as_the_corpus_needs_them():
+    pinned = re.findall(r"([a-z-]+)==([\d.]+)", (Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert set(library_code.PACKAGES.values()) <= set(pinned)
+
+
 def test_raw_layout(corpora, raw):
     assert json.loads((corpora[0] / "raw" / "tasks.json").read_text()) == demo_corpus.TASKS
     for source, table in raw.items():
@@ -67,7 +126,7 @@ def test_raw_layout(corpora, raw):
         assert all(query.startswith(prompt) for query in table["query"].to_pylist())
         assert all(column.null_count == 0 and all(t.strip() for t in column.unique().to_pylist()) for column in table.columns)
     assert raw["cldr_bitext"].num_rows > 50_000
-    assert raw["stdlib_code"].num_rows > 4_000
+    assert raw["python_code"].num_rows > 3_000
     assert len(raw["cldr_bitext"]["lang"].unique()) >= 240
 
 
@@ -112,7 +171,7 @@ def test_heldout_concepts_are_not_trained_in_another_script_of_their_language(he
 
 def test_heldout_functions_are_in_no_training_column(heldout, trained_texts):
     texts = [row[field] for row in heldout["code"] for field in ("query", "document")]
-    assert [t for t in texts if demo_corpus.fold(t) in trained_texts["stdlib_code"]] == []
+    assert [t for t in texts if demo_corpus.fold(t) in trained_texts["python_code"]] == []
 
 
 def test_at_least_two_hundred_languages_are_held_out(heldout):

@@ -1,13 +1,12 @@
 """The embedded corpus: real multilingual rows in the raw F2LLM layout, made from what is installed, with no download.
 
-Two things on every machine are already parallel text: CLDR (shipped by `babel`) names the same languages, scripts,
-territories and currencies in about 260 locales, and Python's standard library pairs docstrings with functions. From
-these, `build` writes
+Two things in the installed packages are parallel text: CLDR (shipped by `babel`) names the same languages, scripts,
+territories and currencies in about 260 locales, and Python libraries pair docstrings with functions. From these, `build` writes
 
     OUT/raw/cldr_bitext.parquet       retrieval        a name -> its English name; one row in eight runs the other way
     OUT/raw/cldr_kind.parquet         clustering       a name -> another name of the same kind, in whatever language
     OUT/raw/script_direction.parquet  classification   a name -> "right-to-left script" | "left-to-right script"
-    OUT/raw/stdlib_code.parquet       retrieval        first paragraph of a docstring -> the function without it
+    OUT/raw/python_code.parquet       retrieval        first paragraph of a docstring -> the function without it
     OUT/raw/tasks.json                {source: kind of task}, written last: where it is, the corpus is whole
     OUT/heldout/bitext.parquet        a name -> its English name
     OUT/heldout/zero_shot.parquet     a name -> the name of the same thing in another language, neither English
@@ -22,18 +21,16 @@ Recall@1 is well defined on each held-out file, with its *distinct* documents as
 there. Documents are unique in `zero_shot` and `code`; in `bitext` they are unique within a language, and English names
 recur between languages, so the pool there is the set of them.
 
-Everything is a function of (seed, babel's CLDR, the Python version): no clock, no hash order, no thread order.
+Everything is a function of the seed and of packages that the extra `demo` pins: the same on every Python and machine, with no
+clock, no hash order, no thread order.
 """
 
-import ast
 import dataclasses
 import hashlib
 import json
 import pathlib
 import re
-import sysconfig
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -45,13 +42,14 @@ from babel import localedata
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from f2llm_jax import text
+from f2llm_jax.preparation.library_code import Function, library_functions
 
-TASKS = {"cldr_bitext": "retrieval", "cldr_kind": "clustering", "script_direction": "classification", "stdlib_code": "retrieval"}
+TASKS = {"cldr_bitext": "retrieval", "cldr_kind": "clustering", "script_direction": "classification", "python_code": "retrieval"}
 INSTRUCTIONS = {
     "cldr_bitext": "Retrieve translations of the following text.",
     "cldr_kind": "Identify what kind of thing the given name denotes.",
     "script_direction": "Classify the writing direction of the given text.",
-    "stdlib_code": "Given a description, retrieve the Python function that it describes.",
+    "python_code": "Given a description, retrieve the Python function that it describes.",
 }
 DIRECTIONS = ("left-to-right script", "right-to-left script")
 
@@ -66,10 +64,7 @@ ZERO_SHOT_PAIRS = 1_000
 HELDOUT_FUNCTIONS = 500
 KIND_ROWS_PER_LANGUAGE = 24
 DIRECTION_ROWS = 3_000  # a direction
-MAX_CODE, MAX_DOCSTRING, MIN_DOCSTRING_WORDS = 600, 400, 4
 CODE_LANG = "eng-python"
-# Tests repeat one another, and what is installed beside the library differs between machines.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 VOCAB_SIZE = 8_192
 PAD, START, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -91,14 +86,6 @@ class Name:
         return self.concept[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Function:
-    """A function of the standard library: `docstring` is its first paragraph, `code` its source without any docstring."""
-
-    docstring: str
-    code: str
-
-
 def build(out: pathlib.Path, seed: int = 0) -> dict[str, pa.Table]:
     """Writes the corpus (layout: see the module) to the local folder `out` and returns its tables by relative path."""
     english, names = _cldr_names()
@@ -109,7 +96,7 @@ def build(out: pathlib.Path, seed: int = 0) -> dict[str, pa.Table]:
         "cldr_bitext": _bitext(_at_most(train, BITEXT_ROWS_PER_LANGUAGE, rng), english, rng),
         "cldr_kind": _kind(train, rng),
         "script_direction": _direction(train, rng),
-        "stdlib_code": _code(functions, rng),
+        "python_code": _code(functions, rng),
     }
     heldout = {"bitext": _heldout_bitext(held), "zero_shot": _heldout_zero_shot(held, seed), "code": _heldout_code(held_functions)}
     tables = {f"raw/{name}": table for name, table in raw.items()} | {f"heldout/{name}": table for name, table in heldout.items()}
@@ -207,31 +194,13 @@ def _functions(seed: int) -> tuple[list[Function], list[Function]]:
     """Training and held-out functions, each in library order; no docstring and no code occurs twice in the two together."""
     unique: dict[str, Function] = {}
     codes = set()
-    for function in _library_functions(pathlib.Path(sysconfig.get_path("stdlib"))):
+    for function in library_functions():
         docstring = fold(function.docstring)
         if docstring not in unique and function.code not in codes:
             unique[docstring] = function
             codes.add(function.code)
     held = set(sorted(unique, key=lambda docstring: _rank(seed, docstring))[:HELDOUT_FUNCTIONS])
     return [f for d, f in unique.items() if d not in held], [f for d, f in unique.items() if d in held]
-
-
-def _library_functions(library: pathlib.Path) -> Iterator[Function]:
-    for path in sorted(library.rglob("*.py")):
-        if SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
-            continue
-        with warnings.catch_warnings():  # old modules hold invalid escapes
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-        documented = [
-            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node)
-        ]
-        paragraphs = [" ".join(re.split(r"\n\s*\n", ast.get_docstring(node))[0].split())[:MAX_DOCSTRING] for node in documented]
-        for node in documented:  # all before the first `unparse`: a function's code may hold another's docstring
-            node.body = node.body[1:]
-        for node, paragraph in zip(documented, paragraphs, strict=True):
-            if node.body and len(paragraph.split()) >= MIN_DOCSTRING_WORDS:
-                yield Function(paragraph, ast.unparse(node)[:MAX_CODE])
 
 
 # --- raw sources -----------------------------------------------------------------------------------------------------
@@ -332,7 +301,7 @@ def _code(functions: Sequence[Function], rng: np.random.Generator) -> pa.Table:
     codes = len(functions) + np.arange(len(functions))
     first = np.clip(np.arange(len(functions)) - HARD_POOL // 2, 0, len(functions) - HARD_POOL - 1)
     negatives = [_others(rng, codes[i : i + 1], codes[first[i] : first[i] + HARD_POOL + 1])[0] for i in range(len(functions))]
-    return _raw_table("stdlib_code", texts, codes - len(functions), codes, np.array(negatives), [CODE_LANG] * len(functions))
+    return _raw_table("python_code", texts, codes - len(functions), codes, np.array(negatives), [CODE_LANG] * len(functions))
 
 
 def _groups(keys: Sequence) -> Iterator[tuple[object, np.ndarray]]:
@@ -386,7 +355,7 @@ def _heldout_zero_shot(held: Sequence[Name], seed: int) -> pa.Table:
 
 
 def _heldout_code(functions: Sequence[Function]) -> pa.Table:
-    return _heldout_table(INSTRUCTIONS["stdlib_code"], [(f.docstring, f.code, "eng", "python", "function") for f in functions])
+    return _heldout_table(INSTRUCTIONS["python_code"], [(f.docstring, f.code, "eng", "python", "function") for f in functions])
 
 
 def _heldout_table(instruction: str, rows: Sequence[tuple[str, str, str, str, str]]) -> pa.Table:
