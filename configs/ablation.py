@@ -7,7 +7,7 @@ python -m f2llm_jax.ablation --root RUNS --config configs/ablation.py:choices --
 
 import ml_collections
 
-from configs import common
+from f2llm_jax.configs import common
 
 # Starts by the flags of f2llm_jax.prune that make them; those of "random" are none.
 STARTS = {"random": (), "pruned": ()}

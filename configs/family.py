@@ -9,7 +9,7 @@ Five sizes are trained in stage 1, from Qwen3. The three smallest are pruned fro
 
 import ml_collections
 
-from configs import common
+from f2llm_jax.configs import common
 
 TEACHERS = {"80m": "0.6b", "160m": "0.6b", "330m": "0.6b", "0.6b": "1.7b", "1.7b": "4b"}  # paper, table 1
 LARGE = ("14b", "8b", "4b", "1.7b", "0.6b")

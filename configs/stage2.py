@@ -10,7 +10,7 @@ On a laptop, on the corpus that comes with the code (minutes, no download):
 
 import ml_collections
 
-from configs import common
+from f2llm_jax.configs import common
 
 STAGE = 2
 

@@ -1,33 +1,31 @@
-"""Where does a small model's quality come from? `python -m f2llm_jax.ablation --root RUNS --config.data=DATA`.
+"""What a pruned start and a teacher are worth to a small model: `python -m f2llm_jax.ablation --root RUNS --config.data=DATA`.
 
-Trains every arm of `configs/ablation.py` for the same number of steps, one after the other, and writes RUNS/starts.md and
-RUNS/starts.png. Run again, it goes on where it stopped. `--plan` prints the commands instead.
+Trains every arm of configs/ablation.py for the same number of steps, one after the other, and writes RUNS/starts.md and
+RUNS/starts.png. Run again, it resumes where it stopped. `--plan` prints the commands instead.
 """
 
+import argparse
 import sys
-
-from absl import app, flags
-from ml_collections import config_flags
+from collections.abc import Sequence
 
 from f2llm_jax.command import command
-
-CONFIG = config_flags.DEFINE_config_file("config", "configs/ablation.py", "The sweep.", lock_config=True)
-ROOT = flags.DEFINE_string("root", None, "Folder of every workdir of the sweep.", required=True)
-PLAN = flags.DEFINE_bool("plan", False, "Print the commands and do nothing.")
+from f2llm_jax.configuration import parse_flags
 
 
 @command("ablation")
-def main(argv: list[str]) -> int | None:
-    """Prints or runs the sweep; an error is one line on stderr and exit code 1."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
-    from f2llm_jax.chain import links, sweep
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints or runs the sweep."""
+    parser = argparse.ArgumentParser(prog="ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="folder of every workdir of the sweep")
+    parser.add_argument("--plan", action="store_true", help="print the commands and do nothing")
+    flags = parse_flags(parser, arguments, default="configs/ablation.py")
+    from f2llm_jax.chain import links, sweep  # after flag parsing: --help needs no JAX
 
-    if PLAN.value:
-        print(links.describe(sweep.sweep_links(CONFIG.value, ROOT.value), ROOT.value))
+    if flags.plan:
+        print(links.describe(sweep.sweep_links(flags.config, flags.root), flags.root))
     else:
-        print(sweep.run_sweep(CONFIG.value, ROOT.value, lambda name: print(f"scored {name}", file=sys.stderr, flush=True)))
+        print(sweep.run_sweep(flags.config, flags.root, lambda name: print(f"scored {name}", file=sys.stderr, flush=True)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

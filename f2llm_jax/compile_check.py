@@ -1,4 +1,4 @@
-"""Will it fit, and how fast can it be? Compiles the training step for TPUs that are not there.
+"""Will it fit, and how fast can it be? Compiles the training step ahead of time, for TPUs that this machine does not have.
 
     python -m f2llm_jax.compile_check --config configs/stage2.py:size=14b --topology v5p:4x4x4
     python -m f2llm_jax.compile_check --config configs/stage2.py:size=0.6b --topology v5e:2x4 --slices 2 --teacher 1.7b --config.mesh.data=2
@@ -6,39 +6,41 @@
 The step is the real one: optimizer, teacher, matryoshka, packing, chunks. Needs libtpu (`pip install -e '.[tpu]'`), no TPU.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags
-from ml_collections import config_flags
-
+from f2llm_jax.arguments import positive
 from f2llm_jax.command import command
+from f2llm_jax.configuration import parse_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed JAX would look for a TPU here
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, e.g. configs/stage2.py:size=14b.", lock_config=True)
-TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for: v5e:2x4, v6e:4x4, v5p:4x4x4, tpu7x:2x2x1, ...")
-SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices; config.mesh.data goes across them.", lower_bound=1)
-TEACHER = flags.DEFINE_string("teacher", "", "Size of the online teacher; none by default.")
-TOKENS_PER_TEXT = flags.DEFINE_integer("tokens_per_text", 128, "Mean length of a text, for the number of chunks a step.", lower_bound=1)
-SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch.microbatch_rows that fits, by doubling.")
-JSON = flags.DEFINE_string("json", None, "File to write the report to as JSON.")
-flags.mark_flags_as_required(["config", "topology"])
-
 
 @command("compile_check")
-def main(argv: list[str]) -> int | None:
-    """Compiles and prints; what does not fit, or an unknown slice, is one line on stderr and exit code 1."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
-    from f2llm_jax.compilation import check, table
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compiles and prints."""
+    flags = parse_flags(_parser(), arguments)
+    from f2llm_jax.compilation import check, table  # after flag parsing: --help needs no JAX
 
-    request = check.Request(CONFIG.value, TOPOLOGY.value, SLICES.value, TEACHER.value, TOKENS_PER_TEXT.value)
-    found = check.search(request, lambda line: print(line, file=sys.stderr, flush=True)) if SEARCH.value else check.check(request)
-    if JSON.value:
-        table.write_json(found, JSON.value)
+    request = check.Request(flags.config, flags.topology, flags.slices, flags.teacher, flags.tokens_per_text)
+    found = check.search(request, lambda line: print(line, file=sys.stderr, flush=True)) if flags.search else check.check(request)
+    if flags.json:
+        table.write_json(found, flags.json)
     print(table.describe(found))
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="compile_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", required=True, help="slice to compile for: v5e:2x4, v6e:4x4, v5p:4x4x4, tpu7x:2x2x1, ...")
+    parser.add_argument("--slices", type=positive, default=1, help="number of such slices, over which mesh.data is split (default 1)")
+    parser.add_argument("--teacher", default="", metavar="SIZE", help="size of the online teacher (default: none)")
+    parser.add_argument("--tokens_per_text", type=positive, default=128, help="mean length of a text, for the chunks of a step (128)")
+    parser.add_argument("--search", action="store_true", help="find the largest batch.microbatch_rows that fits, by doubling")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON, too")
+    return parser
+
+
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

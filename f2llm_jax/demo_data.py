@@ -2,16 +2,20 @@
 
 import argparse
 import pathlib
+import sys
+from collections.abc import Sequence
 
+from f2llm_jax.command import command
 from f2llm_jax.preparation import demo_corpus
 
 
-def main() -> None:
+@command("demo_data")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the flags, builds, prints one line a file."""
-    parser = argparse.ArgumentParser(prog="python -m f2llm_jax.demo_data", description="Write the embedded corpus; no download.")
+    parser = argparse.ArgumentParser(prog="demo_data", description="Write the embedded corpus; no download.")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for raw/, heldout/ and tokenizer/")
     parser.add_argument("--seed", type=int, default=0, help="decides what is held out and every draw (default: %(default)s)")
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     tables = demo_corpus.build(flags.out, flags.seed)
     print(f"{'source':<24}{'kind':<16}{'rows':>8}{'languages':>11}")
     for path, table in tables.items():
@@ -22,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,34 +1,35 @@
-"""The family of models, from 14B to 80M: `python -m f2llm_jax.family --root RUNS [--plan | --run]`.
+"""The family of models, from 14B to 80M: `python -m f2llm_jax.family --root RUNS [--run]`.
 
-`--plan` (default) prints every command in order, with what it needs and makes, and marks what there is in RUNS. `--run` runs what is
-missing, one command after the other; run again, it goes on where it stopped. The chain itself is `configs/family.py`, where the
-argument `toy` makes it one for a laptop: `--config configs/family.py:toy`.
+Prints every command in order, with what it needs and makes, and marks what is in RUNS already. `--run` runs what is missing, one
+command after the other; run again, it resumes where it stopped. The chain itself is configs/family.py, whose argument `toy` makes it
+one for a laptop: `--config configs/family.py:toy`.
 """
 
-from absl import app, flags
-from ml_collections import config_flags
+import argparse
+import sys
+from collections.abc import Sequence
 
 from f2llm_jax.command import command
-
-CONFIG = config_flags.DEFINE_config_file("config", "configs/family.py", "The chain.", lock_config=True)
-ROOT = flags.DEFINE_string("root", None, "Folder of every dataset, workdir and release of the chain.", required=True)
-PLAN = flags.DEFINE_bool("plan", False, "Print the chain and do nothing; what happens without --run anyway.")
-RUN = flags.DEFINE_bool("run", False, "Run what is missing.")
+from f2llm_jax.configuration import parse_flags
 
 
 @command("family")
-def main(argv: list[str]) -> int | None:
-    """Prints or runs the chain; an error is one line on stderr and exit code 1."""
-    if len(argv) > 1 or (PLAN.value and RUN.value):
-        raise app.UsageError("pass either --plan or --run, and overrides as --config.field=value")
-    from f2llm_jax.chain import links
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints or runs the chain."""
+    parser = argparse.ArgumentParser(prog="family", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="folder of every dataset, workdir and release of the chain")
+    does = parser.add_mutually_exclusive_group()
+    does.add_argument("--plan", action="store_true", help="print the chain and do nothing (default)")
+    does.add_argument("--run", action="store_true", help="run what is missing")
+    flags = parse_flags(parser, arguments, default="configs/family.py")
+    from f2llm_jax.chain import links  # after flag parsing: --help needs no JAX
     from f2llm_jax.chain.family import family_links
 
-    chain = family_links(CONFIG.value, ROOT.value)
-    if RUN.value:
-        links.run(chain, ROOT.value)
-    print(links.describe(chain, ROOT.value))
+    chain = family_links(flags.config, flags.root)
+    if flags.run:
+        links.run(chain, flags.root)
+    print(links.describe(chain, flags.root))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

@@ -1,33 +1,42 @@
-"""Trains a model: `python -m f2llm_jax.main --config configs/stage2.py:size=0.6b --workdir DIR [--config.x=y ...]`."""
+"""Trains a model: `python -m f2llm_jax.main --config configs/stage2.py:size=0.6b --workdir DIR [--config.FIELD=VALUE ...]`.
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+The same command resumes. Exit code 75 says that the run was asked to stop (SIGTERM) and its state is saved.
+"""
 
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from f2llm_jax.arguments import count, positive
 from f2llm_jax.command import command
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, e.g. configs/stage1.py:size=0.6b.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go; local or gs://. The same command resumes.")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "Of several processes: host:port of process 0, found by itself on TPU pods, GKE and Slurm."
-)
-COUNT = flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
-INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-LIMIT = flags.DEFINE_integer("initialization_timeout", 300, "Seconds within which all processes must have started.", lower_bound=1)
-flags.mark_flags_as_required(["config", "workdir"])
+from f2llm_jax.configuration import parse_flags
 
 
 @command("main")
-def main(argv: list[str]) -> int | None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the configured training."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; overrides are written --config.field=value")
+    flags = parse_flags(_parser(), arguments)
     from f2llm_jax.training import hosts
     from f2llm_jax.training.run import run  # after flag parsing: --help needs no JAX
 
-    logging.set_verbosity(logging.WARNING)
-    place = hosts.find_place(COORDINATOR.value, COUNT.value, INDEX.value, LIMIT.value)
-    run(CONFIG.value, WORKDIR.value, place, LIMIT.value)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    place = hosts.find_place(flags.coordinator_address, flags.num_processes, flags.process_id, flags.initialization_timeout)
+    run(flags.config, flags.workdir, place, flags.initialization_timeout)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="main", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="folder of checkpoints and metrics, local or gs://")
+    processes = parser.add_argument_group("several processes, where they do not find one another as on TPU pods, GKE and under Slurm")
+    processes.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    processes.add_argument("--num_processes", type=positive, metavar="N", help="how many train together")
+    processes.add_argument("--process_id", type=count, metavar="I", help="which of them this is, from 0")
+    processes.add_argument(
+        "--initialization_timeout", type=positive, default=300, metavar="SECONDS", help="within which all must have started (default 300)"
+    )
+    return parser
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

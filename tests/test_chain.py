@@ -15,11 +15,11 @@ import sentence_transformers
 import small_data
 from small_runs import environment
 
-from configs import ablation, common, family
 from f2llm_jax.chain import links, sweep
 from f2llm_jax.chain.family import family_links
 from f2llm_jax.chain.links import ChainError, Link
 from f2llm_jax.chain.sweep import Arm, Score
+from f2llm_jax.configs import ablation, common, family
 from f2llm_jax.model.sizes import SIZES
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common
+from f2llm_jax.configs import common
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.checkpoint import CheckpointConfig
 from f2llm_jax.training.step import TrainState

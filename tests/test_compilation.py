@@ -18,11 +18,11 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from configs import stage2
 from f2llm_jax import sharding
 from f2llm_jax.compilation import check, topology
 from f2llm_jax.compilation.collectives import collectives
 from f2llm_jax.compilation.cost import trace
+from f2llm_jax.configs import stage2
 from f2llm_jax.model.attention import attention
 from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.training import program

@@ -1,5 +1,7 @@
 """Both configurations at every size: published values, typos that fail with the nearest name, overrides, runlocal."""
 
+import functools
+import os
 import re
 import subprocess
 import sys
@@ -8,8 +10,12 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from configs import common, stage1, stage2
+import f2llm_jax
+from f2llm_jax import __main__, configuration
+from f2llm_jax.__main__ import COMMANDS
+from f2llm_jax.configs import common, stage1, stage2
 from f2llm_jax.data.pipeline import BatchConfig
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.training.optimizer import OptimizerConfig
 
@@ -90,17 +96,84 @@ def test_arguments_have_the_types_of_their_defaults():
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("field", "value", "message"),
     [
-        (["--config.optimizer.learning_rat=1"], 'Did you mean "learning_rate"'),
-        (["--config.batch.sise=8"], 'Did you mean "size"'),
-        (["--config.batch.size=many"], "flag --config.batch.size=many"),
-        (["--config.batch.size=8"], "config.data.folder is empty"),  # a right name gets as far as the run
+        ("optimizer.learning_rat", "1", "did you mean config.optimizer.learning_rate"),
+        ("lr", "1", "did you mean config.optimizer.learning_rate"),
+        ("batch.sise", "8", "did you mean config.batch.size"),
+        ("batch_size", "8", "config.batch.size"),
+        ("batch", "8", "is a group; set one of its fields: config.batch."),
+        ("batch.size.x", "8", "there is no such field"),
+        ("batch.size", "many", "config.batch.size=many: must be of type int, as the default 512"),
+        ("batch.size", "8.5", "must be of type int"),
+        ("objective.matryoshka", "maybe", "must be of type bool"),
+        ("objective.matryoshka_dims", "8,x", "must be of type tuple"),
     ],
 )
-def test_the_command_line_refuses_a_typo_and_names_the_nearest(flags, message, tmp_path):
-    command = [sys.executable, "-m", "f2llm_jax.main", "--config", "configs/stage2.py:size=80m", "--workdir", str(tmp_path / "run")]
-    done = subprocess.run([*command, *flags], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode != 0
+def test_an_override_that_cannot_be_names_field_and_remedy(field, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        configuration.load("configs/stage2.py:size=80m", [(field, value)])
+
+
+def test_overrides_have_the_types_of_their_fields():
+    typed = {
+        "batch.size": ("8", 8),
+        "optimizer.learning_rate": ("1e-3", 1e-3),
+        "optimizer.clip_norm": ("2", 2.0),
+        "objective.matryoshka": ("false", False),
+        "objective.matryoshka_dims": ("(8, 16)", (8, 16)),
+        "objective.matryoshka_weights": ("0.5", (0.5,)),
+        "data.folder": ("a=b", "a=b"),
+        "teacher": ("", ""),
+    }
+    config = configuration.load("stage2", [(field, text) for field, (text, _) in typed.items()])
+    found = {field: functools.reduce(lambda group, name: group[name], field.split("."), config) for field in typed}
+    assert found == {field: value for field, (_, value) in typed.items()}
+    assert all(type(found[field]) is type(value) for field, (_, value) in typed.items())
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage2.py", "configs/stage2.py"])
+def test_the_configurations_of_the_package_are_found_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configuration.load(f"{name}:size=4b").to_dict() == stage2.get_config("size=4b").to_dict()
+
+
+def test_a_configuration_of_ones_own_builds_on_those_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    own = "from f2llm_jax.configs import common\n\n\ndef get_config(arg=None):\n    return common.base('80m', arg == 'toy', 2)\n"
+    (tmp_path / "configs" / "stage2.py").write_text(own)  # goes before the one of that name in the package
+    assert configuration.load("configs/stage2.py:toy").size == "toy"
+    with pytest.raises(UserError, match=r"give a path or one of configs/ablation.py"):
+        configuration.load("configs/stage3.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match="defines no get_config"):
+        configuration.load("empty.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--config.batch.sise=8"], 1, "did you mean config.batch.size"),
+        (["--config.batch.size", "8"], 1, "config.data.folder is empty"),  # a right name gets as far as the run
+        (["--batch.size=8"], 2, "fields of the configuration are written --config.FIELD=VALUE"),
+        (["--config.batch.size"], 2, "fields of the configuration are written --config.FIELD=VALUE"),
+    ],
+)
+def test_the_command_line(flags, code, message, tmp_path):
+    command = [sys.executable, "-m", "f2llm_jax", "main", "--config", "configs/stage2.py:size=80m", "--workdir", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code
     assert message in done.stderr[-400:], done.stderr
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_command_is_listed_and_says_how_it_is_used(capsys, monkeypatch):
+    package = Path(f2llm_jax.__file__).parent
+    commands = {file.stem for file in package.glob("*.py") if re.search(r"^def main\(arguments", file.read_text(), re.MULTILINE)}
+    assert commands == set(COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["f2llm-jax", "--help"])
+    assert __main__.main() == 0
+    printed = capsys.readouterr().out
+    assert [name for name in COMMANDS if f"  {name} " not in printed] == []

@@ -14,7 +14,7 @@ from etils import epath
 from small_runs import ROOT, SIGNALLER, TRAIN, environment, losses, train_command
 
 import f2llm_jax
-from configs import stage2
+from f2llm_jax.configs import stage2
 from f2llm_jax.errors import Preempted
 from f2llm_jax.training import hosts
 from f2llm_jax.training.host_log import HostLog

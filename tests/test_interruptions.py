@@ -13,8 +13,8 @@ import tiny
 from small_runs import OVERRIDES, assert_same_weights
 from test_encoder import B, N, encode_chunk, packed
 
-from configs import stage2
 from f2llm_jax.batch import Batch
+from f2llm_jax.configs import stage2
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.objectives import Mean, Objective
 from f2llm_jax.training.metrics import DivergedError, Recorder, StepWork

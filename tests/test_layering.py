@@ -12,6 +12,8 @@ PACKAGE = pathlib.Path(f2llm_jax.__file__).parent
 FLOORS = {
     "errors": set(),
     "command": {"errors"},
+    "arguments": set(),
+    "configuration": {"errors"},
     "files": {"errors"},
     "text": {"errors", "files"},
     "batch": set(),

@@ -10,7 +10,7 @@ import pytest
 import small_data
 from small_runs import OVERRIDES, SIGNALLER, STEPS, TRAIN, assert_same_weights, environment, losses, metrics, train_command
 
-from configs import stage2
+from f2llm_jax.configs import stage2
 from f2llm_jax.training.run import run
 from f2llm_jax.training.start import StartError
 from f2llm_jax.weights.checkpoint_reader import CheckpointError, find_checkpoint

@@ -12,8 +12,8 @@ import small_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import stage2
 from f2llm_jax import evaluate, sharding
+from f2llm_jax.configs import stage2
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.evaluation.held_out import as_in_training
 from f2llm_jax.inference.encode import load_encoder

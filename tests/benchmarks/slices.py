@@ -17,7 +17,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from configs import common, family  # noqa: E402
+from f2llm_jax.configs import common, family  # noqa: E402
 
 MOST_OF_MEMORY, MOST_FLOPS, MOST_SECONDS = 0.9, 1.40, 300
 COLUMNS = ("size", "stage", "teacher", "slice", "memory of a device", "rows a device", "collectives", "FLOPs", "MFU at most", "compiled in")

@@ -40,9 +40,9 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])  # bef
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from configs import stage2  # noqa: E402
 from f2llm_jax import sharding  # noqa: E402
 from f2llm_jax.batch import Batch  # noqa: E402
+from f2llm_jax.configs import stage2  # noqa: E402
 from f2llm_jax.data.packing import RowShape, lay_out  # noqa: E402
 from f2llm_jax.model.decoder import init_decoder  # noqa: E402
 from f2llm_jax.model.flops import Work, training_flops  # noqa: E402
