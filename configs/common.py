@@ -67,6 +67,11 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.folder = ""  # made by f2llm_jax.prepare
     config.data.embedded_stage = 0  # where no folder is given: make the embedded corpus for this stage; 0 for never
+    config.data.order = "uniform"  # of an epoch's batches; "published" draws sources by their initial sizes until they are exhausted
+    config.data.temperature = 1.0  # of the sources' shares of an epoch; below 1 small sources have more, at 0 all have the same
+    config.data.weights = ""  # "squad=2,paracrawl=0.5": relative weights of sources or units; no row is repeated for it
+    config.data.repeats = ""  # "squad=3": most times that an epoch goes over a source
+    config.data.starts = ""  # "squad=0.5": epochs after which a source is first drawn
     config.data.threads = 2  # that read and pack
     config.data.ahead = 4  # steps read before they are needed
 
@@ -78,6 +83,8 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.batch.microbatch_rows = MICROBATCH_ROWS[size]  # packed rows on the devices at once, over all of them; memory only
     config.batch.negatives = ml_collections.ConfigDict({"retrieval": 7, "clustering": 9, "classification": 1})  # drawn of those stored
     config.batch.negatives_per_sample = "batch"  # one draw of negative columns a "batch" (published) or a "row"
+    config.batch.single_negative = "random"  # where one is drawn of several; "first" for always negative_1 (published)
+    config.batch.tail = "masked"  # what fills a source's last batch; "repeated" takes its first rows again (published)
 
     config.objective = ml_collections.ConfigDict()
     config.objective.temperature = 0.05

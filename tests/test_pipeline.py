@@ -65,7 +65,7 @@ def test_slots_hold_the_raw_texts_of_their_sample(dataset, tokenizer, per):
         assert np.asarray(batch.negative_mask).tolist() == [[1] * n + [0] * (N - n)] * b + [[0] * N] * (B - b)
         assert batch.in_batch_weight == (plan.source == "pairs")
         assert data.tokens == sum(map(len, found.values()))
-        assert data.slots == int(batch.texts.chunks) * CONFIG.microbatch_rows * CONFIG.row_tokens
+        assert data.padded_tokens == int(batch.texts.chunks) * CONFIG.microbatch_rows * CONFIG.row_tokens
         assert set(found) == {*range(b), *range(B, B + b), *(2 * B + i * N + j for i in range(b) for j in range(n))}
         for i in range(b):
             row = table["query"].index(decoded(tokenizer, found[i]))
@@ -143,7 +143,7 @@ def test_every_step_of_a_run_has_the_same_shapes(dataset):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"microbatch_rows": 6}, "microbatch_rows=6 must be a multiple of the 4 ways"),
+        ({"microbatch_rows": 6}, "microbatch_rows=6 must be a multiple of the 4 shards"),
         ({"max_length": 65}, "max_length=65 must be between 1 and row_tokens=64"),
         ({"max_length": 0}, "max_length=0 must be between 1"),
     ],

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from f2llm_jax.batch import PackedTexts
 from f2llm_jax.errors import UserError
@@ -15,21 +16,13 @@ from f2llm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where each of S texts stands.
+    """Where each of S texts is."""
 
-    Attributes:
-      row: int32 `[S]`, its row; -1 for an absent text (length 0).
-      start: int32 `[S]`, position of its first token in the row.
-      slot: int32 `[S]`, its rank within the row: 0, 1, ...
-      lengths: int32 `[S]`, as given.
-      rows: number of rows in use.
-    """
-
-    row: np.ndarray
-    start: np.ndarray
-    slot: np.ndarray
-    lengths: np.ndarray
-    rows: int
+    row: Int[np.ndarray, " S"]  # its row; -1 for an absent text (length 0)
+    start: Int[np.ndarray, " S"]  # position of its first token in the row
+    slot: Int[np.ndarray, " S"]  # its rank within the row: 0, 1, ...
+    lengths: Int[np.ndarray, " S"]  # as given
+    rows: int  # number of rows in use
 
 
 def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -> Packing:
@@ -38,10 +31,10 @@ def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -
     Args:
       lengths: `[S]` tokens of each text; 0 for a text that does not exist.
       row_tokens: T.
-      row_texts: X, the most texts a row may hold.
+      row_texts: X, the most texts of a row.
 
     Raises:
-      ValueError: a text is longer than a row.
+      UserError: a text is longer than a row.
     """
     lengths = np.asarray(lengths, np.int32)
     if lengths.max(initial=0) > row_tokens:
@@ -74,17 +67,11 @@ def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Shape of the packed rows.
+    """Shape of the packed rows."""
 
-    Attributes:
-      chunk_rows: M, rows that are encoded at once.
-      row_tokens: T.
-      row_texts: X, the most texts a row holds.
-    """
-
-    chunk_rows: int
-    row_tokens: int
-    row_texts: int = 64
+    chunk_rows: int  # M, rows that are encoded at once
+    row_tokens: int  # T
+    row_texts: int = 64  # X, the most texts of a row
 
     def pack(self, lengths: Sequence[int] | np.ndarray) -> Packing:
         """`pack` for rows of this shape."""
@@ -96,7 +83,7 @@ def lay_out(
     shape: RowShape,
     read: Callable[[np.ndarray], list[np.ndarray]],
     chunks: int | None = None,
-    local_rows: np.ndarray | None = None,
+    local_rows: Bool[np.ndarray, " M"] | None = None,
 ) -> PackedTexts:
     """The packed arrays on the host.
 
@@ -105,8 +92,8 @@ def lay_out(
       shape: of the rows.
       read: token ids (int32, as long as planned) of the texts whose numbers it is given.
       chunks: C; by default as many as are in use. Arrays of C > in use have the same shape whatever the texts, so one
-        compiled program serves them all; pages that hold nothing are never touched.
-      local_rows: bool `[M]`, the rows of a chunk to fill in; all by default. Elsewhere everything is padding.
+        compiled program serves them all; pages of memory without texts are never touched.
+      local_rows: the rows of a chunk to fill in; all by default. Elsewhere everything is padding.
     """
     M, T, X = shape.chunk_rows, shape.row_tokens, shape.row_texts
     used = max(1, -(-packing.rows // M))

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 import grain
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch
+from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.packing import Packing, RowShape, lay_out
-from f2llm_jax.data.plan import Kind, NegativesPer, Plan, PlanSource, StepPlan
-from f2llm_jax.data.records import Dataset
+from f2llm_jax.data.plan import EVERY_ROW_ONCE, NegativesPer, Plan, PlanSource, SingleNegative, StepPlan, Tail
+from f2llm_jax.data.records import Dataset, Kind
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import UserError
 from f2llm_jax.text import truncate
@@ -22,25 +24,17 @@ OPEN_READERS = 256  # each holds the open shards of one split
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Shape of a step.
+    """Shape and content of a step."""
 
-    Attributes:
-      size: B, samples a step over all devices; also the pool of in-batch negatives.
-      row_tokens: T, tokens of a packed row, at least `max_length`.
-      microbatch_rows: M, rows that are on the devices at once, over all of them. Memory, and nothing else, depends on it.
-      max_length: longest text in tokens, EOS included; longer ones are cut and still end in EOS.
-      row_texts: X, the most texts a row holds.
-      negatives: hard negatives drawn by task kind; None for the published 7, 9 and 1.
-      negatives_per_sample: "batch" (published: one draw of columns a step) or "row".
-    """
-
-    size: int
-    row_tokens: int
-    microbatch_rows: int
-    max_length: int
-    row_texts: int = 64
-    negatives: Mapping[Kind, int] | None = None
-    negatives_per_sample: NegativesPer = "batch"
+    size: int  # B, samples a step over all devices; also the pool of in-batch negatives
+    row_tokens: int  # T, tokens of a packed row, at least `max_length`
+    microbatch_rows: int  # M, rows that are on the devices at once, over all of them; memory, and nothing else, depends on it
+    max_length: int  # longest text in tokens, EOS included; longer ones are truncated and still end in EOS
+    row_texts: int = 64  # X, the most texts of a row
+    negatives: Mapping[Kind, int] | None = None  # hard negatives drawn by task kind; None for the published 7, 9 and 1
+    negatives_per_sample: NegativesPer = "batch"  # these and the next two: see `Plan`
+    single_negative: SingleNegative = "random"
+    tail: Tail = "masked"
 
     def __post_init__(self):
         if not 1 <= self.max_length <= self.row_tokens:
@@ -49,38 +43,23 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
-    """One step's input.
+    """One step's input."""
 
-    Attributes:
-      batch: global arrays.
-      plan: which samples they are.
-      tokens: real tokens in the global batch.
-      squares: sum of the squared lengths of its texts.
-      slots: token slots the devices compute on: chunks in use x M x T.
-    """
-
-    batch: Batch
-    plan: StepPlan
-    tokens: int
-    squares: int
-    slots: int
+    batch: Batch  # global arrays
+    plan: StepPlan  # which samples they are
+    tokens: int  # real tokens in the global batch
+    squares: int  # sum of the squared lengths of its texts
+    padded_tokens: int  # that the devices compute on: chunks in use x M x T
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedStep:
-    """One step before its texts are read, for a look at it.
-
-    Attributes:
-      plan: which samples.
-      packing: of all its texts.
-      samples: B, masked ones included: texts 0 to B - 1 are queries, the next B positives, the rest negatives.
-      documents: `[b, 1 + n]` positive and negatives of each sample, positions in `corpus`; -1 for none.
-    """
+    """One step before its texts are read, for a look at it."""
 
     plan: StepPlan
-    packing: Packing
-    samples: int
-    documents: np.ndarray
+    packing: Packing  # of all its texts
+    samples: int  # B, masked ones included: texts 0 to B - 1 are queries, the next B positives, the rest negatives
+    documents: Int[np.ndarray, "b 1+n"]  # positive and negatives of each sample, positions in `corpus`; -1 for none
 
 
 class Pipeline:
@@ -95,27 +74,31 @@ class Pipeline:
         mesh: jax.sharding.Mesh | None,
         sources: list[str] | None = None,
         teacher: TeacherCache | None = None,
+        sampling: Sampling = EVERY_ROW_ONCE,
     ):
         """Args as named; `sources` restricts to some of the dataset's; with a `teacher` its vectors come with the texts.
 
         Raises:
-          ValueError: `microbatch_rows` cannot be split over the mesh.
+          UserError: `microbatch_rows` cannot be split over the mesh.
         """
         self._dataset, self._split, self._config, self._mesh = dataset, split, config, mesh
         self._teacher = teacher
-        ways = sharding.batch_shards(mesh)
-        if config.microbatch_rows % ways:
-            raise UserError(f"microbatch_rows={config.microbatch_rows} must be a multiple of the {ways} ways that rows are split over")
+        shards = sharding.batch_shards(mesh)
+        if config.microbatch_rows % shards:
+            raise UserError(f"microbatch_rows={config.microbatch_rows} must be a multiple of the {shards} shards that rows are split over")
         names = sources or list(dataset.sources)
         info = {name: dataset.sources[name] for name in names}
         self.plan = Plan(
-            {name: PlanSource(s.rows[split], s.negatives, s.kind) for name, s in info.items()},
+            {name: PlanSource(s.rows[split], s.negatives, s.kind, s.unit) for name, s in info.items()},
             config.size,
             seed,
             config.negatives,
             config.negatives_per_sample,
+            config.single_negative,
+            config.tail,
+            sampling,
         )
-        self._samples = -(-config.size // ways) * ways  # B, rounded up so that it splits; the extra samples are masked
+        self._samples = -(-config.size // shards) * shards  # B, rounded up so that it splits; the extra samples are masked
         self._shape = RowShape(config.microbatch_rows, config.row_tokens, config.row_texts)
         self._eos_id = dataset.eos_id
         # A step opens one source; what it opened stays open for the next step of that source, within the limit on open files.
@@ -126,13 +109,13 @@ class Pipeline:
         """The steps `start <= step < stop` in order, read and packed by `threads` threads up to `ahead` steps early."""
         steps = grain.MapDataset.range(start, stop).map(self._host_arrays)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        for arrays, *facts in steps.to_iter_dataset(options):
-            yield StepData(sharding.batch_to_devices(arrays, self._mesh), *facts)
+        for arrays, *about in steps.to_iter_dataset(options):
+            yield StepData(sharding.batch_to_devices(arrays, self._mesh), *about)
 
     def step(self, step: int) -> StepData:
         """One step alone."""
-        arrays, *facts = self._host_arrays(step)
-        return StepData(sharding.batch_to_devices(arrays, self._mesh), *facts)
+        arrays, *about = self._host_arrays(step)
+        return StepData(sharding.batch_to_devices(arrays, self._mesh), *about)
 
     def languages(self, step: int) -> list[str]:
         """Of each of the step's samples, in order; "" where unknown."""
@@ -167,12 +150,12 @@ class Pipeline:
             negative_ids=documents[B:].reshape(B, -1).astype(np.int32),
             teacher=None if self._teacher is None else self._teacher_vectors(plan.source, where),
         )
-        slots = int(texts.chunks) * self._config.microbatch_rows * self._config.row_tokens
+        padded = int(texts.chunks) * self._config.microbatch_rows * self._config.row_tokens
         lengths = packing.lengths.astype(np.int64)
-        return batch, plan, int(lengths.sum()), int(lengths @ lengths), slots
+        return batch, plan, int(lengths.sum()), int(lengths @ lengths), padded
 
-    def _teacher_vectors(self, source: str, where: np.ndarray) -> np.ndarray:
-        """float32 `[B, 2+N, W]`: of each sample's query, positive and negatives; 0 for what does not exist or lives elsewhere."""
+    def _teacher_vectors(self, source: str, where: Int[np.ndarray, " S"]) -> Float[np.ndarray, "B 2+N W"]:
+        """Of each sample's query, positive and negatives; 0 for what does not exist or lives elsewhere."""
         B = self._samples
         here = sharding.local_part(B, self._mesh)
         vectors = np.zeros((B, len(where) // B, self._teacher.facts.width), np.float32)
@@ -183,8 +166,8 @@ class Pipeline:
         vectors[:, 1:][present] = self._teacher.read(source, "corpus", documents[present])
         return vectors
 
-    def _where(self, plan: StepPlan) -> np.ndarray:
-        """int64 `[S]`: for each text in `Batch` order the row (a query) or document (otherwise) that it is; -1 if there is none."""
+    def _where(self, plan: StepPlan) -> Int[np.ndarray, " S"]:
+        """For each text in `Batch` order the row (a query) or document (otherwise) that it is; -1 if there is none."""
         B, N = self._samples, self.plan.max_negatives
         b, n = plan.columns.shape
         documents = self._tables(plan.source, self._split).documents[plan.rows]
@@ -193,8 +176,10 @@ class Pipeline:
         where[2 * B :].reshape(B, N)[:b, :n] = draw_negatives(documents[:, 1:], plan.columns)
         return where
 
-    def _texts(self, plan: StepPlan, where: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], list[np.ndarray]]]:
-        """Lengths `[S]` of the batch's texts, and a function that reads the token ids of some of them."""
+    def _texts(
+        self, plan: StepPlan, where: Int[np.ndarray, " S"]
+    ) -> tuple[Int[np.ndarray, " S"], Callable[[np.ndarray], list[np.ndarray]]]:
+        """Lengths of the batch's texts, and a function that reads the token ids of some of them."""
         B = self._samples
         tables = self._tables(plan.source, self._split)
         lengths = np.zeros(len(where), np.int32)
@@ -219,15 +204,15 @@ class Pipeline:
         return lengths, read
 
 
-def draw_negatives(stored: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def draw_negatives(stored: Int[np.ndarray, "b n"], columns: Int[np.ndarray, "b k"]) -> Int[np.ndarray, "b k"]:
     """The negatives that samples use.
 
     Args:
-      stored: `[b, n]` documents of their rows; -1, in the last columns, for those that a row lacks.
-      columns: `[b, k]` distinct columns to use, k <= n.
+      stored: documents of their rows; -1, in the last columns, for those that a row lacks.
+      columns: distinct columns to use, k <= n.
 
     Returns:
-      `[b, k]`. A column that a row lacks is replaced by one of its own that was not drawn, the first first; -1 once there is none.
+      A column that a row lacks is replaced by one of its own that was not drawn, the first first; -1 once there is none.
     """
     drawn = np.take_along_axis(stored, columns, axis=1)
     if (drawn >= 0).all():

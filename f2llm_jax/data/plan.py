@@ -1,12 +1,9 @@
 """Which rows make which step: a pure function of (seed, step), the same on any number of hosts.
 
-An epoch is a seeded permutation of all (source, batch) pairs, so every step draws from one source on every host and every row
-comes once an epoch. Inside a source, rows are shuffled anew each epoch by the function behind Grain's `MapDataset.shuffle`, a
-bijection that is computed index by index, so nothing is kept in memory and any step is planned alone. A source's last batch
-holds what is left: its missing samples are masked, nothing is dropped or repeated.
-
-The published trainer draws the source at random with weights equal to the number of batches until each is exhausted
-(F2LLM `run.py`, `MultiLoader`), which is a random permutation of the same pairs; only the random numbers differ.
+Every step draws from one source on every host; `order` says from which. Inside a source, rows are shuffled anew each epoch by the
+function behind Grain's `MapDataset.shuffle`, a bijection that is computed index by index, so nothing is kept in memory and any step is
+planned alone. A source's last batch holds what is left of it: its missing samples are masked, or with `tail="repeated"` taken from the
+source's first ones, as the published trainer does (Accelerate's `even_batches`).
 """
 
 import dataclasses
@@ -16,44 +13,42 @@ from typing import Literal
 
 import numpy as np
 from grain.experimental import index_shuffle
+from jaxtyping import Int
 
+from f2llm_jax.data.order import EpochOrder, Sampling
+from f2llm_jax.data.records import Kind
 from f2llm_jax.errors import UserError
 
-Kind = Literal["retrieval", "clustering", "classification"]
 NegativesPer = Literal["batch", "row"]
+SingleNegative = Literal["random", "first"]
+Tail = Literal["masked", "repeated"]
 
 # Hard negatives drawn a sample (F2LLM `configs/config.json` and `utils.py`).
-NEGATIVES = {"retrieval": 7, "clustering": 9, "classification": 1}
+NEGATIVES: dict[Kind, int] = {"retrieval": 7, "clustering": 9, "classification": 1}
+EVERY_ROW_ONCE = Sampling()
 SHUFFLE_ROUNDS = 4  # as in Grain
+PASS_SEED = 0x9E3779B1  # between the shuffles of two passes of one epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanSource:
-    """What the order of data depends on: `rows` in the split, `negatives` stored a row, and the task kind."""
+    """What the order of data depends on."""
 
-    rows: int
-    negatives: int
+    rows: int  # in the split
+    negatives: int  # stored a row
     kind: Kind
+    unit: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """The samples of one step.
+    """The samples of one step."""
 
-    Attributes:
-      epoch: 0-based.
-      source: name of the one source of this step.
-      kind: its task kind.
-      rows: int64 `[b]`, 1 <= b <= B, row numbers within the source's split.
-      columns: int64 `[b, n]`, which stored negatives (0-based) each sample uses; where a row has fewer than its source, others
-        of its own take the place of those it lacks.
-    """
-
-    epoch: int
-    source: str
+    epoch: int  # 0-based
+    source: str  # the one source of this step
     kind: Kind
-    rows: np.ndarray
-    columns: np.ndarray
+    rows: Int[np.ndarray, " b"]  # row numbers within the source's split, 1 <= b <= B
+    columns: Int[np.ndarray, "b n"]  # which stored negatives (0-based) each sample uses; a row that has fewer uses others of its own
 
 
 class Plan:
@@ -66,6 +61,9 @@ class Plan:
         seed: int,
         negatives: Mapping[Kind, int] | None = None,
         negatives_per_sample: NegativesPer = "batch",
+        single_negative: SingleNegative = "random",
+        tail: Tail = "masked",
+        sampling: Sampling = EVERY_ROW_ONCE,
     ):
         """Sources without rows take no part.
 
@@ -75,29 +73,37 @@ class Plan:
           seed: of everything random here.
           negatives: hard negatives drawn by kind, at most what a source stores; the published numbers by default.
           negatives_per_sample: "batch" draws one set of columns for all samples of a step, as published; "row" one each.
+          single_negative: where one negative is drawn of several, "first" always takes `negative_1`, as published.
+          tail: what fills a source's last batch, "masked" samples or "repeated" rows, as published.
+          sampling: how often sources come, and when.
 
         Raises:
-          ValueError: no source has rows, or an argument is out of range.
+          UserError: no source has rows, or an argument is out of range.
         """
         self._sources = {name: sources[name] for name in sorted(sources) if sources[name].rows > 0}
         if not self._sources:
             raise UserError("no source has any row in this split; check the prepared folder's dataset.json")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        if negatives_per_sample not in ("batch", "row"):
-            raise UserError(f"negatives_per_sample={negatives_per_sample!r} must be 'batch' or 'row'")
+        for name, value, allowed in (
+            ("negatives_per_sample", negatives_per_sample, ("batch", "row")),
+            ("single_negative", single_negative, ("random", "first")),
+            ("tail", tail, ("masked", "repeated")),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name}={value!r} must be {allowed[0]!r} or {allowed[1]!r}")
         self._batch_size, self._seed = batch_size, seed
         self._negatives = {**NEGATIVES, **(negatives or {})}
-        self._per_row = negatives_per_sample == "row"
+        self._per_row, self._first, self._tail = negatives_per_sample == "row", single_negative == "first", tail
         self._names = list(self._sources)
         self._shuffle_seeds = [int(np.random.default_rng((seed, index)).integers(2**31)) for index in range(len(self._names))]
-        counts = [-(-source.rows // batch_size) for source in self._sources.values()]
-        self._ends = np.cumsum(counts)
+        self._batches = {name: -(-source.rows // batch_size) for name, source in self._sources.items()}
+        self.epochs = EpochOrder(self._batches, {name: source.unit or name for name, source in self._sources.items()}, seed, sampling)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of (source, batch) pairs."""
-        return int(self._ends[-1])
+        """Steps of an epoch that all sources take part in."""
+        return self.epochs.steps_per_epoch
 
     @property
     def max_negatives(self) -> int:
@@ -106,27 +112,32 @@ class Plan:
 
     def step(self, step: int) -> StepPlan:
         """The plan of one step, computed alone."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        pair = int(self._epoch_order(epoch)[within])
-        index = int(np.searchsorted(self._ends, pair, side="right"))
-        batch = pair - int(self._ends[index - 1] if index else 0)
+        epoch, within = self.epochs.locate(step)
+        sources, batches = self._epoch_order(epoch)
+        index, batch = int(sources[within]), int(batches[within])
         name = self._names[index]
-        return StepPlan(epoch, name, self._sources[name].kind, self._rows(index, epoch, batch), self._columns(index, epoch, batch))
+        rows = self._rows(index, epoch, batch)
+        return StepPlan(epoch, name, self._sources[name].kind, rows, self._columns(index, epoch, batch, len(rows)))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (a plan lives as long as its run)
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, epoch)).permutation(self.steps_per_epoch)
+    def _epoch_order(self, epoch: int) -> tuple[Int[np.ndarray, " steps"], Int[np.ndarray, " steps"]]:
+        return self.epochs.order(epoch)
 
-    def _rows(self, index: int, epoch: int, batch: int) -> np.ndarray:
-        count = self._sources[self._names[index]].rows
-        start, stop = batch * self._batch_size, min((batch + 1) * self._batch_size, count)
-        seed = (self._shuffle_seeds[index] + epoch) % 2**32
-        return np.array([index_shuffle(i, count - 1, seed, SHUFFLE_ROUNDS) for i in range(start, stop)], np.int64)
+    def _rows(self, index: int, epoch: int, batch: int) -> Int[np.ndarray, " b"]:
+        name = self._names[index]
+        count = self._sources[name].rows
+        repeat, batch = divmod(batch, self._batches[name])
+        places = range(batch * self._batch_size, (batch + 1) * self._batch_size)
+        if self._tail == "masked":
+            places = range(places.start, min(places.stop, count))
+        seed = (self._shuffle_seeds[index] + epoch + repeat * PASS_SEED) % 2**32
+        return np.array([index_shuffle(place % count, count - 1, seed, SHUFFLE_ROUNDS) for place in places], np.int64)
 
-    def _columns(self, index: int, epoch: int, batch: int) -> np.ndarray:
+    def _columns(self, index: int, epoch: int, batch: int, rows: int) -> Int[np.ndarray, "b n"]:
         source = self._sources[self._names[index]]
-        rows = min((batch + 1) * self._batch_size, source.rows) - batch * self._batch_size
         used = min(self._negatives[source.kind], source.negatives)
+        if used == 1 and self._first:
+            return np.zeros((rows, 1), np.int64)
         rng = np.random.default_rng((self._seed, epoch, index, batch))
         if self._per_row:
             return np.stack([rng.permutation(source.negatives)[:used] for _ in range(rows)])

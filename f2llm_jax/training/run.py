@@ -14,6 +14,7 @@ import ml_collections
 from etils import epath
 
 from f2llm_jax import sharding
+from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
@@ -80,8 +81,9 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
         raise UserError("config.teacher and config.teacher_cache are both set: one teacher at a time; clear one of them")
 
     # Order and program
-    batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached)
-    total = config.steps or config.epochs * batches.plan.steps_per_epoch
+    batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached, sampling=Sampling.of(config.data.to_dict()))
+    epochs = batches.plan.epochs
+    total = config.steps or epochs.steps(config.epochs)
     steps = program.build(config, model.config, total, mesh.devices.flat[0].platform, teacher and teacher.config, cached is not None)
 
     # State: from this run, else from the given weights, else random
@@ -137,7 +139,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
             state, means = steps.train_step(state, teacher_params, data.batch)
             facts = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
             needed = training_flops(model.config, Work(data.tokens, data.squares))
-            recorder.step(step + 1, means, facts, StepWork(data.tokens, data.slots, needed, waited))
+            recorder.step(step + 1, means, facts, StepWork(data.tokens, data.padded_tokens, needed, waited))
     if stopping:
         raise Preempted(f"stopped on request after update {step} of {total}, which is saved; the same command goes on")
 
