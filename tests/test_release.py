@@ -6,11 +6,9 @@ import shutil
 
 import huggingface_hub
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentence_transformers
-import tensorstore as ts
 import tiny
 import torch
 import transformers
@@ -20,9 +18,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.verify import compare
-from f2llm_jax.training import checkpoint
-from f2llm_jax.training.step import TrainState
-from f2llm_jax.weights.checkpoint_reader import array_spec
+from f2llm_jax.weights import chunks
 from f2llm_jax.weights.hf_mapping import TABLE
 from f2llm_jax.weights.models import find_model
 
@@ -324,18 +320,11 @@ def test_the_card_tells_what_the_run_recorded(folder, tmp_path):
     assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_import_is_in_chunks_of_a_layer(folder, tmp_path):
-    """What is read at once bounds the memory of a later release."""
+def test_an_import_is_in_chunks_of_a_mebibyte(folder, tmp_path):
+    """What is read at once bounds the memory of a later release; layers of less than a MiB are stored together."""
     assert convert.main(["from-hf", str(folder), str(tmp_path / "run")]) == 0
+    config = find_model(str(folder)).config
     with find_model(str(tmp_path / "run")).open_params() as parameters:
-        assert {parameters.unit(entry) for entry in TABLE if entry.stacked} == {1}
-
-
-def test_training_checkpoints_are_in_chunks_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2**20)
-    state = TrainState(jnp.int32(1), {"layers/gate": jnp.ones((4, 512, 512))}, {"count": jnp.int32(1)})
-    checkpoints = checkpoint.open_checkpoints(tmp_path, checkpoint.CheckpointConfig(every=1, keep=1))
-    checkpoint.save(checkpoints, 1, state, {})
-    checkpoints.close()
-    gate = next(entry for entry in TABLE if entry.path == ("layers", "gate"))
-    assert ts.open(array_spec(tmp_path / "1/params", gate)).result().chunk_layout.read_chunk.shape == (1, 512, 512)
+        assert {parameters.unit(entry) for entry in TABLE if entry.stacked} == {config.num_hidden_layers}
+    wide = {"layers/gate": (4, 512, 512), "embedding": (151_669, 128)}
+    assert [chunks.chunk_rows(shape, shape, stacked="layers" in name) for name, shape in wide.items()] == [1, 21_667]

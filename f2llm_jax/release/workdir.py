@@ -18,15 +18,14 @@ from orbax.checkpoint import v1 as ocp
 from f2llm_jax.files import absolute, new_folder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.release.progress import Progress
+from f2llm_jax.weights import chunks
 from f2llm_jax.weights.checkpoint_reader import array_spec
-from f2llm_jax.weights.hf_mapping import Entry
 from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, parameter_shapes
 
 STEP = "checkpoints/0"
 COMMITTED = "commit_success.txt"  # what Orbax looks for on an object store
 DESCRIPTION = ("params/_METADATA", f"params/{COMMITTED}", "_CHECKPOINT_METADATA", COMMITTED)  # in the order of writing
-CHUNK_BYTES = 2**26  # of rows of the embedding table stored together; of a stacked parameter it is one layer
 COMPRESSION = 1  # zstd; bfloat16 weights, which are half zeros in float32, shrink to half at any level
 
 
@@ -86,16 +85,16 @@ def _write_arrays(folder: epath.Path, config: DecoderConfig, parameters: Paramet
     report = Progress("importing", sum(4 * int(np.prod(shape)) for shape in shapes.values()))
     folder.mkdir(parents=True)
     for entry, shape in shapes.items():
-        array = ts.open(array_spec(folder, entry) | {"metadata": _layout(entry, shape)}, create=True).result()
-        for start, stop in blocks(parameters, entry, shape):
+        rows = chunks.chunk_rows(shape, shape, stacked=entry.stacked)
+        array = ts.open(array_spec(folder, entry) | {"metadata": _layout(shape, rows)}, create=True).result()
+        for start, stop in blocks(parameters, entry, shape, rows):
             block = parameters.read(entry, start, stop)
             array[start:stop].write(block).result()
             report(block.nbytes)
 
 
-def _layout(entry: Entry, shape: Shape) -> dict[str, Any]:
-    """zarr 3 metadata: chunks that a later release can read one at a time."""
-    rows = 1 if entry.stacked else max(1, min(shape[0], CHUNK_BYTES // (4 * int(np.prod(shape[1:])))))
+def _layout(shape: Shape, rows: int) -> dict[str, Any]:
+    """zarr 3 metadata: chunks of so many rows, which a later release can read one at a time."""
     return {
         "shape": list(shape),
         "data_type": "float32",

@@ -13,14 +13,16 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 from flax import nnx
+from jaxtyping import Float
 from orbax.checkpoint import v1 as ocp
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import absolute, is_remote
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.weights import chunks
 from f2llm_jax.weights.hf_mapping import Entry
-from f2llm_jax.weights.parameters import parameter_shapes
+from f2llm_jax.weights.parameters import Shape, parameter_shapes
 
 
 class CheckpointError(UserError):
@@ -52,7 +54,7 @@ class SavedModel:
         """The parameters, fp32, on the mesh or on this machine's first device."""
         abstract = _placed(abstract_decoder(self.config, mesh)[1])
         with ocp.training.Checkpointer(self.run_folder / "checkpoints") as checkpoints:
-            loaded = checkpoints.load_checkpointables(self.step, {"params": flatten(abstract)})
+            loaded = load_arrays(checkpoints, self.step, {"params": flatten(abstract)})
         return unflatten(abstract, loaded["params"])
 
     @contextlib.contextmanager
@@ -67,26 +69,61 @@ class SavedModel:
         wrong = [
             f"{'/'.join(entry.path)} is {list(stored[entry].shape)}, must be {list(shape)}"
             for entry, shape in parameter_shapes(self.config).items()
-            if stored[entry].shape != shape
+            if chunks.whole_shape(stored[entry].shape, len(shape)) != shape
         ]
         if wrong:
             raise CheckpointError(f"{folder} is of another architecture than its metadata says:\n  " + "\n  ".join(wrong))
-        yield StoredParameters(stored)
+        yield StoredParameters(stored, parameter_shapes(self.config))
 
 
 class StoredParameters:
     """The parameters of an opened checkpoint, decoded as they are asked for."""
 
-    def __init__(self, arrays: dict[Entry, ts.TensorStore]):
-        self._arrays = arrays
+    def __init__(self, arrays: dict[Entry, ts.TensorStore], shapes: dict[Entry, Shape]):
+        self._arrays, self._shapes = arrays, shapes
 
     def unit(self, entry: Entry) -> int:
         """Layers or rows of a stored chunk, which can only be decoded whole."""
-        return self._arrays[entry].chunk_layout.read_chunk.shape[0]
+        return self._arrays[entry].chunk_layout.read_chunk.shape[0] * self._rows(entry)
 
-    def read(self, entry: Entry, start: int, stop: int) -> np.ndarray:
+    def read(self, entry: Entry, start: int, stop: int) -> Float[np.ndarray, "..."]:
         """Our parameter's `[start:stop]` along its first axis, float32."""
-        return self._arrays[entry][start:stop].read().result()
+        rows = self._rows(entry)
+        first = start // rows
+        block = self._arrays[entry][first : -(-stop // rows)].read().result()
+        whole = block.reshape(-1, *self._shapes[entry][1:])
+        return whole[start - first * rows : stop - first * rows]
+
+    def _rows(self, entry: Entry) -> int:
+        """First-axis indices of the parameter in one of the stored array (see `chunks`)."""
+        return self._shapes[entry][0] // self._arrays[entry].shape[0]
+
+
+def load_arrays(
+    checkpoints: ocp.training.Checkpointer, step: int, targets: dict[str, dict[str, jax.ShapeDtypeStruct]]
+) -> dict[str, dict[str, jax.Array]]:
+    """Flattened trees of a checkpoint by name, in shapes, dtypes and shardings of `targets`.
+
+    Raises:
+      CheckpointError: the checkpoint is of another model or optimizer; every difference is listed.
+    """
+    stored = {found.step: found for found in checkpoints.checkpoints}[step]
+    held = checkpoints.checkpointables_metadata(stored).metadata
+    shapes = {part: {name: tuple(leaf.shape) for name, leaf in (held.get(part) or {}).items()} for part in targets}
+    problems = []
+    for part, target in targets.items():
+        for name in sorted(shapes[part].keys() | target.keys()):
+            here, there = shapes[part].get(name), tuple(target[name].shape) if name in target else None
+            if here is None or there is None or chunks.whole_shape(here, len(there)) != there:
+                problems.append(f"{part}/{name}: stored {here}, this run has {there}")
+    if problems:
+        where = f"{checkpoints.directory}/{step}"
+        raise CheckpointError(f"{where} does not fit this run; use another --workdir or the run's own config:\n  " + "\n  ".join(problems))
+    as_stored = {
+        part: {name: chunks.with_shape(leaf, shapes[part][name]) for name, leaf in target.items()} for part, target in targets.items()
+    }
+    loaded = checkpoints.load_checkpointables(step, as_stored)
+    return {part: chunks.reshaped(loaded[part], {name: leaf.shape for name, leaf in target.items()}) for part, target in targets.items()}
 
 
 def array_spec(folder: epath.Path, entry: Entry) -> dict[str, Any]:

@@ -69,9 +69,12 @@ def hf_tensors(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:
             yield entry.name, entry.hf_shape(shape)
 
 
-def blocks(parameters: Parameters, entry: Entry, shape: Shape) -> Iterator[tuple[int, int]]:
-    """Starts and ends along the first axis that cover the parameter, in order: whole units, about `BLOCK_BYTES` each."""
-    unit = parameters.unit(entry)
+def blocks(parameters: Parameters, entry: Entry, shape: Shape, written: int = 1) -> Iterator[tuple[int, int]]:
+    """Starts and ends along the first axis that cover the parameter, in order: about `BLOCK_BYTES` each, in whole units of reading.
+
+    Where the next place stores `written` indices together, they are whole multiples of the larger of the two units.
+    """
+    unit = max(parameters.unit(entry), written)
     row = 4 * math.prod(shape[1:])
     step = max(1, BLOCK_BYTES // (row * unit)) * unit
     return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
