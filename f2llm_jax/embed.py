@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from f2llm_jax.arguments import positive
 from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
@@ -63,20 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="Hugging Face folder, Hub id, workdir or WORKDIR/checkpoints/STEP")
     parser.add_argument("--input", required=True, type=pathlib.Path, help="UTF-8 text file, one text a line")
     parser.add_argument("--output", required=True, type=pathlib.Path, help=".npy file to write; exists only when complete")
-    parser.add_argument("--dim", type=_positive, help="keep so many leading dimensions (default: all)")
+    parser.add_argument("--dim", type=positive, help="keep so many leading dimensions (default: all)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", default="", help="put this before every text as it is")
     prompts.add_argument("--instruction", default="", help='describe the task of queries; they become "Instruct: ...\\nQuery: text"')
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
-    parser.add_argument("--batch-tokens", type=_positive, help="tokens on the device at once; memory only (default: by device)")
+    parser.add_argument("--batch-tokens", type=positive, help="tokens on the device at once; memory only (default: by device)")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax import sharding
+from f2llm_jax.arguments import positive
 from f2llm_jax.command import command
 from f2llm_jax.data.records import load_dataset
 from f2llm_jax.errors import UserError
@@ -123,9 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--instructions", help="JSON file {task, type or 'query': instruction}, before the published model's")
     parser.add_argument("--name", help="owner/name on the leaderboard (default: from the model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
-    parser.add_argument("--max-length", type=_positive, help="tokens at which texts are cut (default: the model's own limit)")
+    parser.add_argument("--max-length", type=positive, help="tokens at which texts are cut (default: the model's own limit)")
     parser.add_argument("--mesh", type=_sizes, help="data,fsdp,tensor over this host's devices, as in 1,-1,1 (default: one device)")
-    parser.add_argument("--batch-tokens", type=_positive, help="tokens on the device at once; memory only (default: by device)")
+    parser.add_argument("--batch-tokens", type=positive, help="tokens on the device at once; memory only (default: by device)")
     return parser
 
 
@@ -135,13 +136,6 @@ def _sizes(text: str) -> list[int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form data,fsdp,tensor, as in 1,-1,1") from None
     return [data, fsdp, tensor]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 if __name__ == "__main__":

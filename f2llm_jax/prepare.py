@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from f2llm_jax.arguments import positive, share
 from f2llm_jax.command import command
 from f2llm_jax.preparation import summary, writing
 from f2llm_jax.preparation.catalogue import CAP, COMPOSITE, load_catalogue
@@ -86,13 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cap", type=int, help=f"queries a unit at most, 0 for all (default: {CAP} in stage 2, all in stage 1)")
     parser.add_argument(
         "--instruct-documents",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="share of the documents of symmetric sources that get the instruction of their queries in stage 2, where they have none "
         "(published: 0.3; the released data comes with it, hence default 0)",
     )
-    parser.add_argument("--max-length", type=_positive, default=1024, help="tokens a text at most, EOS included (default 1024)")
+    parser.add_argument("--max-length", type=positive, default=1024, help="tokens a text at most, EOS included (default 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of split, cap and instructed documents (default 0)")
     policy = parser.add_mutually_exclusive_group()
     policy.add_argument(
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--strict", dest="policy", action="store_const", const="strict", help="also fail on negatives that are the positive or repeated"
     )
     parser.set_defaults(policy="default")
-    parser.add_argument("--workers", type=_positive, help="sources built at a time (default: one a CPU)")
+    parser.add_argument("--workers", type=positive, help="sources built at a time (default: one a CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at --out")
     parser.add_argument("--beam", default="", metavar="OPTIONS", help='Beam options in one string, as in --beam="--runner=..."')
     return parser
@@ -121,20 +122,6 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _pairs(text: str) -> list[tuple[str, str]]:
     return [_pair(part) for part in text.split(",")]
-
-
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 def _show(progress: writing.Progress, bar: tqdm) -> None:
