@@ -11,11 +11,6 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from f2llm_jax.command import command
-from f2llm_jax.data import teacher_cache
-from f2llm_jax.data.records import load_dataset
-from f2llm_jax.files import absolute
-from f2llm_jax.inference.teacher import cache_teacher
-from f2llm_jax.weights.models import find_model
 
 
 @command("cache_teacher")
@@ -27,8 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder of the cache")
     parser.add_argument("--dims", type=int, required=True, help="components kept of each vector, at least the student's width")
     parser.add_argument("--max-length", type=int, required=True, help="tokens at which texts are cut: the run's batch.max_length")
-    parser.add_argument("--dtype", choices=teacher_cache.DTYPES, default="float16", help="on disk (default float16)")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="on disk (default float16)")
     flags = parser.parse_args(arguments)
+    from f2llm_jax.data import teacher_cache
+    from f2llm_jax.data.records import load_dataset
+    from f2llm_jax.files import absolute
+    from f2llm_jax.inference.teacher import cache_teacher
+    from f2llm_jax.weights.models import find_model
+
     dataset, out = load_dataset(flags.data), absolute(flags.out)
     with tqdm(unit=" texts", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
 

@@ -19,7 +19,16 @@ Arguments = ParamSpec("Arguments")
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # The extra of pyproject.toml that brings an optional package.
-EXTRAS = {"gcsfs": "gcs", "mteb": "eval", "sentence_transformers": "eval", "torch": "eval", "transformers": "eval"}
+EXTRAS = {
+    "apache_beam": "prepare",
+    "babel": "demo",
+    "gcsfs": "gcs",
+    "matplotlib": "report",
+    "mteb": "eval",
+    "sentence_transformers": "eval",
+    "torch": "eval",
+    "transformers": "eval",
+}
 
 
 def command(name: str) -> Callable[[Callable[Arguments, int | None]], Callable[Arguments, int]]:

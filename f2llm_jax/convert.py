@@ -15,13 +15,9 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
-from f2llm_jax.release import hf_folder, workdir
 from f2llm_jax.release.flags import add_form_flags, form_of
-from f2llm_jax.release.push import TOKEN_VARIABLE, files_to_push, push
-from f2llm_jax.release.verify import compare
-from f2llm_jax.weights.checkpoint_reader import steps_of
-from f2llm_jax.weights.models import find_model
-from f2llm_jax.weights.truncation import Truncation
+
+TOKEN_VARIABLE = "HF_TOKEN"  # as huggingface_hub reads it
 
 
 @command("convert")
@@ -32,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _to_hf(flags: argparse.Namespace) -> int:
+    from f2llm_jax.release import hf_folder  # here and below after the flags are parsed: --help needs no JAX
+    from f2llm_jax.weights.checkpoint_reader import steps_of
+    from f2llm_jax.weights.models import find_model
+    from f2llm_jax.weights.truncation import Truncation
+
     if flags.all_steps:
         pairs = [(f"{flags.model}/checkpoints/{step}", f"{flags.out}/step-{step}") for step in steps_of(flags.model)]
     else:
@@ -46,12 +47,17 @@ def _to_hf(flags: argparse.Namespace) -> int:
 
 
 def _from_hf(flags: argparse.Namespace) -> int:
+    from f2llm_jax.release import workdir
+    from f2llm_jax.weights.models import find_model
+
     workdir.write_workdir(find_model(flags.model), flags.out, overwrite=flags.overwrite)
     print(f"imported {flags.model} to {flags.out}/checkpoints/0")
     return 0
 
 
 def _verify(flags: argparse.Namespace) -> int:
+    from f2llm_jax.release.verify import compare
+
     extra = pathlib.Path(flags.texts).read_text(encoding="utf-8").splitlines() if flags.texts else ()
     results = compare(flags.folder, extra)
     for result in results:
@@ -61,6 +67,8 @@ def _verify(flags: argparse.Namespace) -> int:
 
 
 def _push(flags: argparse.Namespace) -> int:
+    from f2llm_jax.release.push import files_to_push, push
+
     for name, size in files_to_push(flags.folder):
         print(f"{size:>16,}  {name}")
     if not flags.yes:

@@ -1,4 +1,4 @@
-"""`python -m f2llm_jax.demo_data --out DIR`: writes the embedded corpus (see `data.demo_corpus`) and prints what it holds."""
+"""`python -m f2llm_jax.demo_data --out DIR`: writes the embedded corpus (see `preparation.demo_corpus`) and prints what it holds."""
 
 import argparse
 import pathlib
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
-from f2llm_jax.preparation import demo_corpus
 
 
 @command("demo_data")
@@ -16,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for raw/, heldout/ and tokenizer/")
     parser.add_argument("--seed", type=int, default=0, help="decides what is held out and every draw (default: %(default)s)")
     flags = parser.parse_args(arguments)
+    from f2llm_jax.preparation import demo_corpus
+
     tables = demo_corpus.build(flags.out, flags.seed)
     print(f"{'source':<24}{'kind':<16}{'rows':>8}{'languages':>11}")
     for path, table in tables.items():

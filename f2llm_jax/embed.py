@@ -8,16 +8,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from f2llm_jax.arguments import positive
 from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
-from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
-from f2llm_jax.text import query_prompt
-from f2llm_jax.weights.models import find_model
 
 
 @command("embed")
@@ -30,6 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _embed(flags: argparse.Namespace) -> tuple[int, int]:
+    import jax.numpy as jnp
+    import numpy as np
+
+    from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
+    from f2llm_jax.text import query_prompt
+    from f2llm_jax.weights.models import find_model
+
     texts = _read_lines(flags.input)
     origin = find_model(flags.model)
     dim = flags.dim or origin.config.hidden_size

@@ -10,28 +10,19 @@ hosts share the work by taking some of the tasks each, into one DIR that all see
 import argparse
 import sys
 from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from f2llm_jax import sharding
 from f2llm_jax.arguments import positive
 from f2llm_jax.command import command
-from f2llm_jax.data.records import load_dataset
 from f2llm_jax.errors import UserError
-from f2llm_jax.evaluation import instructions
-from f2llm_jax.evaluation.held_out import as_in_training
-from f2llm_jax.evaluation.local_tasks import read_manifest
-from f2llm_jax.evaluation.mteb_encoder import Conditions, model_meta
-from f2llm_jax.evaluation.mteb_run import Score, find_tasks, run_tasks
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.inference.encode import load_encoder
-from f2llm_jax.inference.vector_cache import CachedEncoder
-from f2llm_jax.reporting.run_record import read_record
-from f2llm_jax.weights.checkpoint_reader import CheckpointError
-from f2llm_jax.weights.digest import model_digest
-from f2llm_jax.weights.models import ModelSource, find_model
+
+if TYPE_CHECKING:
+    import jax
+
+    from f2llm_jax.evaluation.mteb_run import Score
+    from f2llm_jax.weights.models import ModelSource
 
 
 @command("evaluate")
@@ -52,7 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _evaluate(flags: argparse.Namespace) -> list[Score]:
+def _evaluate(flags: argparse.Namespace) -> "list[Score]":
+    import jax.numpy as jnp  # here and below after the flags are parsed: --help needs no JAX
+
+    from f2llm_jax.evaluation import instructions
+    from f2llm_jax.evaluation.local_tasks import read_manifest
+    from f2llm_jax.evaluation.mteb_encoder import Conditions, model_meta
+    from f2llm_jax.evaluation.mteb_run import find_tasks, run_tasks
+    from f2llm_jax.inference.encode import load_encoder
+    from f2llm_jax.inference.vector_cache import CachedEncoder
+    from f2llm_jax.weights.digest import model_digest
+    from f2llm_jax.weights.models import find_model
+
     tasks = find_tasks(flags.tasks, flags.benchmark)
     local, theirs = read_manifest(flags.manifest) if flags.manifest else ([], {})
     own = instructions.read_instructions(flags.instructions, theirs) if flags.instructions else {}
@@ -73,6 +75,15 @@ def _evaluate(flags: argparse.Namespace) -> list[Score]:
 
 
 def _print_held_out(flags: argparse.Namespace) -> None:
+    import jax.numpy as jnp
+
+    from f2llm_jax.data.records import load_dataset
+    from f2llm_jax.evaluation.held_out import as_in_training
+    from f2llm_jax.inference.encode import load_encoder
+    from f2llm_jax.reporting.run_record import read_record
+    from f2llm_jax.weights.checkpoint_reader import CheckpointError
+    from f2llm_jax.weights.models import find_model
+
     origin = find_model(flags.model)
     if origin.run_folder is None:
         raise CheckpointError(f"{flags.model} is no workdir and no checkpoint, and only those know their held-out rows; try --manifest")
@@ -84,11 +95,15 @@ def _print_held_out(flags: argparse.Namespace) -> None:
         print(f"{name:<64}{accuracy:>10.4f}")
 
 
-def _mesh(sizes: Sequence[int] | None) -> jax.sharding.Mesh | None:
+def _mesh(sizes: Sequence[int] | None) -> "jax.sharding.Mesh | None":
+    import jax
+
+    from f2llm_jax import sharding
+
     return sharding.make_mesh(*sizes, devices=jax.local_devices()) if sizes else None
 
 
-def _widths(dims: Sequence[str], origin: ModelSource) -> list[int]:
+def _widths(dims: Sequence[str], origin: "ModelSource") -> list[int]:
     """Widest first, each once."""
     widths = {origin.config.hidden_size if dim == FULL else int(dim) for dim in dims}
     if max(widths) > origin.config.hidden_size:
@@ -96,7 +111,7 @@ def _widths(dims: Sequence[str], origin: ModelSource) -> list[int]:
     return sorted(widths, reverse=True)
 
 
-def _print(scores: Sequence[Score]) -> None:
+def _print(scores: "Sequence[Score]") -> None:
     dims = list(dict.fromkeys(score.dim for score in scores))
     kinds = list(dict.fromkeys(score.kind for score in scores))
     print(_line("main score by width", dims))
@@ -104,8 +119,8 @@ def _print(scores: Sequence[Score]) -> None:
         of_kind = [score for score in scores if score.kind == kind]
         for task in dict.fromkeys(score.task for score in of_kind):
             print(_line(task, [score.value for score in of_kind if score.task == task]))
-        print(_line(f"mean of {kind}", [np.mean([score.value for score in of_kind if score.dim == dim]) for dim in dims]))
-    print(_line("mean of tasks", [np.mean([score.value for score in scores if score.dim == dim]) for dim in dims]))
+        print(_line(f"mean of {kind}", [fmean([score.value for score in of_kind if score.dim == dim]) for dim in dims]))
+    print(_line("mean of tasks", [fmean([score.value for score in scores if score.dim == dim]) for dim in dims]))
 
 
 def _line(label: str, cells: Sequence) -> str:

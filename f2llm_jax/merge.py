@@ -9,11 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
-from f2llm_jax.release import hf_folder
 from f2llm_jax.release.flags import add_form_flags, form_of
-from f2llm_jax.release.merge import METHODS, merge
-from f2llm_jax.weights.checkpoint_reader import steps_of
-from f2llm_jax.weights.models import find_model
 
 LAST = 5  # the published trainer keeps its last five "for ckpt merging"
 
@@ -22,7 +18,11 @@ LAST = 5  # the published trainer keeps its last five "for ckpt merging"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
-    merged = merge([find_model(name) for name in _names(flags.models, flags.last)], flags.weights, flags.method)
+    from f2llm_jax.release import hf_folder
+    from f2llm_jax.release.merge import merge
+    from f2llm_jax.weights.models import find_model
+
+    merged = merge([find_model(name) for name in _names(flags.models, flags.last)], flags.weights)
     hf_folder.export(merged, flags.out, form_of(flags), overwrite=flags.overwrite)
     print(f"wrote the {merged.name} to {flags.out}")
     return 0
@@ -32,6 +32,8 @@ def _names(models: Sequence[str], last: int) -> list[str]:
     """The inputs, a lone workdir replaced by its last checkpoints; step 0 is what training started from."""
     if len(models) > 1:
         return list(models)
+    from f2llm_jax.weights.checkpoint_reader import steps_of
+
     return [f"{models[0]}/checkpoints/{step}" for step in steps_of(models[0]) if step > 0][-last:]
 
 
@@ -40,7 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="+", metavar="CKPT_OR_FOLDER", help="models of one architecture and tokenizer")
     parser.add_argument("--out", required=True, metavar="DIR", help="release to write, local or gs://")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a model, in any unit (default: equal)")
-    parser.add_argument("--method", choices=METHODS, default="linear", help="slerp takes exactly two (default linear)")
     parser.add_argument("--last", type=int, default=LAST, metavar="N", help=f"checkpoints of a lone workdir (default {LAST})")
     add_form_flags(parser)
     return parser

@@ -10,15 +10,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-import jax
 from tqdm import tqdm
 
 from f2llm_jax.command import command
-from f2llm_jax.mining import builders, inputs, run
+from f2llm_jax.mining import builders, inputs
 from f2llm_jax.mining.selection import Rules
-from f2llm_jax.mining.vectors import DTYPES
-from f2llm_jax.mining.writing import write_built
-from f2llm_jax.weights.models import find_model
 
 
 @command("mine")
@@ -29,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not flags.model and flags.build not in set(builders.INSTRUCTIONS) - set(builders.MINED):
         parser.error("--model is required, except with --build classification or clustering")
     if flags.distributed:
+        import jax
+
         jax.distributed.initialize()
     summary = _mine(flags)
     for name, count in summary["total"].items():
@@ -38,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _mine(flags: argparse.Namespace) -> dict:
+    from f2llm_jax.mining import run  # after the flags are parsed: --help needs no JAX
+    from f2llm_jax.mining.writing import write_built
+    from f2llm_jax.weights.models import find_model
+
     rules = Rules(**{name: getattr(flags, name) for name in Rules.__dataclass_fields__})
     if flags.build:
         built = [builders.build(flags.build, path, flags.instruction, rules.negatives, rules.seed) for path in flags.queries]
@@ -122,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     encoding = parser.add_argument_group("encoding")
     encoding.add_argument("--max-length", type=_number(int, 1), help="tokens at which texts are cut (default: the model's limit)")
     encoding.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
-    encoding.add_argument("--vectors", choices=DTYPES, default=DTYPES[0], help="dtype on disk; scores are float32 always (default float32)")
+    encoding.add_argument(
+        "--vectors", choices=("float32", "float16"), default="float32", help="dtype on disk; scores are float32 always (default float32)"
+    )
     return parser
 
 

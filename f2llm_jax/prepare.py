@@ -8,15 +8,18 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from f2llm_jax.arguments import positive, share
 from f2llm_jax.command import command
-from f2llm_jax.preparation import summary, writing
 from f2llm_jax.preparation.catalogue import CAP, COMPOSITE, load_catalogue
 from f2llm_jax.preparation.selection import Recipe
 from f2llm_jax.preparation.sources import find_sources
+
+if TYPE_CHECKING:
+    from f2llm_jax.preparation import writing
 
 NO_CATALOGUE = "none"
 
@@ -25,6 +28,8 @@ NO_CATALOGUE = "none"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
+    from f2llm_jax.preparation import summary, writing  # after the flags are parsed: --help needs no TFDS
+
     sources = find_sources(
         flags.raw,
         stage=flags.stage,
@@ -124,7 +129,7 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return [_pair(part) for part in text.split(",")]
 
 
-def _show(progress: writing.Progress, bar: tqdm) -> None:
+def _show(progress: "writing.Progress", bar: tqdm) -> None:
     """Moves the bar on a terminal; prints a line elsewhere."""
     seconds = max(progress.seconds, 1e-9)
     speed = f"{progress.texts / seconds:,.0f} texts/s"

@@ -9,24 +9,26 @@ import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from f2llm_jax.command import command
-from f2llm_jax.evaluation import retrieval
-from f2llm_jax.evaluation.retrieval import Pairs, Recall
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.inference.encode import load_encoder
-from f2llm_jax.weights.models import find_model
+
+if TYPE_CHECKING:
+    from f2llm_jax.evaluation.retrieval import Pairs, Recall
 
 EXTREMES = 3  # languages shown from either end
-Results = dict[str, dict[str, dict[str, Recall]]]  # by model, file, width
+Results = dict[str, dict[str, dict[str, "Recall"]]]  # by model, file, width
 
 
 @command("recall")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
+    from f2llm_jax.evaluation import retrieval
+
     files = [retrieval.read_pairs(path) for path in flags.pairs]
     results = {name: _evaluate(name, files, flags.dims) for name in flags.model}
     if flags.json:
@@ -35,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _evaluate(name: str, files: Sequence[Pairs], dims: Sequence[str]) -> dict[str, dict[str, Recall]]:
+def _evaluate(name: str, files: Sequence["Pairs"], dims: Sequence[str]) -> dict[str, dict[str, "Recall"]]:
+    from f2llm_jax.evaluation import retrieval
+    from f2llm_jax.inference.encode import load_encoder
+    from f2llm_jax.weights.models import find_model
+
     encoder = load_encoder(find_model(name))
     widths = {dim: encoder.width if dim == FULL else int(dim) for dim in dims}
     results = {}
@@ -46,7 +52,7 @@ def _evaluate(name: str, files: Sequence[Pairs], dims: Sequence[str]) -> dict[st
     return results
 
 
-def _print(files: Sequence[Pairs], results: Results, dims: Sequence[str]) -> None:
+def _print(files: Sequence["Pairs"], results: Results, dims: Sequence[str]) -> None:
     columns = [f"[{i}]" for i in range(1, len(results) + 1)]
     for column, name in zip(columns, results, strict=True):
         print(f"{column} {name}")
@@ -64,7 +70,7 @@ def _print(files: Sequence[Pairs], results: Results, dims: Sequence[str]) -> Non
             _print_extremes(list(results.values())[-1][pairs.name][dims[-1]], f"{columns[-1]}, {_width(dims[-1])}")
 
 
-def _print_extremes(recall: Recall, label: str) -> None:
+def _print_extremes(recall: "Recall", label: str) -> None:
     ranked = [f"{language} {value:.3f}" for language, value in recall.languages.items()]
     print(f"lowest ({label}): {', '.join(ranked[:EXTREMES])}; highest: {', '.join(reversed(ranked[-EXTREMES:]))}")
 
@@ -83,7 +89,7 @@ def _line(label: str, cells: Sequence[str]) -> str:
 
 
 def _plain(results: Results) -> Mapping[str, object]:
-    def one(recall: Recall) -> dict[str, object]:
+    def one(recall: "Recall") -> dict[str, object]:
         return {"recall@1": recall.overall, "mean_over_languages": recall.mean_over_languages, "languages": recall.languages}
 
     return {

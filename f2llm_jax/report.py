@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
-from f2llm_jax.reporting.report import write_report
 
 
 @command("report")
@@ -20,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run of f2llm_jax.main")
     parser.add_argument("--out", type=pathlib.Path, help="folder to write (default: WORKDIR/report of the first)")
     flags = parser.parse_args(arguments)
+    from f2llm_jax.reporting.report import write_report
+
     page = write_report(flags.workdirs, flags.out or pathlib.Path(flags.workdirs[0]) / "report")
     print(f"wrote {page}")
     return 0

@@ -39,10 +39,10 @@ def released(source, out, form=FORM):
     return tensors(out)
 
 
-@pytest.mark.parametrize(("count", "method"), [(2, "linear"), (3, "linear"), (7, "linear"), (2, "slerp")])
-def test_equal_models_merge_to_themselves(origins, tmp_path, count, method):
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_equal_models_merge_to_themselves(origins, tmp_path, count):
     want = released(origins[0], tmp_path / "one")
-    got = released(merge([origins[0]] * count, range(1, count + 1), method), tmp_path / "merged")
+    got = released(merge([origins[0]] * count, range(1, count + 1)), tmp_path / "merged")
     for name, tensor in want.items():
         np.testing.assert_array_equal(got[name], tensor)
 
@@ -54,16 +54,6 @@ def test_linear_is_numpys_average(origins, tmp_path, weights):
     for name, tensor in got.items():
         want = np.average(np.stack([part[name] for part in parts]).astype(np.float64), axis=0, weights=weights)
         np.testing.assert_allclose(tensor, want.astype(np.float32), rtol=2e-7, atol=1e-9)
-
-
-def test_slerp_stays_on_the_arc(origins, tmp_path):
-    one, other = (released(origins[i], tmp_path / str(i)) for i in (0, 1))
-    got = released(merge(origins[:2], (3, 1), "slerp"), tmp_path / "merged")
-    for name, tensor in got.items():
-        a, b = (part[name].astype(np.float64) for part in (one, other))
-        angle = np.arccos((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
-        want = (np.sin(0.75 * angle) * a + np.sin(0.25 * angle) * b) / np.sin(angle)
-        np.testing.assert_allclose(tensor, want, rtol=1e-5, atol=1e-6)
 
 
 def test_any_form_of_input_gives_the_same_merge(origins, tmp_path):
@@ -94,8 +84,6 @@ def test_what_does_not_belong_together_is_refused(origins, tmp_path, capsys):
     wide = origin(0, tmp_path / "t", dataclasses.replace(tiny.CONFIG, intermediate_size=128))
     with pytest.raises(UserError, match="not of the architecture"):
         merge([origins[0], wide])
-    with pytest.raises(UserError, match="exactly two"):
-        merge(origins, method="slerp")
     with pytest.raises(UserError, match="2 weights for 3 models"):
         merge(origins, (1, 2))
     with pytest.raises(UserError, match="must be positive"):

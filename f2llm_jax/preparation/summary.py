@@ -4,13 +4,16 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from f2llm_jax import files
 from f2llm_jax.data import records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PERCENTILES = (50, 95, 99)
 BLOCK_TEXTS = 1_048_576  # of a table that are counted at once
@@ -75,8 +78,10 @@ def _percentiles(histogram: np.ndarray) -> dict[str, int]:
     return found | {"max": len(histogram) - 1}
 
 
-def _draw(sources: Sequence[records.SourceInfo], histograms: dict[str, np.ndarray]) -> Figure:
+def _draw(sources: Sequence[records.SourceInfo], histograms: dict[str, np.ndarray]) -> "Figure":
     """Token lengths by kind of task, and the languages with the most rows."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     longest = max(map(len, histograms.values()))

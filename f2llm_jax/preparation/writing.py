@@ -7,6 +7,7 @@ written in place, and dataset.json, written last, is what makes it complete.
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import logging
@@ -25,6 +26,8 @@ from f2llm_jax.preparation import summary
 from f2llm_jax.preparation.selection import Recipe, choose_rows
 from f2llm_jax.preparation.sources import Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
+
+NEEDED = ("apache_beam", "matplotlib")  # packages of the extra `prepare`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,9 @@ def prepare(
     _check_ours(out)
     if records.read_settings(out) and not overwrite and (same := _existing(out, settings)):
         return same
+    for package in NEEDED:  # said now and not after hours of work
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     folder = _begin(out, settings)
     loaded.save(records.tokenizer_folder(folder))
     jobs = [_Job(str(folder), source, recipe, tuple(beam_flags)) for source in sources]

@@ -9,17 +9,19 @@ first ones the important ones.
 """
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.pruning.calibration import Activations
+
+if TYPE_CHECKING:
+    from f2llm_jax.pruning.calibration import Activations
 
 ChannelsBy = Literal["l2", "mean-abs", "first"]
 LayersBy = Literal["first", "influence"]
-CHANNELS_BY = ("l2", "mean-abs", "first")
-LAYERS_BY = ("first", "influence")
+CHANNELS_BY: tuple[ChannelsBy, ...] = get_args(ChannelsBy)
+LAYERS_BY: tuple[LayersBy, ...] = get_args(LayersBy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Choice:
     influence: np.ndarray
 
 
-def choose(activations: Activations, target: DecoderConfig, method: Method) -> Choice:
+def choose(activations: "Activations", target: DecoderConfig, method: Method) -> Choice:
     """What stays of the model that was measured; equal scores go to the lower index."""
     influence = activations.influence
     layers = _largest(_rank(len(influence)) if method.layers_by == "first" else influence, target.num_hidden_layers)
@@ -69,13 +71,13 @@ def choose(activations: Activations, target: DecoderConfig, method: Method) -> C
     return Choice(layers, hidden, ffn, hidden_scores, ffn_scores, influence)
 
 
-def _hidden_scores(activations: Activations, layers: np.ndarray, by: ChannelsBy) -> np.ndarray:
+def _hidden_scores(activations: "Activations", layers: np.ndarray, by: ChannelsBy) -> np.ndarray:
     if by == "first":
         return _rank(next(iter(activations.final.values())).shape[1])
     return activations.stream[by][layers].sum(axis=(0, 1)) + activations.final[by][layers[-1]]
 
 
-def _ffn_scores(activations: Activations, layers: np.ndarray, by: ChannelsBy) -> np.ndarray:
+def _ffn_scores(activations: "Activations", layers: np.ndarray, by: ChannelsBy) -> np.ndarray:
     if by == "first":
         return np.tile(_rank(next(iter(activations.ffn.values())).shape[1]), (len(layers), 1))
     return activations.ffn[by][layers]

@@ -1,6 +1,7 @@
 """The model card: what the model is, how to use it, and what the run that made it recorded."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -104,10 +105,10 @@ def write_card(folder: epath.Path, source: ModelSource, dims: Sequence[int], dty
 
 
 def _pictures(record: RunRecord) -> dict[str, bytes]:
-    """PNGs by file name, as far as there is something to draw."""
-    if not record.metrics:
+    """PNGs by file name, as far as there is something to draw; none without the extra `report`, the tables hold the same numbers."""
+    if not record.metrics or not importlib.util.find_spec("matplotlib"):
         return {}
-    from f2llm_jax.reporting import charts  # matplotlib, only here: most releases of a folder have nothing to draw
+    from f2llm_jax.reporting import charts
 
     drawn = {CURVE_FILE: charts.loss([record]), WIDTHS_FILE: charts.by_width([record])}
     return {name: charts.png(figure) for name, figure in drawn.items() if figure}

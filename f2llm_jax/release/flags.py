@@ -2,17 +2,19 @@
 
 import argparse
 import re
+from typing import TYPE_CHECKING
 
-from f2llm_jax.release.card import Labels
-from f2llm_jax.release.hf_folder import Form
-from f2llm_jax.release.safetensors import DTYPES
+if TYPE_CHECKING:
+    from f2llm_jax.release.hf_folder import Form
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers' save_pretrained counts
 
 
 def add_form_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that writes a release; `form_of` reads them."""
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default float32, as trained)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the stored weights (default float32, as trained)"
+    )
     parser.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="most bytes of weights in a file: 500MB, 5GB (default)"
     )
@@ -30,8 +32,11 @@ def add_form_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the release at OUT")
 
 
-def form_of(flags: argparse.Namespace) -> Form:
+def form_of(flags: argparse.Namespace) -> "Form":
     """What the flags of `add_form_flags` say."""
+    from f2llm_jax.release.card import Labels
+    from f2llm_jax.release.hf_folder import Form
+
     return Form(
         dtype=flags.dtype,
         max_shard_bytes=flags.max_shard_size,

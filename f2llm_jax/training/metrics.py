@@ -12,17 +12,19 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import is_remote
 from f2llm_jax.model.flops import PEAK_FLOPS
 from f2llm_jax.objectives import Mean
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 RATE_WINDOW = 50  # steps over which tokens per second are averaged
 
@@ -69,7 +71,7 @@ class Recorder:
         last = start if resumed else -1
         self._metrics, self._timings = (_Lines(folder / name, last) if first else None for name in ("metrics.jsonl", "timings.jsonl"))
         local = first and not is_remote(folder)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1) if local else None
+        self._board = _board(folder / "tensorboard", last + 1) if local else None
         self._max_skipped, self._skipped = max_skipped, 0
         self._log_every, self._start, self._total = log_every, start, total
         self._pending: tuple[int, dict[str, Mean], dict[str, Any], dict[str, float]] | None = None
@@ -177,6 +179,12 @@ class Recorder:
             remaining = "?" if left != left else tqdm.format_interval(left)
             loss = values.get("loss", math.nan)
             print(f"step {step}/{self._total}  loss {loss:.4f}  {rate}  {remaining} left", file=sys.stderr, flush=True)
+
+
+def _board(folder: epath.Path, first: int) -> "SummaryWriter":
+    from tensorboardX import SummaryWriter  # imports PyTorch where that is installed: seconds, which --help need not wait
+
+    return SummaryWriter(str(folder), purge_step=first)
 
 
 class _Lines:

@@ -22,7 +22,6 @@ from f2llm_jax.errors import Preempted, UserError
 from f2llm_jax.files import absolute
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
-from f2llm_jax.preparation import embedded
 from f2llm_jax.training import checkpoint, hosts, program, start
 from f2llm_jax.training.facts import write_facts
 from f2llm_jax.training.host_log import HostLog
@@ -152,6 +151,8 @@ def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epat
         raise UserError(
             "config.data.folder is empty; make one with `python -m f2llm_jax.prepare`, or pass :runlocal for the embedded corpus"
         )
+    from f2llm_jax.preparation import embedded  # Beam and Babel, which training on a prepared dataset does without
+
     return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)
 
 
