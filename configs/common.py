@@ -72,6 +72,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.data.weights = ""  # "squad=2,paracrawl=0.5": relative weights of sources or units; no row is repeated for it
     config.data.repeats = ""  # "squad=3": most times that an epoch goes over a source
     config.data.starts = ""  # "squad=0.5": epochs after which a source is first drawn
+    config.data.copy_to = ""  # folder on each host for copies of gs:// data and gs:// teacher vectors; empty for ~/.cache/f2llm_jax
     config.data.threads = 2  # that read and pack
     config.data.ahead = 4  # steps read before they are needed
 

@@ -25,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="on disk (default float16)")
     flags = parser.parse_args(arguments)
     from f2llm_jax.data import teacher_cache
-    from f2llm_jax.data.records import load_dataset
+    from f2llm_jax.data.local_copy import local_dataset
     from f2llm_jax.files import absolute
     from f2llm_jax.inference.teacher import cache_teacher
     from f2llm_jax.weights.models import find_model
 
-    dataset, out = load_dataset(flags.data), absolute(flags.out)
+    dataset, out = local_dataset(flags.data), absolute(flags.out)
     with tqdm(unit=" texts", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
 
         def report(done: int, total: int) -> None:

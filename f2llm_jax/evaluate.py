@@ -77,7 +77,7 @@ def _evaluate(flags: argparse.Namespace) -> "list[Score]":
 def _print_held_out(flags: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
-    from f2llm_jax.data.records import load_dataset
+    from f2llm_jax.data.local_copy import local_dataset
     from f2llm_jax.evaluation.held_out import as_in_training
     from f2llm_jax.inference.encode import load_encoder
     from f2llm_jax.reporting.run_record import read_record
@@ -88,7 +88,7 @@ def _print_held_out(flags: argparse.Namespace) -> None:
     if origin.run_folder is None:
         raise CheckpointError(f"{flags.model} is no workdir and no checkpoint, and only those know their held-out rows; try --manifest")
     config = read_record(origin.run_folder).config
-    dataset = load_dataset(config["data"]["folder"] or origin.run_folder / "data")
+    dataset = local_dataset(config["data"]["folder"] or origin.run_folder / "data")
     encoder = load_encoder(origin, max_length=config["batch"]["max_length"], dtype=jnp.dtype(flags.dtype), mesh=_mesh(flags.mesh))
     dims = sorted({*origin.matryoshka_dims, origin.config.hidden_size})
     for name, accuracy in as_in_training(encoder, dataset, config, dims).items():

@@ -20,14 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
     from f2llm_jax import sharding
-    from f2llm_jax.data.records import load_dataset
+    from f2llm_jax.data.local_copy import local_dataset
     from f2llm_jax.model.decoder import count_parameters
     from f2llm_jax.pruning.prune import prune
     from f2llm_jax.release.pruned import check_out, write_pruned
     from f2llm_jax.weights.models import find_model
 
     check_out(flags.out, flags.overwrite)
-    source, dataset = find_model(flags.model), load_dataset(flags.data)
+    source, dataset = find_model(flags.model), local_dataset(flags.data)
     method = Method(hidden_by=flags.hidden_by, ffn_by=flags.ffn_by, layers_by=flags.layers_by)
     mesh = sharding.make_mesh()
     with tqdm(desc="calibrating", unit=" layers", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:

@@ -19,6 +19,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def _serve(self):
+        if self.server.delay:
+            threading.Event().wait(self.server.delay)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if "chunked" not in self._coding() else self._chunks()
         fault = self.server.draw()
         if fault == "503":
@@ -30,6 +32,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if fault == "cut after":  # it has done it, and nobody knows
                 self._cut()
             else:
+                self.server.count("bytes", len(content))
                 self._answer(status, headers, content)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = _serve
@@ -78,9 +81,9 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, behind, share, seed):
+    def __init__(self, behind, share, seed, delay):
         super().__init__(("localhost", 0), _Handler)
-        self.behind, self.share, self.counts = behind, share, collections.Counter()
+        self.behind, self.share, self.delay, self.counts = behind, share, delay, collections.Counter()
         self._dice, self._lock = random.Random(seed), threading.Lock()
 
     def draw(self):
@@ -89,14 +92,21 @@ class _Server(http.server.ThreadingHTTPServer):
             self.counts[fault] += 1
             return fault
 
+    def count(self, name, number):
+        with self._lock:
+            self.counts[name] += number
+
     def handle_error(self, request, client_address):
         pass  # a client that is killed in the middle of a request
 
 
 @contextlib.contextmanager
-def between(behind, share, seed=0):
-    """A proxy in front of `behind` (host, port) that lets `share` of the requests fail; yields its address and the counts of faults."""
-    server = _Server(behind, share, seed)
+def between(behind, share, seed=0, delay=0.0):
+    """A proxy in front of `behind` (host, port) that lets `share` of the requests fail and each wait for `delay` seconds.
+
+    Yields its address and its counts: requests by fault ("none" for those that were served), and the "bytes" of their answers.
+    """
+    server = _Server(behind, share, seed, delay)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

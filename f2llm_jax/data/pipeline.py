@@ -14,12 +14,10 @@ from f2llm_jax.batch import Batch
 from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import EVERY_ROW_ONCE, NegativesPer, Plan, PlanSource, SingleNegative, StepPlan, Tail
-from f2llm_jax.data.records import Dataset, Kind
+from f2llm_jax.data.records import Dataset, Kind, allow_open_files
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import UserError
 from f2llm_jax.text import truncate
-
-OPEN_READERS = 256  # each holds the open shards of one split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +99,9 @@ class Pipeline:
         self._samples = -(-config.size // shards) * shards  # B, rounded up so that it splits; the extra samples are masked
         self._shape = RowShape(config.microbatch_rows, config.row_tokens, config.row_texts)
         self._eos_id = dataset.eos_id
-        # A step opens one source; what it opened stays open for the next step of that source, within the limit on open files.
-        self._reader = functools.lru_cache(maxsize=OPEN_READERS)(dataset.reader)
+        # A step opens one source; what it opened stays open for the next step of that source.
+        allow_open_files()
+        self._reader = functools.cache(dataset.reader)
         self._tables = functools.cache(dataset.tables)
 
     def steps(self, start: int, stop: int, threads: int = 2, ahead: int = 4) -> Iterator[StepData]:

@@ -18,6 +18,7 @@ step without reading a record.
 
 import dataclasses
 import functools
+import resource
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ VERSION = "1.0.0"
 CORPUS = "corpus"
 QUERY_SPLITS = ("train", "validation")
 SPLITS = (*QUERY_SPLITS, CORPUS)
+COMPLETE = "dataset.json"  # written last
 
 
 class DatasetError(UserError):
@@ -156,7 +158,7 @@ def load_dataset(folder: epath.PathLike) -> Dataset:
       DatasetError: preparation did not complete, or wrote another version of the format.
     """
     folder = epath.Path(folder)
-    file = folder / "dataset.json"
+    file = folder / COMPLETE
     if not file.exists():
         raise DatasetError(
             f"{folder} has no dataset.json: prepare did not complete there; run `python -m f2llm_jax.prepare --out {folder} ...` (again)"
@@ -184,7 +186,7 @@ def write_dataset(
         "vocab_size": tokenizer.vocab_size,
         "sources": [dataclasses.asdict(source) for source in sources],
     }
-    files.write_json(epath.Path(folder) / "dataset.json", fields)
+    files.write_json(epath.Path(folder) / COMPLETE, fields)
 
 
 def finished_source(folder: epath.PathLike, name: str) -> SourceInfo | None:
@@ -205,6 +207,14 @@ def read_settings(folder: epath.PathLike) -> dict[str, Any] | None:
     """The settings a folder was begun with; None where there are none."""
     file = epath.Path(folder) / "settings.json"
     return files.read_json(file) if file.exists() else None
+
+
+def allow_open_files() -> None:
+    """Raises the limit on open files as far as it goes: a reader keeps its shards open, and a dataset has hundreds of readers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**16 if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def tokenizer_folder(folder: epath.PathLike) -> epath.Path:

@@ -19,6 +19,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.files import is_remote
 
 SHARD_TEXTS = 8192
+COMPLETE = "cache.json"  # written last
 DTYPES = ("float16", "float32")
 
 
@@ -105,7 +106,7 @@ def finish(folder: epath.Path, dataset: Dataset) -> None:
         raise TeacherCacheError(f"{folder} lacks {len(missing)} shards, the first is {missing[0].path(folder)}; run cache_teacher again")
     partial = folder / "cache.json.partial"
     partial.write_text((folder / "begun.json").read_text())
-    partial.replace(folder / "cache.json")
+    partial.replace(folder / COMPLETE)
 
 
 class TeacherCache:
@@ -118,9 +119,9 @@ class TeacherCache:
           TeacherCacheError: incomplete, of other data, of texts cut elsewhere, or narrower than the student.
         """
         self._folder = epath.Path(folder)
-        if not (self._folder / "cache.json").exists():
+        if not (self._folder / COMPLETE).exists():
             raise TeacherCacheError(f"{folder} is no complete teacher cache; run `python -m f2llm_jax.cache_teacher` until it ends")
-        self.facts = CacheFacts(**json.loads((self._folder / "cache.json").read_text()))
+        self.facts = CacheFacts(**json.loads((self._folder / COMPLETE).read_text()))
         remedy = f"make one with cache_teacher --data {dataset.folder} --max-length {max_length} --dims {student_width} or more"
         if self.facts.data != data_digest(dataset):
             raise TeacherCacheError(f"{folder} was made from other data than {dataset.folder}; {remedy}")

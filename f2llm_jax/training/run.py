@@ -14,9 +14,11 @@ import ml_collections
 from etils import epath
 
 from f2llm_jax import sharding
+from f2llm_jax.data import teacher_cache
+from f2llm_jax.data.local_copy import local_copy, local_dataset
 from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
-from f2llm_jax.data.records import Dataset, load_dataset
+from f2llm_jax.data.records import COMPLETE, Dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import Preempted, UserError
 from f2llm_jax.files import absolute
@@ -51,6 +53,9 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts
         log.say(f"started: process {place.process_id} of {place.num_processes} on {socket.gethostname()}, pid {os.getpid()}")
         if place.process_id == 0 and place.num_processes > 1:
             _data_folder(config, workdir)  # made by one, while the others wait at the roll call
+        for folder, last in ((config.data.folder, COMPLETE), (config.teacher_cache, teacher_cache.COMPLETE)):
+            if folder:
+                local_copy(folder, config.data.copy_to, last=last, progress=True)  # each host for itself, before they wait for each other
         hosts.join(place, hosts.facts_of(config, workdir), limit)
         _train(config, workdir, log)
 
@@ -62,7 +67,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     program.keep_compiled(workdir / "compiled", mesh.devices.flat[0].platform)
 
     # Data
-    dataset = load_dataset(_data_folder(config, workdir))
+    dataset = local_dataset(_data_folder(config, workdir), config.data.copy_to)
     batch_config = BatchConfig(**config.batch.to_dict())
     held_out = {
         name: Pipeline(dataset, "validation", batch_config, config.seed, mesh, [name])
@@ -75,7 +80,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     teacher = start.teacher(config.teacher, model.config, dataset) if config.teacher else None
     cached = None
     if config.teacher_cache:
-        cached = TeacherCache(config.teacher_cache, dataset, batch_config.max_length, model.config.hidden_size)
+        cache = local_copy(config.teacher_cache, config.data.copy_to, last=teacher_cache.COMPLETE)
+        cached = TeacherCache(cache, dataset, batch_config.max_length, model.config.hidden_size)
     if teacher and cached:
         raise UserError("config.teacher and config.teacher_cache are both set: one teacher at a time; clear one of them")
 
