@@ -8,9 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from f2llm_jax.command import command
+from f2llm_jax.progress import Progress
 
 
 @command("cache_teacher")
@@ -24,23 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-length", type=int, required=True, help="tokens at which texts are cut: the run's batch.max_length")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="on disk (default float16)")
     flags = parser.parse_args(arguments)
-    from f2llm_jax.data import teacher_cache
     from f2llm_jax.data.local_copy import local_dataset
     from f2llm_jax.files import absolute
     from f2llm_jax.inference.teacher import cache_teacher
     from f2llm_jax.weights.models import find_model
 
     dataset, out = local_dataset(flags.data), absolute(flags.out)
-    with tqdm(unit=" texts", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with Progress() as progress:
         options = {"dims": flags.dims, "max_length": flags.max_length, "dtype": flags.dtype}
-        facts = cache_teacher(find_model(flags.model), dataset, out, **options, report=report)
-    teacher_cache.finish(out, dataset)
-    print(f"cached {facts.width} dims of {flags.model} for every text of {flags.data} in {out}")
+        content = cache_teacher(find_model(flags.model), dataset, out, **options, report=progress.of("encoding", "texts"))
+    print(f"cached {content.width} dims of {flags.model} for every text of {flags.data} in {out}")
     return 0
 
 

@@ -8,9 +8,16 @@
 Anything else is a bug, here or in a library, and keeps its traceback.
 """
 
+import contextlib
+import errno
 import functools
+import os
+import pathlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import ParamSpec
 
 from f2llm_jax.errors import Preempted, UserError
@@ -18,6 +25,11 @@ from f2llm_jax.errors import Preempted, UserError
 Arguments = ParamSpec("Arguments")
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_SPACE = "; free space there or choose another folder, and run the same command again"
+_RIGHTS = "; choose a folder that you may write to, or change its permissions"
+# What a system refuses with, and the remedy.
+REFUSED = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS}
+_running = pathlib.Path(sys.argv[0]).name  # outside of a command: a script, a test
 # The extra of pyproject.toml that brings an optional package.
 EXTRAS = {
     "apache_beam": "prepare",
@@ -37,18 +49,21 @@ def command(name: str) -> Callable[[Callable[Arguments, int | None]], Callable[A
     def decorate(main: Callable[Arguments, int | None]) -> Callable[Arguments, int]:
         @functools.wraps(main)
         def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+            global _running
+            _running = name
             try:
-                return main(*args, **kwargs) or 0
+                with _ctrl_c(name) as interrupted:
+                    return main(*args, **kwargs) or 0
             except Preempted as notice:
                 print(f"{name}: {notice}", file=sys.stderr)
                 return STOPPED
-            except KeyboardInterrupt:
-                print(f"{name}: interrupted", file=sys.stderr)
-                return INTERRUPTED
-            except (UserError, OSError, ModuleNotFoundError) as error:
-                if isinstance(error, ModuleNotFoundError) and _package(error) not in EXTRAS:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt) or (interrupted and isinstance(error, Exception)):
+                    print(f"{name}: interrupted; the same command starts again or resumes", file=sys.stderr)
+                    return INTERRUPTED
+                if not (line := _describe(error)):
                     raise
-                print(f"{name}: error: {_describe(error)}", file=sys.stderr)
+                print(f"{name}: error: {line}", file=sys.stderr)
                 return 1
 
         return run
@@ -56,14 +71,51 @@ def command(name: str) -> Callable[[Callable[Arguments, int | None]], Callable[A
     return decorate
 
 
+def running() -> str:
+    """The name of the command that runs, for locks and markers."""
+    return _running
+
+
+@contextlib.contextmanager
+def _ctrl_c(name: str) -> Iterator[list[int]]:
+    """Gives the list of interrupts so far. A library that swallows the first does not matter: the second ends the process at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        asked.append(number)
+        if len(asked) > 1:
+            os.write(2, f"{name}: interrupted twice: ended at once\n".encode())
+            os._exit(INTERRUPTED)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def _package(error: ModuleNotFoundError) -> str:
     return (error.name or "").partition(".")[0]
 
 
-def _describe(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
+def _describe(error: BaseException) -> str:
+    """The line for an error that is the user's to fix, "" for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and _package(error) in EXTRAS:
         return f"{_package(error)} is not installed; run: pip install 'f2llm-jax[{EXTRAS[_package(error)]}]'"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
-        return f"{files}: {error.strerror}"
-    return str(error)
+    # Orbax, Beam and ArrayRecord put the system's words into exceptions of their own.
+    refused = next((number for number in REFUSED if os.strerror(number) in str(error)), None)
+    if isinstance(error, OSError):
+        refused = refused or error.errno
+        if error.filename is not None and error.strerror:
+            files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+            return f"{files}: {error.strerror}{REFUSED.get(refused, '')}"
+    elif refused is None or not isinstance(error, Exception):
+        return ""
+    return f"{str(error).splitlines()[0]}{REFUSED.get(refused, '')}"

@@ -14,10 +14,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="demo_data", description="Write the embedded corpus; no download.")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for raw/, heldout/ and tokenizer/")
     parser.add_argument("--seed", type=int, default=0, help="decides what is held out and every draw (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older corpus at --out")
     flags = parser.parse_args(arguments)
     from f2llm_jax.preparation import demo_corpus
 
-    tables = demo_corpus.build(flags.out, flags.seed)
+    tables = demo_corpus.build(flags.out, flags.seed, overwrite=flags.overwrite)
     print(f"{'source':<24}{'kind':<16}{'rows':>8}{'languages':>11}")
     for path, table in tables.items():
         folder, _, name = path.partition("/")

@@ -8,11 +8,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from f2llm_jax.arguments import positive
 from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
+from f2llm_jax.files import new_file
+from f2llm_jax.progress import Progress
 
 
 @command("embed")
@@ -39,13 +39,11 @@ def _embed(flags: argparse.Namespace) -> tuple[int, int]:
         raise UserError(f"--dim {dim} exceeds the {origin.config.hidden_size} dimensions of {flags.model}")
     encoder = load_encoder(origin, dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
     prompt = flags.prompt or query_prompt(flags.instruction)
-    with tqdm(total=len(texts), unit=" texts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        embeddings = encoder.encode(texts, prompt, report=lambda done, _: bar.update(done - bar.n))
+    with Progress() as progress:
+        embeddings = encoder.encode(texts, prompt, report=progress.of("embedding", "texts"))
     vectors = truncate_and_normalize(embeddings, dim)
-    partial = flags.output.with_name(flags.output.name + ".partial")
-    with partial.open("wb") as file:  # an open file, because np.save gives a path without .npy that ending
+    with new_file(flags.output) as file:  # an open file, because np.save gives a path without .npy that ending
         np.save(file, vectors)
-    partial.replace(flags.output)
     return vectors.shape
 
 

@@ -1,27 +1,30 @@
-"""Files and folders, on a disk or in an object store (`gs://`): complete or absent, whoever writes them and whenever they are killed.
+"""Files, on a disk or in an object store (`gs://`): complete or absent, and never read after they were damaged.
 
-A file on a disk is written under a name of its own and renamed. An object store has no rename, but there a file exists only once it
-has been uploaded whole.
-
-A folder on a disk is written beside its place and renamed. In an object store it is written in place, and three rules make it safe: a
-file `INCOMPLETE` comes first and goes last; the one file without which no reader loads anything (`config.json` of a release) is the
-last but that to come; and it is the first to go when a folder is replaced.
+A file on a disk is written under a unique name and renamed. An object store has no rename, but there a file exists only once it has
+been uploaded whole. Arrays and sealed JSON carry a checksum (XXH3), which is compared whenever they are read.
 """
 
 import contextlib
 import io
 import json
+import math
+import os
+import re
 import uuid
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
+import xxhash
 from etils import epath
+from numpy.typing import DTypeLike
 
 from f2llm_jax.errors import UserError
 
-INCOMPLETE = "INCOMPLETE"
-_WHY = "f2llm_jax is writing this folder, or was killed while it did. Run the same command again.\n"
+CHECKSUM = "checksum"  # the key of a sealed JSON file, over all others
+_MAGIC = b"xxh3_64:"  # of the 16 bytes at the end of an array's file; its 8-byte digest follows. numpy ignores both
+_NAME = re.compile(r"\w[\w.,+@=~() -]{0,127}")
 
 
 class FileError(UserError):
@@ -39,6 +42,22 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.absolute()
 
 
+def check_name(name: str, what: str) -> str:
+    """`name` itself, if it can name a file or folder on every disk and object store; the rule for sources, units, runs and arms.
+
+    1 to 128 letters, digits and `_ . , + @ = ~ ( ) -` and spaces, the first a letter, a digit or `_`, the last no space or dot.
+
+    Raises:
+      FileError: it cannot.
+    """
+    if not _NAME.fullmatch(name) or name[-1] in " .":
+        raise FileError(
+            f"{what} {name!r}: a name has 1 to 128 letters, digits, spaces and _.,+@=~()-, begins with a letter, a digit or _ and ends "
+            "with no space or dot; rename it"
+        )
+    return name
+
+
 @contextlib.contextmanager
 def new_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """A binary file to write to, which has its name once the block has ended; nothing is left of it when the block raises.
@@ -46,19 +65,32 @@ def new_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     Its folder is made if need be. An older file of that name is replaced.
     """
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
         content = io.BytesIO()
         yield content
         path.write_bytes(content.getvalue())
         return
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    partial = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
+        with naming(path):
+            with partial.open("wb") as file:
+                yield file
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Adds the file's name to an OSError of the block that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
@@ -67,106 +99,188 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         file.write(content)
 
 
-def write_json(path: epath.PathLike, content: Any) -> None:
-    """Two spaces, readable in every script, a newline at the end: equal content gives equal bytes."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def write_text(path: epath.PathLike, content: str) -> None:
+    """Writes a UTF-8 file whole (see `new_file`)."""
+    write_bytes(path, content.encode())
 
 
-def read_json(path: epath.PathLike) -> Any:
-    """The content of a JSON file.
+def write_json(path: epath.PathLike, content: Any, *, sealed: bool = False) -> None:
+    """Two spaces, readable in every script, a newline at the end: equal content gives equal bytes.
 
-    Raises:
-      FileError: it is missing, unreadable or not JSON.
-    """
-    path = epath.Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path} is not readable as JSON ({error})") from error
-
-
-def write_array(path: epath.PathLike, array: np.ndarray) -> None:
-    """Writes `array` as `.npy`, whatever the ending of `path`."""
-    with new_file(path) as file:
-        np.save(file, array)
-
-
-def read_array(path: epath.PathLike) -> np.ndarray:
-    """The array of a `.npy` file; memory-mapped where it is local."""
-    path = epath.Path(path)
-    return np.load(io.BytesIO(path.read_bytes())) if is_remote(path) else np.load(path, mmap_mode="r")
-
-
-@contextlib.contextmanager
-def new_folder(out: epath.PathLike, marker: str, last: str, overwrite: bool) -> Iterator[epath.Path]:
-    """An empty folder to write in; it is `out` when the block ends, and nothing is left of it when the block raises.
+    JSON has no infinity and no NaN: they are written as the strings "inf", "-inf" and "nan".
 
     Args:
-      out: the folder to make.
-      marker: a name inside `out` that tells a folder of this kind from one that must not be deleted.
-      last: the file without which no reader loads the folder; the block must write it last.
-      overwrite: replace an older folder of this kind.
+      path: of the file.
+      content: a mapping if it is sealed.
+      sealed: add the key `CHECKSUM`, which `read_json` compares and removes.
+    """
+    content = plain(content)
+    if sealed:
+        content = {**content, CHECKSUM: _seal(content)}
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: epath.PathLike, *, sealed: bool = False, kind: type = object) -> Any:
+    """The content of a JSON file, without its checksum if it is sealed.
 
     Raises:
-      FileError: `out` is not empty and `overwrite` is not set, or it is not of this kind.
+      FileError: it is missing, unreadable, not JSON, not of `kind`, or was changed after it was sealed.
     """
-    out = epath.Path(out)
-    check_new_folder(out, marker, overwrite)
-    with (_written_in_place if is_remote(out) else _written_beside)(out, last) as folder:
-        yield folder
+    path = epath.Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileError(f"{path} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not readable as JSON ({error})") from error
+    if not isinstance(content, dict if sealed else kind):
+        raise FileError(f"{path} holds a JSON {type(content).__name__}, not what this command writes there")
+    if sealed and content.pop(CHECKSUM, None) != _seal(content):
+        raise FileError(f"{path} is damaged: it was changed after it was written, or by hand; restore it or make it anew")
+    return content
 
 
-def check_new_folder(out: epath.PathLike, marker: str, overwrite: bool) -> None:
-    """Raises what `new_folder` would raise before anything is written."""
-    out = epath.Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileError(f"{out} is a file; choose another folder")
-    if not out.exists() or not any(out.iterdir()) or (out / INCOMPLETE).exists():
-        return
-    if not (out / marker).exists():
-        raise FileError(f"{out} is not empty and holds no {marker}, so it is not replaced; choose another folder")
-    if not overwrite:
-        raise FileError(f"{out} is not empty; choose another folder or pass --overwrite")
+def plain(content: Any) -> Any:
+    """`content` as JSON can hold it: lists for tuples, strings for keys and for numbers that are not finite."""
+    if isinstance(content, Mapping):
+        return {str(key): plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 @contextlib.contextmanager
-def _written_beside(out: epath.Path, last: str) -> Iterator[epath.Path]:
-    del last  # the rename comes last
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        partial.rmtree()
-    partial.mkdir(parents=True)
+def new_array(path: epath.PathLike, dtype: DTypeLike, shape: tuple[int, ...], salt: str = "") -> Iterator["ArrayWriter"]:
+    """A `.npy` file with a checksum behind, written a block at a time and there once it is whole.
+
+    `salt` says what the file is, such as its name among others: it is part of the checksum, so no file passes for another.
+    """
+    with new_file(path) as file:
+        writer = ArrayWriter(file, np.dtype(dtype), shape, salt)
+        yield writer
+        writer.close()
+
+
+class ArrayWriter:
+    """Appends blocks to a `.npy` file."""
+
+    def __init__(self, file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...], salt: str):
+        header = io.BytesIO()
+        fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, fields)
+        self._file, self._digest, self._dtype = file, xxhash.xxh3_64(salt.encode()), dtype
+        self._left = math.prod(shape) * dtype.itemsize
+        self._put(header.getvalue())
+
+    def write(self, block: np.ndarray) -> None:
+        """Appends an array of any shape, cast to the file's dtype."""
+        data = np.ascontiguousarray(block, self._dtype)
+        self._left -= data.nbytes
+        self._put(data.reshape(-1).view(np.uint8).data)
+
+    def close(self) -> None:
+        """Ends the file with its checksum."""
+        if self._left:
+            raise ValueError(f"{self._left} bytes of the array were not written")
+        self._file.write(_MAGIC + self._digest.digest())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+
+def write_array(path: epath.PathLike, array: np.ndarray, *, salt: str = "") -> None:
+    """Writes `array` as `.npy` with a checksum behind (see `new_array`), whatever the ending of `path`."""
+    with new_array(path, array.dtype, array.shape, salt) as file:
+        file.write(array)
+
+
+def read_array(path: epath.PathLike, *, salt: str = "", verify: bool = True) -> np.ndarray:
+    """The array of a file that `write_array` or `new_array` wrote; memory-mapped where it is local.
+
+    Args:
+      path: of the file.
+      salt: that it was written with.
+      verify: compare the checksum, which reads the file once. False for a file that this process has verified before.
+
+    Raises:
+      FileError: it is missing, cut short or damaged.
+    """
+    path = epath.Path(path)
     try:
-        yield partial
-        if out.exists():
-            out.rmtree()
-        partial.rename(out)
-    finally:
-        if partial.exists():
-            partial.rmtree()
+        content = np.frombuffer(path.read_bytes(), np.uint8) if is_remote(path) else np.memmap(path, np.uint8, "r")
+        if bytes(content[-16:-8]) != _MAGIC:
+            raise FileError(f"{path} is cut short, or was not written by f2llm_jax; delete it and run the command that wrote it again")
+        if verify and _digest(content[:-16], salt) != bytes(content[-8:]):
+            raise FileError(f"{path} is damaged, or another file's: its checksum differs; delete it and run its command again")
+        if is_remote(path):
+            return np.load(io.BytesIO(content[:-16].data), allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileError(f"{path} does not exist; run the command that wrote its folder again") from error
+    except ValueError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} is no readable array ({error}); delete it and run the command that wrote it again") from error
 
 
-@contextlib.contextmanager
-def _written_in_place(out: epath.Path, last: str) -> Iterator[epath.Path]:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / INCOMPLETE).write_text(_WHY)
+def _digest(content: np.ndarray, salt: str) -> bytes:
+    digest = xxhash.xxh3_64(salt.encode())
+    digest.update(content.data)
+    return digest.digest()
+
+
+def write_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays as `.npz`, whose members carry a CRC-32 each."""
+    with new_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` file.
+
+    Raises:
+      FileError: it is missing or damaged.
+    """
+    path = epath.Path(path)
     try:
-        _empty(out, last)
-        yield out
-    except BaseException:
-        _empty(out, last)
-        (out / INCOMPLETE).unlink()
-        raise
-    (out / INCOMPLETE).unlink()
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except FileNotFoundError as error:
+        raise FileError(f"{path} does not exist") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise FileError(f"{path} is damaged ({error}); delete it and run the command that wrote it again") from error
 
 
-def _empty(folder: epath.Path, first: str) -> None:
-    """Removes everything but the note that the folder is incomplete, `first` first."""
-    (folder / first).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            path.rmtree()
-        elif path.name != INCOMPLETE:
-            path.unlink()
+def file_digest(path: epath.PathLike) -> str:
+    """XXH3 of a local file's content, 16 hex digits; reads it once, a few megabytes at a time."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def same_place(one: epath.PathLike, other: epath.PathLike) -> bool:
+    """Whether two paths mean the same file or folder, links followed."""
+    return _real(one) == _real(other)
+
+
+def holds(folder: epath.PathLike, path: epath.PathLike) -> bool:
+    """Whether `path` is `folder` or lies in it, links followed."""
+    return _real(path) == _real(folder) or _real(path).startswith(_real(folder).rstrip("/") + "/")
+
+
+def check_apart(out: epath.PathLike, inputs: Mapping[str, epath.PathLike]) -> None:
+    """Raises a FileError if writing `out` would replace one of the inputs, given by the words that name them."""
+    for words, path in inputs.items():
+        if holds(out, path):
+            raise FileError(f"{out} would be written, and {words} is read from there; choose another output")
+
+
+def _real(path: epath.PathLike) -> str:
+    return str(path).rstrip("/") if is_remote(path) else os.path.realpath(os.fspath(path))

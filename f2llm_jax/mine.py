@@ -10,11 +10,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from tqdm import tqdm
-
 from f2llm_jax.command import command
 from f2llm_jax.mining import builders, inputs
 from f2llm_jax.mining.selection import Rules
+from f2llm_jax.progress import Progress
 
 
 @command("mine")
@@ -40,41 +39,25 @@ def _mine(flags: argparse.Namespace) -> dict:
     from f2llm_jax.mining.writing import write_built
     from f2llm_jax.weights.models import find_model
 
+    named = [*(("--queries", path) for path in flags.queries), *(("--corpus", path) for path in flags.corpus or ())]
+    read = {f"{flag} {path}": path for flag, path in named}
     rules = Rules(**{name: getattr(flags, name) for name in Rules.__dataclass_fields__})
     if flags.build:
         built = [builders.build(flags.build, path, flags.instruction, rules.negatives, rules.seed) for path in flags.queries]
         sources = [pairs for pairs, _ in built]
         if flags.build not in builders.MINED:
-            return write_built(sources, {pairs.name: counters for pairs, counters in built}, flags.out, flags.overwrite)
+            return write_built(sources, {pairs.name: counters for pairs, counters in built}, flags.out, flags.overwrite, read)
     else:
         sources = [inputs.read_pairs(path, flags.instruction, flags.qrels) for path in flags.queries]
     corpus = [text for path in flags.corpus for text in inputs.read_documents(path)] if flags.corpus else None
     encoding = run.Encoding(max_length=flags.max_length, compute=flags.dtype, stored=flags.vectors)
     with Progress() as progress:
-        options = {"encoding": encoding, "cache": flags.cache, "overwrite": flags.overwrite, "report": progress}
+
+        def report(phase: str, done: int, total: int) -> None:
+            progress.show(phase, done, total, "documents" if phase == "search" else "texts")
+
+        options = {"encoding": encoding, "cache": flags.cache, "overwrite": flags.overwrite, "inputs": read, "report": report}
         return run.mine(find_model(flags.model), sources, corpus, flags.out, rules, **options)
-
-
-class Progress:
-    """One bar for each thing that is done in turn; lines every half minute where there is no terminal."""
-
-    def __init__(self):
-        self._what, self._bar = "", None
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.close()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._bar is None or what != self._what or done < self._bar.n:
-            self.__exit__()
-            unit = " documents" if what == "search" else " texts"
-            self._bar = tqdm(desc=what, total=total, unit=unit, file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30)
-            self._what = what
-        self._bar.update(done - self._bar.n)
 
 
 def _parser() -> argparse.ArgumentParser:

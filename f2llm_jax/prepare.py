@@ -10,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from f2llm_jax.arguments import positive, share
 from f2llm_jax.command import command
 from f2llm_jax.preparation.catalogue import CAP, COMPOSITE, load_catalogue
 from f2llm_jax.preparation.selection import Recipe
 from f2llm_jax.preparation.sources import find_sources
+from f2llm_jax.progress import Progress
 
 if TYPE_CHECKING:
     from f2llm_jax.preparation import writing
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         instruct_documents=flags.instruct_documents,
         policy=flags.policy,
     )
-    with tqdm(unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with Progress(line_seconds=0) as shown:
         dataset = writing.prepare(
             sources,
             flags.tokenizer,
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=flags.workers,
             overwrite=flags.overwrite,
             beam_flags=shlex.split(flags.beam),
-            report=lambda progress: _show(progress, bar),
+            report=lambda progress: _show(progress, shown),
         )
     print(summary.table(dataset.folder))
     print(f"prepared {flags.out}")
@@ -129,21 +128,13 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return [_pair(part) for part in text.split(",")]
 
 
-def _show(progress: "writing.Progress", bar: tqdm) -> None:
-    """Moves the bar on a terminal; prints a line elsewhere."""
-    seconds = max(progress.seconds, 1e-9)
-    speed = f"{progress.texts / seconds:,.0f} texts/s"
-    if not bar.disable:
-        bar.total = progress.rows_total
-        bar.set_postfix_str(f"{speed}, {progress.source.name}", refresh=False)
-        bar.update(progress.rows - bar.n)
-        return
+def _show(progress: "writing.Progress", shown: Progress) -> None:
     counted = f"[{progress.done}/{progress.sources}] {progress.source.name}: {sum(progress.source.rows.values()):,} rows"
     if progress.reused:
-        print(f"{counted}, complete from an earlier run", file=sys.stderr, flush=True)
+        shown.say(f"{counted}, complete from an earlier run")
         return
-    left = (progress.rows_total - progress.rows) * seconds / progress.rows
-    print(f"{counted}; {progress.rows / seconds:,.0f} rows/s, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
+    speed = f"{progress.texts / max(progress.seconds, 1e-9):,.0f} texts/s"
+    shown.show("preparing", progress.rows, progress.rows_total, "rows", f"{speed}, {counted}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from f2llm_jax.command import command
+from f2llm_jax.progress import Progress
 from f2llm_jax.pruning.choice import CHANNELS_BY, LAYERS_BY, Method
 from f2llm_jax.release.flags import add_form_flags, form_of
 
@@ -30,12 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source, dataset = find_model(flags.model), local_dataset(flags.data)
     method = Method(hidden_by=flags.hidden_by, ffn_by=flags.ffn_by, layers_by=flags.layers_by)
     mesh = sharding.make_mesh()
-    with tqdm(desc="calibrating", unit=" layers", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with Progress() as progress:
+        report = progress.of("calibrating", "layers")
         pruned = prune(source, flags.target, dataset, flags.calibration_rows, method, seed=flags.seed, mesh=mesh, report=report)
     write_pruned(pruned, flags.out, form_of(flags), overwrite=flags.overwrite)
     before, after = count_parameters(source.config), count_parameters(pruned.model.config)

@@ -5,16 +5,15 @@ Several models stand side by side, with the last one's ratio to the first.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from f2llm_jax.command import command
 from f2llm_jax.evaluation.widths import FULL, parse_dims
+from f2llm_jax.files import write_json
+from f2llm_jax.progress import Progress
 
 if TYPE_CHECKING:
     from f2llm_jax.evaluation.retrieval import Pairs, Recall
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = [retrieval.read_pairs(path) for path in flags.pairs]
     results = {name: _evaluate(name, files, flags.dims) for name in flags.model}
     if flags.json:
-        flags.json.write_text(json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n")
+        write_json(flags.json, _plain(results))
     _print(files, results, flags.dims)
     return 0
 
@@ -46,8 +45,8 @@ def _evaluate(name: str, files: Sequence["Pairs"], dims: Sequence[str]) -> dict[
     widths = {dim: encoder.width if dim == FULL else int(dim) for dim in dims}
     results = {}
     for pairs in files:
-        with tqdm(desc=pairs.name, unit=" texts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-            recall = retrieval.evaluate(encoder, pairs, list(widths.values()), report=lambda done, _, bar=bar: bar.update(done - bar.n))
+        with Progress() as progress:
+            recall = retrieval.evaluate(encoder, pairs, list(widths.values()), report=progress.of(pairs.name, "texts"))
         results[pairs.name] = {dim: recall[width] for dim, width in widths.items()}
     return results
 

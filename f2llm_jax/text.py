@@ -21,6 +21,7 @@ from etils import epath
 from tokenizers import processors
 
 from f2llm_jax.errors import UserError
+from f2llm_jax.files import write_json, write_text
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery: "
 _INSTRUCTION = re.compile(r"\AInstruct: .*?\nQuery: ?", re.DOTALL)
@@ -96,9 +97,8 @@ class Tokenizer:
     def save(self, folder: epath.PathLike) -> None:
         """Writes `tokenizer.json` (EOS post-processor included) and `tokenizer_config.json` to `folder`."""
         folder = epath.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True))
-        (folder / "tokenizer_config.json").write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_json(folder / "tokenizer_config.json", self.config)
 
 
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:

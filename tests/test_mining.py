@@ -19,6 +19,7 @@ from f2llm_jax.mining.selection import Rules
 from f2llm_jax.preparation.sources import find_sources
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import query_prompt
+from f2llm_jax.vectors import VectorStore
 
 
 @pytest.fixture(scope="module")
@@ -247,25 +248,35 @@ def test_rows_are_those_of_sentence_transformers(model, tmp_path, small, name, r
 def test_nothing_is_encoded_or_searched_twice(model, tmp_path, small, monkeypatch):
     """Interrupted anywhere, a run goes on; other rules, more documents or another source encode only what is new."""
     written = []
-    write = vectors.write_whole
-    for module in (vectors, search):
-        monkeypatch.setattr(module, "write_whole", lambda path, data: (written.append(path.name), write(path, data)))
+    write_vectors, write_neighbours = VectorStore.write, search.write_arrays
+
+    def watch(before):
+        def vectors_of(store, name, array):
+            before(name)
+            write_vectors(store, name, array)
+
+        def neighbours_of(path, arrays):
+            before(path.name)
+            write_neighbours(path, arrays)
+
+        monkeypatch.setattr(VectorStore, "write", vectors_of)
+        monkeypatch.setattr(search, "write_arrays", neighbours_of)
+
+    watch(written.append)
     write_pairs(tmp_path / "pairs.parquet")
     cache = ("--cache", str(tmp_path / "cache"), "--negatives", "5", *LOOSE)
     assert run(model, [tmp_path / "pairs.parquet"], tmp_path / "whole", "--cache", str(tmp_path / "other"), *cache[2:]) == 0
     whole, total = sorted(written), len(written)
     assert total == 7 + 5 + 3  # 200 documents, 160 queries, two shards of these at a time
 
-    def dying(path, data):
+    def dying(name):
         if len(written) % 3 == 2:
             written.append(None)
             raise KeyboardInterrupt
-        written.append(path.name)
-        write(path, data)
+        written.append(name)
 
     written.clear()
-    for module in (vectors, search):
-        monkeypatch.setattr(module, "write_whole", dying)
+    watch(dying)
     interrupted = 0
     while not (tmp_path / "out").exists():
         code = run(model, [tmp_path / "pairs.parquet"], tmp_path / "out", *cache)
@@ -274,8 +285,7 @@ def test_nothing_is_encoded_or_searched_twice(model, tmp_path, small, monkeypatc
     assert interrupted > 5
     assert sorted(filter(None, written)) == whole
     assert_same(tmp_path / "out", tmp_path / "whole")
-    for module in (vectors, search):
-        monkeypatch.setattr(module, "write_whole", lambda path, data: (written.append(path.name), write(path, data)))
+    watch(written.append)
     written.clear()
     assert run(model, [tmp_path / "pairs.parquet"], tmp_path / "again", *cache, "--skip", "2") == 0
     assert run(model, [tmp_path / "pairs.parquet"], tmp_path / "out", *cache) == 0  # it is there

@@ -264,7 +264,11 @@ def test_existing_output_is_reused_refused_or_replaced(tokenizer, tmp_path, caps
     assert records.load_dataset(out).seed == 0
     assert prepare.main(command(tmp_path / "raw", tokenizer, out, "--seed", "1", "--overwrite")) == 0
     assert records.load_dataset(out).seed == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
     assert prepare.main(command(tmp_path / "raw", tokenizer, tmp_path, "--overwrite")) == 1
+    assert "is read from there" in capsys.readouterr().err
+    assert prepare.main(command(tmp_path / "raw", tokenizer, tmp_path / "mine", "--overwrite")) == 1
     assert "is not a prepared dataset" in capsys.readouterr().err
     assert (tmp_path / "raw" / "labels.parquet").exists()
 
@@ -273,7 +277,7 @@ def test_a_killed_run_continues_and_gives_the_same_dataset(raw, tokenizer, datas
     out = tmp_path / "out"
     run = [sys.executable, "-m", "f2llm_jax.prepare", *command(raw, tokenizer, out)]
     with subprocess.Popen(run, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr.readline().startswith("[1/3] bitext: 250 rows")
+        assert "[1/3] bitext: 250 rows" in process.stderr.readline()
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
     with pytest.raises(records.DatasetError, match="did not complete"):
@@ -281,7 +285,7 @@ def test_a_killed_run_continues_and_gives_the_same_dataset(raw, tokenizer, datas
     assert subprocess.run([*run, "--workers", "2"], timeout=120).returncode == 0
     error = capfd.readouterr().err
     assert "[1/3] bitext: 250 rows, complete from an earlier run" in error
-    assert all(line.startswith("[") for line in error.splitlines())
+    assert all(line.startswith(("[", "preparing: ")) or "took over the lock" in line for line in error.splitlines())
     for file in [dataset.folder / "dataset.json", *pathlib.Path(dataset.folder).rglob("*.npy")]:
         assert (out / file.relative_to(dataset.folder)).read_bytes() == file.read_bytes(), file
     continued = records.load_dataset(out)

@@ -175,7 +175,7 @@ def test_convert_both_ways(folder, tmp_path, monkeypatch, capsys):
     assert convert.main(["from-hf", str(folder), "run"]) == 0
     assert convert.main(["to-hf", "run", "out", "--max-shard-size", "5GB"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "released run to out in float32"
-    for file in (f for f in folder.rglob("*") if f.is_file()):
+    for file in (f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(".")):
         assert (tmp_path / "out" / file.relative_to(folder)).read_bytes() == file.read_bytes(), file.name
 
 
@@ -188,8 +188,8 @@ def test_refusals_are_one_line_and_touch_nothing(folder, tmp_path, capsys):
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("dear")
-    assert "holds no modules.json" in refused("to-hf", folder, tmp_path / "mine", "--overwrite")
-    assert "holds no checkpoints" in refused("from-hf", folder, tmp_path / "mine", "--overwrite")
+    assert "has no .made_by_f2llm_jax.json" in refused("to-hf", folder, tmp_path / "mine", "--overwrite")
+    assert "has no .made_by_f2llm_jax.json" in refused("from-hf", folder, tmp_path / "mine", "--overwrite")
     assert (tmp_path / "mine/thesis.txt").read_text() == "dear"
     assert "pass --overwrite" in refused("to-hf", folder, folder)
     assert "is a file" in refused("to-hf", folder, tmp_path / "mine/thesis.txt")
@@ -274,13 +274,14 @@ def test_push_hands_the_token_to_the_client_only(folder, capsys, monkeypatch):
         def create_repo(self, repo_id, private, exist_ok):
             return f"https://hub/{repo_id}"
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            calls.append((repo_id, folder_path))
+        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+            calls.append((repo_id, folder_path, allow_patterns))
 
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert convert.main(["push", str(folder), "owner/name", "--yes"]) == 0
-    assert calls == ["secret", ("owner/name", str(folder))]
+    assert calls[:1] == ["secret"] and calls[1][:2] == ("owner/name", str(folder))
+    assert "config.json" in calls[1][2] and not [name for name in calls[1][2] if name.startswith(".")]
     assert "secret" not in "".join(capsys.readouterr())
 
 

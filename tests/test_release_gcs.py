@@ -14,7 +14,7 @@ import tiny
 from etils import epath
 
 from f2llm_jax import convert, prune
-from f2llm_jax.files import INCOMPLETE
+from f2llm_jax.folders import INCOMPLETE
 from f2llm_jax.release import hf_folder
 
 SHARDS = ("--max-shard-size", "100KB", "--no-golden")

@@ -1,7 +1,6 @@
 """A teacher cache holds what the teacher says, resumes by whole shards, travels with the texts, and refuses what it is not of."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ import small_data
 import tiny
 
 from f2llm_jax import cache_teacher as command
+from f2llm_jax import files
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCacheError
@@ -17,6 +17,7 @@ from f2llm_jax.inference import teacher
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import truncate
+from f2llm_jax.vectors import VectorStore
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 
@@ -46,7 +47,6 @@ def fill(origin, dataset, out, **options):
 def test_vectors_are_the_teachers(tmp_path, origin, dataset, small_shards):
     """For every stored text, cut to the first dims, whatever order is asked for."""
     fill(origin, dataset, tmp_path)
-    teacher_cache.finish(tmp_path, dataset)
     cache = TeacherCache(tmp_path, dataset, MAX_LENGTH, student_width=32)
     encoder = TextEncoder(origin.config, origin.load(None), origin.tokenizer, MAX_LENGTH)
     for source in dataset.sources.values():
@@ -59,7 +59,6 @@ def test_vectors_are_the_teachers(tmp_path, origin, dataset, small_shards):
 def test_a_batch_carries_its_vectors(tmp_path, origin, dataset, small_shards):
     """Slot by slot those of the very texts that are packed, on one device and on eight."""
     fill(origin, dataset, tmp_path)
-    teacher_cache.finish(tmp_path, dataset)
     cache = TeacherCache(tmp_path, dataset, MAX_LENGTH, student_width=DIMS)
     encoder = TextEncoder(origin.config, origin.load(None), origin.tokenizer, MAX_LENGTH)
     config = BatchConfig(size=8, row_tokens=16, microbatch_rows=8, max_length=MAX_LENGTH, negatives={"retrieval": 2})
@@ -83,22 +82,22 @@ def test_a_batch_carries_its_vectors(tmp_path, origin, dataset, small_shards):
 
 def test_an_interrupted_run_encodes_no_shard_twice(tmp_path, origin, dataset, small_shards, monkeypatch):
     written = []
-    write = teacher_cache.write_shard
+    write = VectorStore.write
 
-    def dying(folder, shard, vectors):
+    def dying(store, name, vectors):
         if len(written) == 3:
             raise KeyboardInterrupt
-        written.append(shard)
-        write(folder, shard, vectors)
+        written.append(name)
+        write(store, name, vectors)
 
-    monkeypatch.setattr(teacher_cache, "write_shard", dying)
+    monkeypatch.setattr(VectorStore, "write", dying)
     with pytest.raises(KeyboardInterrupt):
         fill(origin, dataset, tmp_path)
     with pytest.raises(TeacherCacheError, match="no complete teacher cache"):
         TeacherCache(tmp_path, dataset, MAX_LENGTH, 8)
     with pytest.raises(TeacherCacheError, match="lacks"):
         teacher_cache.finish(tmp_path, dataset)
-    monkeypatch.setattr(teacher_cache, "write_shard", lambda *shard: (written.append(shard[1]), write(*shard)))
+    monkeypatch.setattr(VectorStore, "write", lambda store, name, vectors: (written.append(name), write(store, name, vectors)))
     fill(origin, dataset, tmp_path)
     assert len(written) == len(set(written)) == len(teacher_cache.shards(dataset))
     teacher_cache.finish(tmp_path, dataset)
@@ -109,7 +108,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, origin, dataset):
     teacher_cache.finish(tmp_path / "c", dataset)
     with pytest.raises(TeacherCacheError, match=f"keeps {DIMS} dims, fewer than the student's 49"):
         TeacherCache(tmp_path / "c", dataset, MAX_LENGTH, 49)
-    with pytest.raises(TeacherCacheError, match=f"cut at {MAX_LENGTH} tokens, this run cuts at 13"):
+    with pytest.raises(TeacherCacheError, match=f"truncated at {MAX_LENGTH} tokens, this run truncates at 13"):
         TeacherCache(tmp_path / "c", dataset, 13, 8)
     with pytest.raises(TeacherCacheError, match="--dims 65 must be between 1 and the teacher's width 64"):
         fill(origin, dataset, tmp_path / "d", dims=65)
@@ -117,8 +116,8 @@ def test_a_cache_of_something_else_is_refused(tmp_path, origin, dataset):
         fill(origin, dataclasses.replace(dataset, tokenizer_fingerprint="0"), tmp_path / "e")
     with pytest.raises(TeacherCacheError, match="dtype 'float32' "):
         fill(origin, dataset, tmp_path / "c", dtype="float16")
-    facts = json.loads((tmp_path / "c" / "cache.json").read_text()) | {"data": "0"}
-    (tmp_path / "c" / "cache.json").write_text(json.dumps(facts))
+    content = files.read_json(tmp_path / "c" / "cache.json", sealed=True) | {"data": "0"}
+    files.write_json(tmp_path / "c" / "cache.json", content, sealed=True)
     with pytest.raises(TeacherCacheError, match="made from other data"):
         TeacherCache(tmp_path / "c", dataset, MAX_LENGTH, 8)
 
@@ -130,4 +129,4 @@ def test_the_command_ends_in_a_cache_that_opens(tmp_path, origin, dataset, capsy
     assert "cache_teacher: error: --dims 99" in capsys.readouterr().err
     assert command.main([*flags, "--dims", "16"]) == 0
     cache = TeacherCache(tmp_path / "cache", dataset, MAX_LENGTH, 16)
-    assert cache.facts.dtype == "float16" and cache.facts.width == 16
+    assert cache.content.dtype == "float16" and cache.content.width == 16

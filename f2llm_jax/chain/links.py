@@ -7,7 +7,6 @@ project's commands go on or start again when they are given again; so the same c
 import contextlib
 import dataclasses
 import fcntl
-import json
 import shlex
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Literal
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote
+from f2llm_jax.files import is_remote, read_json, write_json
 
 DONE_FILE = "chain.json"
 LOCK_FILE = "chain.lock"
@@ -108,20 +107,14 @@ def _run(link: Link, root: epath.Path, label: str, lock: int) -> None:
     code = subprocess.run([sys.executable, "-m", link.module, *link.arguments], pass_fds=(lock,)).returncode
     if code:
         raise ChainError(f"{link.name} ended with exit code {code}; mend what its own message says and run the chain again")
-    _write(root, _done(root) | {link.name: link.command})
+    write_json(root / DONE_FILE, _done(root) | {link.name: link.command}, sealed=True)
     print(f"{label}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def _done(root: epath.Path) -> dict[str, str]:
     """Commands that ended well, by what they made."""
     file = root / DONE_FILE
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def _write(root: epath.Path, done: dict[str, str]) -> None:
-    partial = root / (DONE_FILE + ".partial")
-    partial.write_text(json.dumps(done, indent=1) + "\n")
-    partial.replace(root / DONE_FILE)
+    return read_json(file, sealed=True) if file.exists() else {}
 
 
 @contextlib.contextmanager

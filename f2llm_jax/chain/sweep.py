@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from f2llm_jax.chain.links import Link, run
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.evaluation.held_out import accuracies
+from f2llm_jax.files import read_json, write_bytes, write_json, write_text
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.weights.models import find_model
@@ -121,8 +122,8 @@ def run_sweep(config: ml_collections.ConfigDict, root: epath.PathLike, report: C
     root, dataset = epath.Path(root), load_dataset(config.data)
     run(sweep_links(config, root), root)
     found = _scores(config, root, dataset, report)
-    (root / f"{config.name}.md").write_text(table(config, found))
-    (root / f"{config.name}.png").write_bytes(picture(config, found))
+    write_text(root / f"{config.name}.md", table(config, found))
+    write_bytes(root / f"{config.name}.png", picture(config, found))
     return table(config, found)
 
 
@@ -146,10 +147,8 @@ def _score(workdir: epath.Path, step: int, dataset: Dataset) -> Score:
         loss = next(line["validation/loss"] for line in lines if line["step"] == step and "validation/loss" in line)
         by_source = accuracies(load_encoder(find_model(f"{workdir}/checkpoints/{step}")), dataset)
         content = {"accuracy": float(np.mean(list(by_source.values()))), "loss": loss, "sources": by_source}
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(file)
-    content = json.loads(file.read_text())
+        write_json(file, content, sealed=True)
+    content = read_json(file, sealed=True)
     return Score(content["accuracy"], content["loss"])
 
 

@@ -157,7 +157,7 @@ class Pipeline:
         """Of each sample's query, positive and negatives; 0 for what does not exist or lives elsewhere."""
         B = self._samples
         here = sharding.local_part(B, self._mesh)
-        vectors = np.zeros((B, len(where) // B, self._teacher.facts.width), np.float32)
+        vectors = np.zeros((B, len(where) // B, self._teacher.content.width), np.float32)
         queries = here & (where[:B] >= 0)
         vectors[queries, 0] = self._teacher.read(source, self._split, where[:B][queries])
         documents = np.concatenate([where[B : 2 * B, None], where[2 * B :].reshape(B, -1)], axis=1)

@@ -18,6 +18,8 @@ step without reading a record.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import resource
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -31,7 +33,7 @@ from f2llm_jax import files
 from f2llm_jax.errors import UserError
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Kind = Literal["retrieval", "clustering", "classification"]
 BUILDER = "f2llm"
 VERSION = "1.0.0"
@@ -85,6 +87,7 @@ class SourceInfo:
     negatives: int  # n, a row; some rows may have fewer
     tokens: dict[str, int]  # of all "queries" and of all distinct "documents"
     counters: dict[str, int]  # what cleaning did, see `cleaning`; keys of rows that were skipped begin with "rows: "
+    digests: dict[str, str]  # of the records of each of `SPLITS`, in order: token ids, pointers, languages
 
     @property
     def skipped(self) -> int:
@@ -137,18 +140,32 @@ class Dataset:
     vocab_size: int  # every token id is below it
     sources: dict[str, SourceInfo]  # by name, in order of name
 
+    @property
+    def digest(self) -> str:
+        """32 hex digits that stand for every record of every source, in order: equal only for the same texts under the same numbers."""
+        content = [self.eos_id, [[source.name, source.kind, source.negatives, source.digests] for source in self.sources.values()]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
     def tables(self, source: str, split: str) -> SplitTables:
         """The tables of "train" or "validation"; memory-mapped where the folder is local."""
         folder = tables_folder(self.folder, source)
         names = (f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length")
-        return SplitTables(*(files.read_array(folder / f"{name}.npy") for name in names))
+        return SplitTables(*(files.read_array(folder / f"{name}.npy", salt=f"{source}/{name}") for name in names))
 
     def reader(self, source: str, split: str) -> Reader:
         """A reader of queries ("train", "validation") or of documents ("corpus")."""
         return Reader(source_folder(self.folder, source) / VERSION, split)
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(tokenizer_folder(self.folder))
+        """The tokenizer that the texts were tokenised with.
+
+        Raises:
+          DatasetError: the files have changed since.
+        """
+        tokenizer = load_tokenizer(tokenizer_folder(self.folder))
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise DatasetError(f"{tokenizer_folder(self.folder)} is not the tokenizer that the data was prepared with; prepare it again")
+        return tokenizer
 
 
 def load_dataset(folder: epath.PathLike) -> Dataset:
@@ -163,11 +180,12 @@ def load_dataset(folder: epath.PathLike) -> Dataset:
         raise DatasetError(
             f"{folder} has no dataset.json: prepare did not complete there; run `python -m f2llm_jax.prepare --out {folder} ...` (again)"
         )
-    fields = files.read_json(file)
-    version = fields.pop("format_version", None)
+    version = files.read_json(file, kind=dict).get("format_version")
     if version != FORMAT_VERSION:
         raise DatasetError(f"{file} has format_version {version}, this code reads {FORMAT_VERSION}; prepare again with --overwrite")
-    sources = {entry["name"]: _source_info(entry) for entry in fields.pop("sources")}
+    fields = files.read_json(file, sealed=True)
+    del fields["format_version"]
+    sources = {entry["name"]: SourceInfo(**entry) for entry in fields.pop("sources")}
     return Dataset(folder=folder, sources=sources, **fields)
 
 
@@ -186,27 +204,23 @@ def write_dataset(
         "vocab_size": tokenizer.vocab_size,
         "sources": [dataclasses.asdict(source) for source in sources],
     }
-    files.write_json(epath.Path(folder) / COMPLETE, fields)
+    files.write_json(epath.Path(folder) / COMPLETE, fields, sealed=True)
 
 
 def finished_source(folder: epath.PathLike, name: str) -> SourceInfo | None:
     """What `write_tables` returned for a source that is complete in an unfinished dataset; None for any other."""
     file = tables_folder(epath.Path(folder), name) / "source.json"
-    return _source_info(files.read_json(file)) if file.exists() else None
-
-
-def _source_info(entry: dict[str, Any]) -> SourceInfo:
-    return SourceInfo(**{"unit": entry["name"], **entry})  # before 0.1.0 a source was a unit
+    return SourceInfo(**files.read_json(file, sealed=True)) if file.exists() else None
 
 
 def write_settings(folder: epath.PathLike, settings: dict[str, Any]) -> None:
-    files.write_json(epath.Path(folder) / "settings.json", settings)
+    files.write_json(epath.Path(folder) / "settings.json", settings, sealed=True)
 
 
 def read_settings(folder: epath.PathLike) -> dict[str, Any] | None:
     """The settings a folder was begun with; None where there are none."""
     file = epath.Path(folder) / "settings.json"
-    return files.read_json(file) if file.exists() else None
+    return files.read_json(file, sealed=True) if file.exists() else None
 
 
 def allow_open_files() -> None:

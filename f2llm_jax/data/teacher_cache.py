@@ -1,26 +1,25 @@
 """Teacher vectors on disk: computed once for every stored text, read with the texts.
 
-A cache is a folder: `cache.json` (written last; what the vectors are of), and for each source and split shards
-`SOURCE/SPLIT/START.npy` of `SHARD_TEXTS` vectors in the order of the dataset's records. A shard is whole or absent, so an
-interrupted run goes on where it stopped and several hosts can share the work.
+A cache is a folder: `begun.json` and, once it is complete, `cache.json` say what the vectors are; a store (see `f2llm_jax.vectors`)
+holds, for each source and split, files of `SHARD_TEXTS` vectors in the order of the dataset's records. A file is whole or absent, so an
+interrupted run resumes where it stopped and several hosts can share the work.
 """
 
 import dataclasses
-import functools
-import hashlib
-import io
-import json
+from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float, Int
 
 from f2llm_jax.data.records import SPLITS, Dataset
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote
+from f2llm_jax.files import read_json, write_json
+from f2llm_jax.vectors import VectorStore
 
 SHARD_TEXTS = 8192
-COMPLETE = "cache.json"  # written last
-DTYPES = ("float16", "float32")
+CHECKED_SHARDS = 16  # read whole when a cache is opened; the others when they are first used
+BEGUN, COMPLETE = "begun.json", "cache.json"  # the second is written last
 
 
 class TeacherCacheError(UserError):
@@ -28,24 +27,19 @@ class TeacherCacheError(UserError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheFacts:
-    """What the vectors of a cache are.
+class CachedVectors:
+    """What the vectors of a cache are."""
 
-    Attributes:
-      model: name of the teacher as given, for people.
-      weights: digest of the teacher's weights.
-      width: W, components kept of each vector.
-      dtype: as stored.
-      max_length: tokens at which texts were cut.
-      data: digest of the dataset (settings, tokenizer and sources).
-    """
+    name: str  # of the teacher as given, for people
+    model: str  # digest of its weights, shape and tokenizer
+    width: int  # W, components kept of each raw vector
+    dtype: str  # as stored
+    max_length: int  # tokens at which texts are truncated
+    data: str  # `Dataset.digest`
 
-    model: str
-    weights: str
-    width: int
-    dtype: str
-    max_length: int
-    data: str
+    def store(self, folder: epath.PathLike) -> VectorStore:
+        made_by = {"model": self.model, "max_length": self.max_length, "data": self.data, "vectors": "raw"}
+        return VectorStore(folder, made_by, self.width, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +51,9 @@ class Shard:
     start: int
     stop: int
 
-    def path(self, folder: epath.Path) -> epath.Path:
-        """Where it stands in a cache."""
-        return folder / self.source / self.split / f"{self.start}.npy"
+    @property
+    def name(self) -> str:
+        return f"{self.source}/{self.split}/{self.start}"
 
 
 def shards(dataset: Dataset) -> list[Shard]:
@@ -72,28 +66,21 @@ def shards(dataset: Dataset) -> list[Shard]:
     return found
 
 
-def write_shard(folder: epath.Path, shard: Shard, vectors: np.ndarray) -> None:
-    """Stores `[stop - start, W]` vectors beside, then renames."""
-    path = shard.path(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.save(buffer, vectors)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
-
-
-def begin(folder: epath.Path, facts: CacheFacts) -> None:
-    """Starts a cache or goes on with one of the same facts.
+def begin(folder: epath.Path, content: CachedVectors) -> VectorStore:
+    """Starts a cache or resumes one of the same content; its vectors.
 
     Raises:
-      TeacherCacheError: `folder` holds a cache of something else.
+      TeacherCacheError: `folder` holds a cache of something else, or no cache.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = folder / "begun.json"
-    if begun.exists() and (before := json.loads(begun.read_text())) != dataclasses.asdict(facts):
-        raise TeacherCacheError(f"{folder} is a cache of {_differences(before, facts)}; choose another --out or remove it")
-    begun.write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n")
+    begun, wanted = folder / BEGUN, dataclasses.asdict(content)
+    if begun.exists():
+        if (before := read_json(begun, sealed=True)) != wanted:
+            raise TeacherCacheError(f"{folder} is a cache of {_differences(before, wanted)}; choose another --out or remove it")
+    elif folder.exists() and any(folder.iterdir()):
+        raise TeacherCacheError(f"{folder} is not empty and no teacher cache; choose another --out")
+    else:
+        write_json(begun, wanted, sealed=True)
+    return content.store(folder)
 
 
 def finish(folder: epath.Path, dataset: Dataset) -> None:
@@ -102,56 +89,67 @@ def finish(folder: epath.Path, dataset: Dataset) -> None:
     Raises:
       TeacherCacheError: a shard is missing.
     """
-    if missing := [shard for shard in shards(dataset) if not shard.path(folder).exists()]:
-        raise TeacherCacheError(f"{folder} lacks {len(missing)} shards, the first is {missing[0].path(folder)}; run cache_teacher again")
-    partial = folder / "cache.json.partial"
-    partial.write_text((folder / "begun.json").read_text())
-    partial.replace(folder / COMPLETE)
+    content = CachedVectors(**read_json(folder / BEGUN, sealed=True))
+    store = content.store(folder)
+    if missing := [shard for shard in shards(dataset) if not store.exists(shard.name)]:
+        path = store.path(missing[0].name)
+        raise TeacherCacheError(f"{folder} lacks {len(missing)} shards, the first is {path}; run cache_teacher again")
+    write_json(folder / COMPLETE, dataclasses.asdict(content), sealed=True)
 
 
 class TeacherCache:
     """A complete cache, opened for reading."""
 
     def __init__(self, folder: epath.PathLike, dataset: Dataset, max_length: int, student_width: int):
-        """Opens and checks.
+        """Opens the cache, and reads some of its shards whole.
 
         Raises:
-          TeacherCacheError: incomplete, of other data, of texts cut elsewhere, or narrower than the student.
+          TeacherCacheError: incomplete, of other data, of texts truncated elsewhere, or narrower than the student.
+          FileError, VectorStoreError: a shard is damaged.
         """
-        self._folder = epath.Path(folder)
-        if not (self._folder / COMPLETE).exists():
+        self.folder = epath.Path(folder)
+        if not (self.folder / COMPLETE).exists():
             raise TeacherCacheError(f"{folder} is no complete teacher cache; run `python -m f2llm_jax.cache_teacher` until it ends")
-        self.facts = CacheFacts(**json.loads((self._folder / COMPLETE).read_text()))
+        try:
+            self.content = CachedVectors(**read_json(self.folder / COMPLETE, sealed=True))
+        except TypeError as error:
+            raise TeacherCacheError(f"{folder} was written by another version of f2llm_jax; run cache_teacher anew") from error
         remedy = f"make one with cache_teacher --data {dataset.folder} --max-length {max_length} --dims {student_width} or more"
-        if self.facts.data != data_digest(dataset):
+        if self.content.data != dataset.digest:
             raise TeacherCacheError(f"{folder} was made from other data than {dataset.folder}; {remedy}")
-        if self.facts.max_length != max_length:
-            raise TeacherCacheError(f"{folder} holds texts cut at {self.facts.max_length} tokens, this run cuts at {max_length}; {remedy}")
-        if self.facts.width < student_width:
-            raise TeacherCacheError(f"{folder} keeps {self.facts.width} dims, fewer than the student's {student_width}; {remedy}")
+        if self.content.max_length != max_length:
+            raise TeacherCacheError(
+                f"{folder} holds texts truncated at {self.content.max_length} tokens, this run truncates at {max_length}; {remedy}"
+            )
+        if self.content.width < student_width:
+            raise TeacherCacheError(f"{folder} keeps {self.content.width} dims, fewer than the student's {student_width}; {remedy}")
+        self._store = self.content.store(self.folder)
+        self._shards = {(shard.source, shard.split, shard.start): shard for shard in shards(dataset)}
+        ordered = list(self._shards.values())
+        for shard in ordered[:: max(1, len(ordered) // CHECKED_SHARDS)]:
+            self._open(shard)
 
-    def read(self, source: str, split: str, texts: np.ndarray) -> np.ndarray:
-        """Vectors `[n, W]` of the given texts (numbers within the split), float32."""
-        vectors = np.empty((len(texts), self.facts.width), np.float32)
+    def verify(self) -> None:
+        """Reads every shard whole.
+
+        Raises:
+          FileError, VectorStoreError: one is missing or damaged.
+        """
+        for shard in self._shards.values():
+            self._open(shard)
+
+    def read(self, source: str, split: str, texts: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N W"]:
+        """Vectors of the given texts (numbers within the split), float32."""
+        vectors = np.empty((len(texts), self.content.width), np.float32)
         start = texts // SHARD_TEXTS * SHARD_TEXTS
         for first in np.unique(start):
             mine = start == first
-            vectors[mine] = self._open(source, split, int(first))[texts[mine] - first]
+            vectors[mine] = self._open(self._shards[source, split, int(first)])[texts[mine] - first]
         return vectors
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019  (a cache lives as long as its run)
-    def _open(self, source: str, split: str, start: int) -> np.ndarray:
-        path = Shard(source, split, start, 0).path(self._folder)
-        return np.load(path, mmap_mode="r") if not is_remote(path) else np.load(io.BytesIO(path.read_bytes()))
+    def _open(self, shard: Shard) -> np.ndarray:
+        return self._store.read(shard.name, shard.stop - shard.start)
 
 
-def data_digest(dataset: Dataset) -> str:
-    """What makes two datasets hold the same texts under the same numbers."""
-    sources = [dataclasses.asdict(source) for source in dataset.sources.values()]
-    facts = [dataset.stage, dataset.seed, dataset.max_length, dataset.tokenizer_fingerprint, sources]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _differences(before: dict, facts: CacheFacts) -> str:
-    now = dataclasses.asdict(facts)
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{key} {before.get(key)!r} (asked for: {now[key]!r})" for key in now if before.get(key) != now[key])

@@ -4,18 +4,17 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.inference.encode import truncate_and_normalize
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.model.decoder import count_parameters
+from f2llm_jax.progress import Progress
 from f2llm_jax.text import INSTRUCTION_TEMPLATE
 from f2llm_jax.weights.models import ModelSource
 
@@ -42,13 +41,8 @@ class MtebEncoder:
         texts = [text for batch in inputs for text in batch["text"]]
         prompt = instructions.prompt(self._table, task_metadata, prompt_type)
         label = " ".join((task_metadata.name, hf_subset, hf_split, prompt_type.value if prompt_type else "texts"))
-        with tqdm(desc=label, unit=" texts", file=sys.stderr, mininterval=1 if sys.stderr.isatty() else 30, delay=1, leave=False) as bar:
-
-            def report(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            return truncate_and_normalize(self._encoder.encode(texts, prompt, self._dim, report), self._dim)
+        with Progress() as progress:
+            return truncate_and_normalize(self._encoder.encode(texts, prompt, self._dim, progress.of(label, "texts")), self._dim)
 
     def similarity(self, embeddings1, embeddings2):
         """Cosines of all pairs."""

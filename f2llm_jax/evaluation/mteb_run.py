@@ -8,17 +8,17 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
-from tqdm import tqdm
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.instructions import near
 from f2llm_jax.evaluation.mteb_encoder import Conditions, MtebEncoder, meta_code
+from f2llm_jax.files import write_text
 from f2llm_jax.inference.vector_cache import CachedEncoder
+from f2llm_jax.progress import Progress
 
 LOADER_TEXTS = 1024  # texts a batch of mteb's data loader; our encoder makes its own batches
 
@@ -83,17 +83,16 @@ def run_tasks(
     import mteb
 
     results = mteb.ResultCache(str(out))
-    (epath.Path(out) / "model_meta.py").write_text(meta_code(meta))
+    write_text(epath.Path(out) / "model_meta.py", meta_code(meta))
     scores = []
-    bar = tqdm(total=len(tasks) * len(dims), unit=" tasks", file=sys.stderr, mininterval=0 if sys.stderr.isatty() else 30)
-    with bar, _quiet():
+    total = len(tasks) * len(dims)
+    with Progress(line_seconds=0) as progress, _quiet():
         for task in tasks:
             for dim in dims:
-                bar.set_description(f"{task.metadata.name} at {dim}")
                 experiment = conditions.experiment(dim if dim < encoder.width else None)
                 at_dim = MtebEncoder(encoder, table, meta.model_copy(update={"experiment_kwargs": experiment}), dim)
                 scores.append(Score(task.metadata.name, task.metadata.type, dim, _evaluate(at_dim, task, results)))
-                bar.update()
+                progress.show("evaluating", len(scores), total, "tasks", f"{task.metadata.name} at {dim}")
     return scores
 
 

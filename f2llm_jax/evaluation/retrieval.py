@@ -9,7 +9,8 @@ from etils import epath
 from jaxtyping import Bool, Float, Int
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.inference.encode import ProgressCallback, TextEncoder, truncate_and_normalize
+from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
+from f2llm_jax.progress import ProgressCallback
 from f2llm_jax.text import query_prompt
 
 COLUMNS = ("query", "instruction", "document", "language")

@@ -21,6 +21,7 @@ from f2llm_jax.model import attention
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.progress import ProgressCallback
 from f2llm_jax.text import Tokenizer
 from f2llm_jax.weights.models import LoadableModel
 
@@ -29,8 +30,6 @@ ROW_TEXTS = 32  # most texts in the shortest row
 CHUNK_TOKENS = {"cpu": 1024}  # encoded at once; fastest of 1024, 2048, 4096 on two cores, and least wasted on a few texts
 CHUNK_TOKENS_ACCELERATOR = 32_768
 BLOCK_TEXTS = 4096  # tokenised and packed together; bounds the host's memory
-
-ProgressCallback = Callable[[int, int], None]  # (texts done, texts in all)
 
 
 class TextEncoder:

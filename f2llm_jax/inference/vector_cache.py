@@ -1,28 +1,22 @@
-"""Raw vectors of texts on disk, so that no evaluation encodes a text twice: not after a kill, not for another width or task.
+"""Raw vectors of single texts on disk, so that no evaluation encodes a text twice: not after a kill, not for another width or task.
 
-A cache is a folder of folders, one for everything but the text that a vector depends on: model, prompt, compute dtype and text
-limit. In it stand segments `ID.npy` (vectors, float32 `[S, D]`) with `ID.keys` (the digests of their texts), each complete before its
-keys get their name. Segments have random names and are never changed, so several evaluations may write the same cache.
+Next to each file of vectors in the store (see `f2llm_jax.vectors`) lie the digests of their texts, `NAME.keys`, written after it. Files
+have random names and never change, so several evaluations may fill the same cache.
 """
 
 import hashlib
-import json
-import uuid
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote
-from f2llm_jax.inference.encode import ProgressCallback, TextEncoder
+from f2llm_jax.files import read_array, write_array
+from f2llm_jax.inference.encode import TextEncoder
+from f2llm_jax.progress import ProgressCallback
+from f2llm_jax.vectors import VectorStore, unique_name
 
 KEY_BYTES = 16
-
-
-class VectorCacheError(UserError):
-    """A cache that cannot be read; the message names the file to delete."""
 
 
 class VectorCache:
@@ -37,20 +31,17 @@ class VectorCache:
           model: digest of the model.
           prompt: before every text.
           dtype: compute dtype.
-          max_length: tokens at which texts are cut.
+          max_length: tokens at which texts are truncated.
 
         Raises:
-          VectorCacheError: a segment is not what it should be.
+          FileError, VectorStoreError: a file is damaged or not what it should be.
         """
-        facts = json.dumps({"model": model, "prompt": prompt, "dtype": dtype, "max_length": max_length}, ensure_ascii=False, indent=2)
-        self._folder = epath.Path(root) / hashlib.sha256(facts.encode()).hexdigest()[:32]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        _write(self._folder / "facts.json", (facts + "\n").encode())  # for people
-        self._width = width
-        self._segments: list[np.ndarray] = []
-        self._place: dict[bytes, tuple[int, int]] = {}  # segment and row of each key
-        for keys in sorted(self._folder.glob("*.keys")):
-            self._open(keys.stem, keys.read_bytes())
+        made_by = {"model": model, "prompt": prompt, "compute": dtype, "max_length": max_length, "vectors": "raw"}
+        self._store = VectorStore(root, made_by, width, "float32")
+        self._files: list[np.ndarray] = []
+        self._place: dict[bytes, tuple[int, int]] = {}  # file and row of each key
+        for keys in sorted(self._store.folder.glob("*.keys")) if self._store.folder.exists() else ():
+            self._open(keys.name.removesuffix(".keys"))
 
     def missing(self, texts: Sequence[str]) -> list[str]:
         """The texts, each once, that have no vector yet."""
@@ -60,32 +51,30 @@ class VectorCache:
         """The first `dim` components of each text's vector, float32."""
         places = np.array([self._place[_key(text)] for text in texts], np.int64).reshape(-1, 2)
         vectors = np.empty((len(texts), dim), np.float32)
-        for segment in np.unique(places[:, 0]):
-            mine = np.flatnonzero(places[:, 0] == segment)
-            vectors[mine] = self._segments[segment][places[mine, 1], :dim]
+        for number in np.unique(places[:, 0]):
+            mine = np.flatnonzero(places[:, 0] == number)
+            vectors[mine] = self._files[number][places[mine, 1], :dim]
         return vectors
 
     def add(self, texts: Sequence[str], vectors: Float[np.ndarray, "S D"]) -> None:
-        """Stores the vectors of texts."""
-        name, keys = uuid.uuid4().hex, b"".join(map(_key, texts))
-        partial = self._folder / f"{name}.npy.partial"
-        with partial.open("wb") as file:
-            np.save(file, np.asarray(vectors, np.float32))
-        partial.replace(self._folder / f"{name}.npy")
-        _write(self._folder / f"{name}.keys", keys)
-        self._open(name, keys)
+        """Stores the vectors of texts.
 
-    def _open(self, name: str, keys: bytes) -> None:
-        path = self._folder / f"{name}.npy"
-        rows = len(keys) // KEY_BYTES
-        try:
-            vectors = np.load(path, mmap_mode="r") if not is_remote(path) else np.load(path.open("rb"))
-        except (OSError, ValueError) as error:
-            raise VectorCacheError(f"{path} is not readable ({error}); delete it and {name}.keys") from error
-        if vectors.shape != (rows, self._width):
-            raise VectorCacheError(f"{path} has the shape {vectors.shape}, not {(rows, self._width)}; delete it and {name}.keys")
-        self._place |= {keys[KEY_BYTES * i : KEY_BYTES * (i + 1)]: (len(self._segments), i) for i in range(rows)}
-        self._segments.append(vectors)
+        Raises:
+          VectorStoreError: one is not finite.
+        """
+        name = unique_name()
+        self._store.write(name, vectors)
+        keys = np.frombuffer(b"".join(map(_key, texts)), np.uint8).reshape(-1, KEY_BYTES)
+        write_array(self._keys(name), keys, salt=self._store.path(name).name)
+        self._open(name)
+
+    def _keys(self, name: str) -> epath.Path:
+        return self._store.folder / f"{name}.keys"
+
+    def _open(self, name: str) -> None:
+        keys = read_array(self._keys(name), salt=self._store.path(name).name)
+        self._place |= {key.tobytes(): (len(self._files), i) for i, key in enumerate(keys)}
+        self._files.append(self._store.read(name, len(keys)))
 
 
 class CachedEncoder:
@@ -120,16 +109,16 @@ class CachedEncoder:
 
     def _cache(self, prompt: str) -> VectorCache:
         if prompt not in self._caches:
-            facts = {"model": self._model, "dtype": self._encoder.dtype.name, "max_length": self._encoder.max_length}
-            self._caches[prompt] = VectorCache(self._root, self.width, prompt=prompt, **facts)
+            self._caches[prompt] = VectorCache(
+                self._root,
+                self.width,
+                model=self._model,
+                prompt=prompt,
+                dtype=self._encoder.dtype.name,
+                max_length=self._encoder.max_length,
+            )
         return self._caches[prompt]
 
 
 def _key(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
-
-
-def _write(path: epath.Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -1,17 +1,21 @@
 """Mining on one page: pools, vectors and neighbours, rows, files."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from f2llm_jax import sharding
+from f2llm_jax.files import check_apart, read_json
+from f2llm_jax.folders import INCOMPLETE, check_new_folder, check_whole, new_folder
 from f2llm_jax.inference.encode import load_encoder
+from f2llm_jax.locks import lock
 from f2llm_jax.mining import writing
 from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.inputs import Pairs, check_names
@@ -19,7 +23,7 @@ from f2llm_jax.mining.pool import Pool, make_pool
 from f2llm_jax.mining.rows import mined
 from f2llm_jax.mining.search import ProgressCallback, Searched, all_here, search
 from f2llm_jax.mining.selection import Rules
-from f2llm_jax.mining.vectors import VectorStore, made_by
+from f2llm_jax.mining.vectors import ShardedVectors, made_by
 from f2llm_jax.weights.models import LoadableModel
 
 
@@ -48,6 +52,7 @@ def mine(
     encoding: Encoding = Encoding(),
     cache: epath.PathLike | None = None,
     overwrite: bool = False,
+    inputs: Mapping[str, epath.PathLike] | None = None,
     report: ProgressCallback = lambda what, done, total: None,
 ) -> dict:
     """Writes the sources with mined negatives to `out` (see `writing`), or finds them there; returns `summary.json`.
@@ -60,7 +65,8 @@ def mine(
       rules: of selection.
       encoding: of texts.
       cache: folder of vectors and neighbours, which runs that share a model or texts can share; default `OUT.cache`.
-      overwrite: replace what is at `out`.
+      overwrite: replace an older output at `out`.
+      inputs: files and folders that are read, by flag; none may lie in `out`.
       report: called with what is done.
 
     Raises:
@@ -78,38 +84,42 @@ def mine(
     def load():
         return load_encoder(origin, max_length=limit, dtype=jnp.dtype(encoding.compute), mesh=mesh if mesh.size > 1 else None)
 
-    facts = made_by(origin, limit, encoding.compute)
-    store = VectorStore(cache / "vectors", facts, origin.config.hidden_size, encoding.stored, load)
+    store = ShardedVectors(cache / "vectors", made_by(origin, limit, encoding.compute), origin.config.hidden_size, encoding.stored, load)
     made_of = _digest(rules, pools, store)
     summary = out / "summary.json"
-    if out.exists() and not overwrite:
-        if not summary.exists() or json.loads(summary.read_text()).get("made_of") != made_of:
+    check_apart(out, inputs or {})
+    if not overwrite and out.is_dir() and any(out.iterdir()) and not (out / INCOMPLETE).exists():
+        if not summary.exists() or read_json(summary).get("made_of") != made_of:
             raise MiningError(f"{out} exists and was not made from these inputs by these rules; remove it, or pass --overwrite")
-        return json.loads(summary.read_text())
-    found = [search(pool, store, cache / "neighbours", rules.nearest, mesh, report) for pool in pools]
-    if jax.process_index() == 0:
-        _write(found, out, rules, {"model": origin.name, "encoding": dataclasses.asdict(encoding), "made_of": made_of}, report)
-    all_here("written")
-    return json.loads(summary.read_text())
+        check_whole(out, "remove it and run the same command again")
+        return read_json(summary)
+    check_new_folder(out, overwrite, inputs)
+    with lock(out) if jax.process_index() == 0 else contextlib.nullcontext():
+        found = [search(pool, store, cache / "neighbours", rules.nearest, mesh, report) for pool in pools]
+        if jax.process_index() == 0:
+            settings = {"model": origin.name, "encoding": dataclasses.asdict(encoding), "made_of": made_of}
+            with new_folder(out, "summary.json", overwrite, inputs) as folder:
+                _write(found, folder, rules, settings, report)
+        all_here("written")
+    return read_json(summary)
 
 
-def _write(found: Sequence[Searched], out: epath.Path, rules: Rules, facts: dict, report: ProgressCallback) -> None:
+def _write(found: Sequence[Searched], folder: epath.Path, rules: Rules, settings: dict, report: ProgressCallback) -> None:
     seen, counters, kinds = writing.Seen(), {}, {}
     rows = sum(len(source.query) for one in found for source in one.pool.sources)
-    with writing.whole_folder(out) as folder:
-        for one in found:
-            for source in one.pool.sources:
-                before = sum(counted["rows"] for counted in counters.values())
-                parts = mined(one, source, rules, lambda done, before=before: report("select", before + done, rows))
-                counters[source.name] = writing.write_source(folder, one.pool, source, parts, rules.negatives, seen)
-                kinds[source.name] = source.kind
-        total = sum(counters.values(), Counter())
-        if not total["kept"]:
-            raise MiningError(f"no row is left ({_told(total)}); loosen the rules or give more documents with --corpus")
-        sizes = {"documents": sum(len(one.pool.documents) for one in found), "queries": sum(len(one.pool.queries) for one in found)}
-        by_source = {name: dict(sorted(counted.items())) for name, counted in counters.items()}
-        details = {"rules": dataclasses.asdict(rules), **sizes, "total": dict(sorted(total.items())), "sources": by_source}
-        writing.write_summary(folder, kinds, seen, {**facts, **details})
+    for one in found:
+        for source in one.pool.sources:
+            before = sum(counted["rows"] for counted in counters.values())
+            parts = mined(one, source, rules, lambda done, before=before: report("select", before + done, rows))
+            counters[source.name] = writing.write_source(folder, one.pool, source, parts, rules.negatives, seen)
+            kinds[source.name] = source.kind
+    total = sum(counters.values(), Counter())
+    if not total["kept"]:
+        raise MiningError(f"no row is left ({_told(total)}); loosen the rules or give more documents with --corpus")
+    sizes = {"documents": sum(len(one.pool.documents) for one in found), "queries": sum(len(one.pool.queries) for one in found)}
+    by_source = {name: dict(sorted(counted.items())) for name, counted in counters.items()}
+    details = {"rules": dataclasses.asdict(rules), **sizes, "total": dict(sorted(total.items())), "sources": by_source}
+    writing.write_summary(folder, kinds, seen, {**settings, **details})
 
 
 def _told(counters: Counter) -> str:
@@ -125,7 +135,7 @@ def _check_size(pool: Pool, negatives: int) -> None:
         )
 
 
-def _digest(rules: Rules, pools: Sequence[Pool], store: VectorStore) -> str:
+def _digest(rules: Rules, pools: Sequence[Pool], store: ShardedVectors) -> str:
     """What makes two outputs equal."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(rules), sort_keys=True).encode())
     for pool in pools:

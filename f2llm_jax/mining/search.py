@@ -6,7 +6,6 @@ processes of several hosts take the files in turn.
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,9 +14,11 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from f2llm_jax.files import read_arrays, write_arrays
+from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.nearest import BLOCK_DOCUMENTS, NONE, nearest
 from f2llm_jax.mining.pool import Pool
-from f2llm_jax.mining.vectors import SHARD_TEXTS, Shard, VectorStore, write_whole
+from f2llm_jax.mining.vectors import SHARD_TEXTS, Shard, ShardedVectors
 
 QUERY_SHARDS = 2  # of vectors, searched with at once: what a killed search loses, and how seldom the documents are read again
 
@@ -40,8 +41,11 @@ class Neighbours:
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 and documents int32 `[queries, k]` of a file, nearest first; -inf and -1 where there are fewer."""
-        with (self.folder / f"{self.keys[number]}.npz").open("rb") as file, np.load(io.BytesIO(file.read())) as arrays:
-            return arrays["scores"], arrays["index"]
+        path = self.folder / f"{self.keys[number]}.npz"
+        arrays = read_arrays(path)
+        if str(arrays.get("key")) != self.keys[number]:
+            raise MiningError(f"{path} holds the neighbours of other queries; delete it and run the same command again")
+        return arrays["scores"], arrays["index"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +53,13 @@ class Searched:
     """A pool whose vectors and neighbours are on disk."""
 
     pool: Pool
-    store: VectorStore
+    store: ShardedVectors
     documents: list[Shard]
     queries: list[Shard]
     neighbours: Neighbours
 
 
-def search(pool: Pool, store: VectorStore, folder: epath.Path, k: int, mesh: jax.sharding.Mesh, report: ProgressCallback) -> Searched:
+def search(pool: Pool, store: ShardedVectors, folder: epath.Path, k: int, mesh: jax.sharding.Mesh, report: ProgressCallback) -> Searched:
     """Fills the store with a pool's vectors and `folder` with the neighbours of its queries, as far as they are missing.
 
     Args:
@@ -109,9 +113,7 @@ def _search(found: Searched, k: int, mesh: jax.sharding.Mesh, report: ProgressCa
             blocks = found.store.blocks(found.documents, BLOCK_DOCUMENTS)
             done = turn * len(found.pool.documents)
             scores, index = nearest(found.store.read(shards), _counted(blocks, done, total, report), k, excluded, mesh)
-            buffer = io.BytesIO()
-            np.savez(buffer, scores=scores, index=index)
-            write_whole(path, buffer.getvalue())
+            write_arrays(path, {"key": np.array(found.neighbours.keys[number]), "scores": scores, "index": index})
         report("search", (turn + 1) * len(found.pool.documents), total)
 
 

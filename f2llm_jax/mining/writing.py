@@ -6,15 +6,12 @@
     OUT/examples.txt         ten rows to read
     OUT/summary.json         rows kept and set aside, why, scores, rules; written last
 
-A local folder is written as `OUT.partial` and renamed; in an object store `summary.json` says that it is complete.
+Written complete or not at all (see `folders.new_folder`).
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import heapq
-import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -24,8 +21,8 @@ import pyarrow.parquet as pq
 from etils import epath
 from matplotlib.figure import Figure
 
-from f2llm_jax.files import is_remote
-from f2llm_jax.mining.errors import MiningError
+from f2llm_jax.files import write_json, write_text
+from f2llm_jax.folders import new_folder
 from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, Rows
 from f2llm_jax.mining.rows import MinedRows
@@ -76,60 +73,39 @@ def write_source(folder: epath.Path, pool: Pool, source: Rows, parts: Iterable[M
 
 def write_summary(folder: epath.Path, kinds: dict[str, str], seen: Seen, facts: dict) -> None:
     """Writes everything else; `facts` go into summary.json as they are."""
-    _write_json(folder / "tasks.json", kinds)
-    (folder / "examples.txt").write_text("\n".join(text for _, text in sorted(seen.examples, reverse=True)), encoding="utf-8")
+    write_json(folder / "tasks.json", kinds)
+    write_text(folder / "examples.txt", "\n".join(text for _, text in sorted(seen.examples, reverse=True)))
     with (folder / "scores.png").open("wb") as file:
         _draw(seen).savefig(file, format="png", dpi=100)
     scores = {name: _percentiles(getattr(seen, name)) for name in ("positive", "negative", "hardest")}
-    _write_json(folder / "summary.json", {**facts, "scores": scores})
+    write_json(folder / "summary.json", {**facts, "scores": scores})
 
 
-@contextlib.contextmanager
-def whole_folder(out: epath.Path) -> Iterator[epath.Path]:
-    """An empty folder to write to, which becomes `out` if nothing is raised and is gone otherwise."""
-    remote = is_remote(out)
-    folder = out if remote else out.with_name(f"{out.name}.partial")
-    if remote:
-        (out / "summary.json").unlink(missing_ok=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    except BaseException:
-        if not remote:
-            shutil.rmtree(folder)
-        raise
-    if not remote:
-        shutil.rmtree(out, ignore_errors=True)
-        folder.replace(out)
-
-
-def write_built(sources: Sequence[Pairs], counters: Mapping[str, Counter], out: epath.PathLike, overwrite: bool) -> dict:
+def write_built(
+    sources: Sequence[Pairs],
+    counters: Mapping[str, Counter],
+    out: epath.PathLike,
+    overwrite: bool,
+    inputs: Mapping[str, epath.PathLike] | None = None,
+) -> dict:
     """Writes sources whose negatives are all given, without scores; returns what summary.json says.
 
     Raises:
-      MiningError: two sources have one name, or there is something at `out` and it is not to be replaced.
+      MiningError: two sources have one name.
+      FileError: there is something at `out` and it is not to be replaced, or it holds one of the `inputs`.
     """
     check_names(sources)
-    out = epath.Path(out)
-    if out.exists() and not overwrite:
-        raise MiningError(f"{out} exists; remove it, or pass --overwrite")
-    with whole_folder(out) as folder:
+    with new_folder(out, "summary.json", overwrite, inputs) as folder:
         for source in sources:
             negatives = {f"negative_{i}": texts for i, texts in enumerate(zip(*source.given, strict=True), 1)}
             columns = {"query": source.queries, "passage": source.passages, **negatives}
             with (folder / f"{source.name}.parquet").open("wb") as file:
                 pq.write_table(pa.table({name: pa.array(texts, pa.string()) for name, texts in columns.items()}), file)
-        _write_json(folder / "tasks.json", {source.name: source.kind for source in sources})
+        write_json(folder / "tasks.json", {source.name: source.kind for source in sources})
         total = {"kept": sum(len(source.queries) for source in sources), **sum(counters.values(), Counter())}
         summary = {"total": total, "sources": {name: dict(counted) for name, counted in counters.items()}}
-        _write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary)
     return summary
-
-
-def _write_json(path: epath.Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _remember(seen: Seen, source: str, columns: list[pa.Array], scores: np.ndarray) -> None:

@@ -27,7 +27,6 @@ clock, no hash order, no thread order.
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
 import unicodedata
@@ -39,9 +38,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tokenizers
 from babel import localedata
+from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from f2llm_jax import text
+from f2llm_jax.files import write_json
+from f2llm_jax.folders import new_folder
 from f2llm_jax.preparation.library_code import Function, library_functions
 
 TASKS = {"cldr_bitext": "retrieval", "cldr_kind": "clustering", "script_direction": "classification", "python_code": "retrieval"}
@@ -86,8 +88,12 @@ class Name:
         return self.concept[0]
 
 
-def build(out: pathlib.Path, seed: int = 0) -> dict[str, pa.Table]:
-    """Writes the corpus (layout: see the module) to the local folder `out` and returns its tables by relative path."""
+def build(out: epath.PathLike, seed: int = 0, *, overwrite: bool = False) -> dict[str, pa.Table]:
+    """Writes the corpus (layout: see the module) to the local folder `out` and returns its tables by relative path.
+
+    Raises:
+      FileError: `out` is not empty, and it is no corpus or `overwrite` is not set.
+    """
     english, names = _cldr_names()
     train, held = _split(names, english, seed)
     functions, held_functions = _functions(seed)
@@ -100,11 +106,12 @@ def build(out: pathlib.Path, seed: int = 0) -> dict[str, pa.Table]:
     }
     heldout = {"bitext": _heldout_bitext(held), "zero_shot": _heldout_zero_shot(held, seed), "code": _heldout_code(held_functions)}
     tables = {f"raw/{name}": table for name, table in raw.items()} | {f"heldout/{name}": table for name, table in heldout.items()}
-    for path, table in tables.items():
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, out / f"{path}.parquet")
-    _save_tokenizer(out / "tokenizer", raw.values())
-    (out / "raw" / "tasks.json").write_text(json.dumps(TASKS, indent=2) + "\n")
+    with new_folder(out, "raw/tasks.json", overwrite) as folder:
+        for path, table in tables.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, folder / f"{path}.parquet")
+        _save_tokenizer(folder / "tokenizer", raw.values())
+        write_json(folder / "raw" / "tasks.json", TASKS)
     return tables
 
 
@@ -390,4 +397,4 @@ def _save_tokenizer(folder: pathlib.Path, tables: Iterable[pa.Table]) -> None:
     backend.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD, "additional_special_tokens": [START, EOS]}
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": 1024}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)

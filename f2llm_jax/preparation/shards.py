@@ -9,21 +9,23 @@ A worker may run twice, or be killed: every file is written under another name f
 """
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import IO
 
 import apache_beam as beam
 import numpy as np
+import xxhash
 from array_record.python import array_record_module
 from etils import epath
 
-from f2llm_jax import files
 from f2llm_jax.data import records
-from f2llm_jax.files import is_remote
+from f2llm_jax.files import is_remote, new_file, read_arrays, write_arrays, write_json
 from f2llm_jax.preparation.selection import Rows, Rules, choose_rows, document_key, read_rows
 from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
@@ -61,8 +63,10 @@ class WriteRows(beam.DoFn):
                 if spill.tokens > SPILL_TOKENS:
                     yield from spill.flush()
             yield from spill.flush()
-        # By its presence the part is whole: it is written after the files it speaks of.
-        files.write_json(self.work / f"part-{index:05d}.json", {"rows": rows_by_split, "languages": languages, "counters": counts})
+            # By its presence the part is whole: it is written after the files it speaks of.
+            digests = {split: sink.digest.hexdigest() for split, sink in sinks.items()}
+        content = {"rows": rows_by_split, "languages": languages, "counters": counts, "digests": digests}
+        write_json(self.work / f"part-{index:05d}.json", content, sealed=True)
 
     def _documents(self, rows: Rows, tokenizer: Tokenizer, spill: "_Spill") -> np.ndarray:
         """Spills the documents not met yet; keys int64 `[rows, 1 + n]` of all, -1 for none."""
@@ -75,7 +79,7 @@ class WriteRows(beam.DoFn):
         spill.add(keys[used][new], tokenizer.encode([shown[i] for i in new], self.rules.recipe.max_length))
         return keys[rows.documents]
 
-    def _queries(self, rows: Rows, keys: np.ndarray, tokenizer: Tokenizer, sinks: dict, counts: Counter) -> np.ndarray:
+    def _queries(self, rows: Rows, keys: np.ndarray, tokenizer: Tokenizer, sinks: dict[str, "_RowSink"], counts: Counter) -> np.ndarray:
         """Writes the rows, each to its split; token counts int32 `[rows]`."""
         encoded = tokenizer.encode([self.rules.query(query) for query in rows.queries], self.rules.recipe.max_length)
         lengths = np.array([len(tokens) for tokens in encoded], np.int32)
@@ -86,11 +90,11 @@ class WriteRows(beam.DoFn):
             ]
         )
         for i, split in enumerate(splits.tolist()):
-            sinks[split][0].write(records.encode_record(encoded[i], keys[i], int(rows.numbers[i]), rows.languages[i]))
-        for split, (_, query_length, documents) in sinks.items():
+            sinks[split].write(records.encode_record(encoded[i], keys[i], int(rows.numbers[i]), rows.languages[i]))
+        for split, sink in sinks.items():
             mine = splits == split
-            query_length.write(lengths[mine].tobytes())
-            documents.write(keys[mine].tobytes())
+            sink.query_length.write(lengths[mine].tobytes())
+            sink.documents.write(keys[mine].tobytes())
             counts[split] += int(mine.sum())
         return lengths
 
@@ -103,17 +107,20 @@ class WriteDocuments(beam.DoFn):
 
     def process(self, element: tuple[int, Iterable[str]]) -> Iterator[None]:
         bucket, paths = element
-        spilled = [_load(epath.Path(path)) for path in sorted(paths)]
+        spilled = [read_arrays(path) for path in sorted(paths)]
         lengths = np.concatenate([arrays["lengths"] for arrays in spilled])
         tokens = np.concatenate([arrays["tokens"] for arrays in spilled])
         keys, first = np.unique(np.concatenate([arrays["keys"] for arrays in spilled]), return_index=True)
         del spilled
         ends = np.cumsum(lengths)
+        digest = xxhash.xxh3_128()
         with record_file(self.shards / shard_name(bucket, records.CORPUS)) as writer:
             for key, end, length in zip(keys.tolist(), ends[first].tolist(), lengths[first].tolist(), strict=True):
-                writer.write(records.encode_record(tokens[end - length : end], np.array([key], np.int64), -1, ""))
-        with _whole(self.work / f"corpus-{bucket:05d}.npz") as file:
-            np.savez(file, keys=keys, lengths=lengths[first].astype(np.int32))
+                record = records.encode_record(tokens[end - length : end], np.array([key], np.int64), -1, "")
+                digest.update(record)
+                writer.write(record)
+        arrays = {"keys": keys, "lengths": lengths[first].astype(np.int32), "digest": np.array(digest.hexdigest())}
+        write_arrays(self.work / f"corpus-{bucket:05d}.npz", arrays)
         yield from ()
 
 
@@ -141,7 +148,7 @@ def record_file(path: epath.Path) -> Iterator[array_record_module.ArrayRecordWri
         if not remote:
             local.replace(path)
             return
-        with local.open("rb") as source, _whole(path) as target:
+        with local.open("rb") as source, new_file(path) as target:
             shutil.copyfileobj(source, target)
 
 
@@ -179,36 +186,35 @@ class _Spill:
             mine = np.flatnonzero(owners == bucket).tolist()
             encoded = [self._encoded[i] for i in mine]
             path = self._work / f"spill-{bucket:05d}-{self._part:05d}-{self._flushes:05d}.npz"
-            with _whole(path) as file:
-                np.savez(file, keys=keys[mine], lengths=np.array([len(ids) for ids in encoded]), tokens=np.concatenate(encoded))
+            lengths = np.array([len(ids) for ids in encoded])
+            write_arrays(path, {"keys": keys[mine], "lengths": lengths, "tokens": np.concatenate(encoded)})
             yield bucket, str(path)
         self._keys, self._encoded, self.tokens, self._flushes = [], [], 0, self._flushes + 1
 
 
+@dataclasses.dataclass(frozen=True)
+class _RowSink:
+    """Where the rows of one split of a part go: records, query lengths (int32), document keys (int64)."""
+
+    records: array_record_module.ArrayRecordWriter
+    query_length: IO[bytes]
+    documents: IO[bytes]
+    digest: xxhash.xxh3_128 = dataclasses.field(default_factory=xxhash.xxh3_128)  # of all records
+
+    def write(self, record: bytes) -> None:
+        self.digest.update(record)
+        self.records.write(record)
+
+
 @contextlib.contextmanager
-def _row_sink(shards: epath.Path, work: epath.Path, index: int, split: str) -> Iterator[tuple]:
-    """Where the rows of one split of a part go: records, query lengths, document keys."""
+def _row_sink(shards: epath.Path, work: epath.Path, index: int, split: str) -> Iterator["_RowSink"]:
     name = shard_name(index, split)
     with (
         record_file(shards / name) as writer,
-        _whole(work / f"{name}.query_length") as query_length,
-        _whole(work / f"{name}.documents") as documents,
+        new_file(work / f"{name}.query_length") as query_length,
+        new_file(work / f"{name}.documents") as documents,
     ):
-        yield writer, query_length, documents
-
-
-@contextlib.contextmanager
-def _whole(path: epath.Path) -> Iterator:
-    """A binary file that has its name only once it is complete."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with partial.open("wb") as file:
-        yield file
-    partial.replace(path)
-
-
-def _load(path: epath.Path) -> dict[str, np.ndarray]:
-    with path.open("rb") as file, np.load(file) as arrays:
-        return dict(arrays)
+        yield _RowSink(writer, query_length, documents)
 
 
 @functools.lru_cache(maxsize=1)

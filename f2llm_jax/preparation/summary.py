@@ -1,7 +1,6 @@
 """What a prepared dataset holds, for people: a table, the same as JSON, and a picture of token lengths and languages."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,14 +27,14 @@ def write(folder: epath.PathLike, sources: Sequence[records.SourceInfo]) -> None
         dataclasses.asdict(source) | {"skipped": source.skipped, "token_lengths": _percentiles(histograms[source.name])}
         for source in sources
     ]
-    files.write_json(folder / "summary.json", {"sources": entries})
+    files.write_json(folder / "summary.json", {"sources": entries}, sealed=True)
     with (folder / "summary.png").open("wb") as file:
         _draw(sources, histograms).savefig(file, format="png", dpi=100)
 
 
 def table(folder: epath.PathLike) -> str:
     """`summary.json` as a table, one line a source and one for all, then what cleaning did."""
-    sources = json.loads((epath.Path(folder) / "summary.json").read_text())["sources"]
+    sources = files.read_json(epath.Path(folder) / "summary.json", sealed=True)["sources"]
     names = [f"p{percent}" for percent in PERCENTILES] + ["max"]
     lines = [("source", "kind", "languages", "train", "validation", "skipped", "documents", "tokens", *names)]
     for entry in sources:
@@ -62,7 +61,7 @@ def _token_lengths(folder: epath.Path, source: records.SourceInfo) -> np.ndarray
     """Number of texts (queries, distinct documents) of each length, int64 `[longest + 1]`."""
     target = records.tables_folder(folder, source.name)
     paths = [target / f"{split}.query_length.npy" for split in records.QUERY_SPLITS] + [target / f"{records.CORPUS}.length.npy"]
-    tables = [files.read_array(path) for path in paths]
+    tables = [files.read_array(path, salt=f"{source.name}/{path.name.removesuffix('.npy')}") for path in paths]
     blocks = [table[start : start + BLOCK_TEXTS] for table in tables for start in range(0, len(table), BLOCK_TEXTS)]
     counts = [np.bincount(block) for block in blocks]
     total = np.zeros(max(map(len, counts)), np.int64)

@@ -4,17 +4,17 @@ Memory: the documents of one bucket and `STREAMED_ROWS` rows; the keys of a whol
 """
 
 import dataclasses
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
+import xxhash
 from etils import epath
 
-from f2llm_jax import files
 from f2llm_jax.data import records
+from f2llm_jax.files import new_array, read_arrays, read_json, write_json
 from f2llm_jax.preparation.shards import shard_name
 from f2llm_jax.preparation.sources import Source
 
@@ -25,7 +25,7 @@ def shard_counts(work: epath.Path, parts: int) -> dict[str, dict[int, int]]:
     """Records of each shard by its index, for each split, from what the workers of `parts` parts wrote to `work`."""
     rows = [_part(work, index)["rows"] for index in range(parts)]
     counts = {split: {index: found.get(split, 0) for index, found in enumerate(rows)} for split in records.QUERY_SPLITS}
-    return counts | {records.CORPUS: {bucket: len(keys) for bucket, keys, _ in _buckets(work)}}
+    return counts | {records.CORPUS: {bucket: len(arrays["keys"]) for bucket, arrays in _buckets(work)}}
 
 
 def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> records.SourceInfo:
@@ -45,8 +45,13 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
             width = (1 + source.negatives,)
             _stream(work, counts[split], split, "documents", np.int64, width, target, lambda found: _positions(keys, found))
     counters, languages = Counter(), Counter()
+    digests = {split: xxhash.xxh3_128() for split in records.SPLITS}
+    for _, arrays in _buckets(work):
+        digests[records.CORPUS].update(str(arrays["digest"]).encode())
     for index in range(len(source.parts)):
         part = _part(work, index)
+        for split, digest in part["digests"].items():
+            digests[split].update(digest.encode())
         counters.update(part["counters"])
         languages.update(part["languages"])
     del languages[""]
@@ -60,31 +65,31 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
         negatives=source.negatives,
         tokens={"queries": counters.pop("query_tokens"), "documents": document_tokens},
         counters=dict(sorted(counters.items())),
+        digests={split: digest.hexdigest() for split, digest in digests.items()},
     )
-    files.write_json(target / "source.json", dataclasses.asdict(info))
+    write_json(target / "source.json", dataclasses.asdict(info), sealed=True)
     return info
 
 
 def _part(work: epath.Path, index: int) -> dict:
-    return json.loads((work / f"part-{index:05d}.json").read_text())
+    return read_json(work / f"part-{index:05d}.json", sealed=True)
 
 
-def _buckets(work: epath.Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Index, keys and lengths of the documents of each bucket, in order."""
+def _buckets(work: epath.Path) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Index of each bucket, and keys, lengths and digest of its documents, in order."""
     for path in sorted(work.glob("corpus-*.npz")):
-        with path.open("rb") as file, np.load(file) as arrays:
-            yield int(path.stem.removeprefix("corpus-")), arrays["keys"], arrays["lengths"]
+        yield int(path.stem.removeprefix("corpus-")), read_arrays(path)
 
 
 def _write_corpus(work: epath.Path, target: epath.Path, documents: int, keys_file: IO[bytes]) -> int:
     """Writes the lengths table of the corpus, and its ascending keys to `keys_file`; returns the tokens of all documents."""
     tokens = 0
-    with (target / f"{records.CORPUS}.length.npy").open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (documents,)})
-        for _, keys, lengths in _buckets(work):
-            file.write(lengths.astype("<i4").tobytes())
-            keys_file.write(keys.astype(np.int64).tobytes())
-            tokens += int(lengths.sum(dtype=np.int64))
+    name = f"{records.CORPUS}.length"
+    with new_array(target / f"{name}.npy", np.int32, (documents,), salt=f"{target.name}/{name}") as file:
+        for _, arrays in _buckets(work):
+            file.write(arrays["lengths"])
+            keys_file.write(arrays["keys"].astype(np.int64).tobytes())
+            tokens += int(arrays["lengths"].sum(dtype=np.int64))
     keys_file.flush()
     return tokens
 
@@ -92,13 +97,12 @@ def _write_corpus(work: epath.Path, target: epath.Path, documents: int, keys_fil
 def _stream(work, counts, split, table, dtype, width, target, convert) -> None:
     """Joins one table of all parts to a `.npy` file of int32, `STREAMED_ROWS` rows at a time."""
     size = int(np.prod(width, dtype=int)) * np.dtype(dtype).itemsize
-    with (target / f"{split}.{table}.npy").open("wb") as joined:
-        header = {"descr": "<i4", "fortran_order": False, "shape": (sum(counts.values()), *width)}
-        np.lib.format.write_array_header_1_0(joined, header)
+    name = f"{split}.{table}"
+    with new_array(target / f"{name}.npy", np.int32, (sum(counts.values()), *width), salt=f"{target.name}/{name}") as joined:
         for index in sorted(counts):
             with (work / f"{shard_name(index, split)}.{table}").open("rb") as file:
                 while block := file.read(STREAMED_ROWS * size):
-                    joined.write(convert(np.frombuffer(block, dtype).reshape(-1, *width)).astype(np.int32).tobytes())
+                    joined.write(convert(np.frombuffer(block, dtype).reshape(-1, *width)))
 
 
 def _positions(corpus: np.ndarray, keys: np.ndarray) -> np.ndarray:

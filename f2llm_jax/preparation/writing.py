@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import json
 import logging
 import multiprocessing
 import os
@@ -21,13 +20,17 @@ from multiprocessing import connection
 from etils import epath
 
 from f2llm_jax.data import records
-from f2llm_jax.files import is_remote
+from f2llm_jax.files import check_apart, check_name, is_remote, plain
+from f2llm_jax.folders import check_ours, files_in, mark, replace_folder
+from f2llm_jax.locks import lock
 from f2llm_jax.preparation import summary
 from f2llm_jax.preparation.selection import Recipe, choose_rows
 from f2llm_jax.preparation.sources import Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 NEEDED = ("apache_beam", "matplotlib")  # packages of the extra `prepare`
+# What may lie in a dataset that is not complete yet.
+BEGUN = ("settings.json", "summary.json", "summary.png", "tokenizer", "tables", "work", records.BUILDER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,26 @@ def prepare(
     sources = [source for source in sources if choose_rows(source, recipe).any()]  # a small file of a capped unit may be left out
     loaded = load_tokenizer(tokenizer)
     settings = _settings(sources, loaded, recipe)
-    _check_ours(out)
+    for source in sources:
+        check_name(source.name, "source")
+    raw = {f"raw file {part.path}": part.path for source in sources for part in source.parts}
+    check_apart(out, {f"--tokenizer {tokenizer}": tokenizer} | raw)
+    with lock(out):
+        return _prepare(sources, loaded, out, recipe, settings, workers or os.cpu_count() or 1, overwrite, beam_flags, report)
+
+
+def _prepare(
+    sources: Sequence[Source],
+    loaded: Tokenizer,
+    out: epath.Path,
+    recipe: Recipe,
+    settings: dict,
+    workers: int,
+    overwrite: bool,
+    beam_flags: Sequence[str],
+    report: Callable[[Progress], None],
+) -> records.Dataset:
+    _check_replaceable(out)
     if records.read_settings(out) and not overwrite and (same := _existing(out, settings)):
         return same
     for package in NEEDED:  # said now and not after hours of work
@@ -111,16 +133,15 @@ def prepare(
     folder = _begin(out, settings)
     loaded.save(records.tokenizer_folder(folder))
     jobs = [_Job(str(folder), source, recipe, tuple(beam_flags)) for source in sources]
-    finished = _build_all(jobs, workers or os.cpu_count() or 1, report)
+    finished = _build_all(jobs, workers, report)
     entries = [finished[source.name] for source in sources]
     summary.write(folder, entries)
     if (folder / "work").exists():
         (folder / "work").rmtree()
     records.write_dataset(folder, loaded, stage=recipe.stage, max_length=recipe.max_length, seed=recipe.seed, sources=entries)
+    mark(folder)
     if folder != out:
-        if out.exists():
-            out.rmtree()
-        folder.rename(out)
+        replace_folder(folder, out)
     return records.load_dataset(out)
 
 
@@ -134,13 +155,19 @@ def _settings(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe) -
         "files": {path: {"bytes": stat.length, "modified": stat.mtime} for path, stat in files.items()},
         "sources": [dataclasses.asdict(source) for source in sources],
     }
-    return json.loads(json.dumps(settings))  # as it will be read again: no tuples
+    return plain(settings)  # as it will be read again: no tuples
 
 
-def _check_ours(folder: epath.Path) -> None:
-    """Raises a DatasetError for a folder that holds something other than a dataset, begun or complete: nothing may replace it."""
-    if folder.exists() and records.read_settings(folder) is None and any(folder.iterdir()):
+def _check_replaceable(folder: epath.Path) -> None:
+    """Raises an error for a folder that holds something other than a dataset, begun or complete: nothing may replace it."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if records.read_settings(folder) is None:
         raise records.DatasetError(f"{folder} exists and is not a prepared dataset; move it away or choose another --out")
+    if (folder / "dataset.json").exists():
+        check_ours(folder)
+    elif strange := sorted(name for name in files_in(folder) if name.split("/")[0] not in BEGUN):
+        raise records.DatasetError(f"{folder}/{strange[0]} was not written by prepare; move it away or choose another --out")
 
 
 def _existing(out: epath.Path, settings: dict) -> records.Dataset | None:
@@ -158,7 +185,7 @@ def _existing(out: epath.Path, settings: dict) -> records.Dataset | None:
 def _begin(out: epath.Path, settings: dict) -> epath.Path:
     """The folder to write in, with what an interrupted run of the same settings left there and nothing else."""
     folder = out if is_remote(out) else out.with_name(out.name + ".partial")
-    _check_ours(folder)
+    _check_replaceable(folder)
     if folder.exists() and (records.read_settings(folder) != settings or (folder / "dataset.json").exists()):
         folder.rmtree()
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from f2llm_jax.data.records import Dataset
 from f2llm_jax.inference.by_layer import ENTRIES, lookup
 from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.progress import ProgressCallback
 from f2llm_jax.pruning.target import PruningError
 from f2llm_jax.text import truncate
 from f2llm_jax.weights.models import ModelSource
@@ -39,7 +40,6 @@ MEASURES: dict[str, tuple[Callable, Callable]] = {
     "l2": (jnp.square, np.sqrt),  # root mean square, which orders channels as their L2 norm over all tokens does
     "mean-abs": (jnp.abs, lambda mean: mean),
 }
-ProgressCallback = Callable[[int, int], None]  # (layers done, layers in all)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import jax
 
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.pruning.calibration import Activations, ProgressCallback, draw_texts, measure
+from f2llm_jax.progress import ProgressCallback, silent
+from f2llm_jax.pruning.calibration import Activations, draw_texts, measure
 from f2llm_jax.pruning.choice import Choice, Method, choose
 from f2llm_jax.pruning.cut import cut
 from f2llm_jax.pruning.target import PruningError, parse_target
@@ -56,7 +57,7 @@ def prune(
     *,
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
-    report: ProgressCallback = lambda done, total: None,
+    report: ProgressCallback = silent,
 ) -> Pruned:
     """Prunes a model to `target` (see `parse_target`) by what it does on `rows` training rows of `dataset`.
 

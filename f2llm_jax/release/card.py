@@ -9,6 +9,7 @@ import huggingface_hub
 from etils import epath
 
 from f2llm_jax import __version__, text
+from f2llm_jax.files import write_text
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.reporting.run_record import RunRecord, read_record
 from f2llm_jax.weights.models import ModelSource
@@ -101,7 +102,7 @@ def write_card(folder: epath.Path, source: ModelSource, dims: Sequence[int], dty
         base_model=labels.base_model or None,
         tags=TAGS,
     ).to_yaml()
-    (folder / "README.md").write_text(f"---\n{header}\n---\n\n" + "\n".join(filter(None, sections)))
+    write_text(folder / "README.md", f"---\n{header}\n---\n\n" + "\n".join(filter(None, sections)))
 
 
 def _pictures(record: RunRecord) -> dict[str, bytes]:

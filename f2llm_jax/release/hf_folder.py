@@ -11,12 +11,13 @@ from typing import Any
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import check_new_folder, new_folder, write_json
+from f2llm_jax.files import write_json, write_text
+from f2llm_jax.folders import check_new_folder, new_folder
 from f2llm_jax.model.decoder import INITIALIZER_RANGE
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.progress import Progress
 from f2llm_jax.release import card, sentence_transformers
 from f2llm_jax.release.golden import GOLDEN_FILE, golden_vectors
-from f2llm_jax.release.progress import Progress
 from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_weights
 from f2llm_jax.text import Tokenizer
 from f2llm_jax.weights.models import ModelSource
@@ -60,10 +61,11 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
     """
     tokenizer = source.matching_tokenizer()
     dims = served_dims(source, form.truncate_dim)
-    with new_folder(out, sentence_transformers.MODULES_FILE, CONFIG_FILE, overwrite) as folder:
+    with new_folder(out, CONFIG_FILE, overwrite) as folder:
         with source.open_params() as parameters:
-            report = Progress("releasing", stored_bytes(source.config, form.dtype))
-            write_weights(folder, source.config, parameters, form.dtype, form.max_shard_bytes, report)
+            with Progress() as progress:
+                report = progress.counter("releasing", "B", stored_bytes(source.config, form.dtype))
+                write_weights(folder, source.config, parameters, form.dtype, form.max_shard_bytes, report)
             if form.golden:
                 kind = DTYPES[form.dtype][0]
                 write_json(folder / GOLDEN_FILE, golden_vectors(source.config, parameters, kind, tokenizer, source.text_limit))
@@ -75,7 +77,7 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
 
 def check_out(out: epath.PathLike, overwrite: bool) -> None:
     """Raises UserError if `export` would refuse to write to `out`."""
-    check_new_folder(out, sentence_transformers.MODULES_FILE, overwrite)
+    check_new_folder(out, overwrite)
 
 
 def served_dims(source: ModelSource, truncate_dim: int | None) -> tuple[int, ...]:
@@ -150,4 +152,4 @@ def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer, text_limit: int) -
     if parts["model"]["type"] == "BPE":
         write_json(folder / "vocab.json", parts["model"]["vocab"])
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+        write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")

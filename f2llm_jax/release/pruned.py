@@ -13,7 +13,8 @@ import io
 import numpy as np
 from etils import epath
 
-from f2llm_jax.files import absolute, check_new_folder, new_folder, write_json
+from f2llm_jax.files import absolute, write_json
+from f2llm_jax.folders import check_new_folder, new_folder
 from f2llm_jax.pruning.picture import spectrum
 from f2llm_jax.pruning.prune import Pruned
 from f2llm_jax.release import hf_folder, workdir
@@ -24,7 +25,7 @@ MODEL_FOLDER = "model"
 
 def check_out(out: epath.PathLike, overwrite: bool) -> None:
     """Raises UserError if `write_pruned` would refuse to write to `out`."""
-    check_new_folder(out, FACTS_FILE, overwrite)
+    check_new_folder(out, overwrite)
 
 
 def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, overwrite: bool) -> None:
@@ -33,7 +34,7 @@ def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, o
     Raises:
       UserError, TokenizerError: as `hf_folder.export`.
     """
-    with new_folder(absolute(out), FACTS_FILE, FACTS_FILE, overwrite) as folder:
+    with new_folder(absolute(out), FACTS_FILE, overwrite) as folder:
         workdir.fill(folder, pruned.model)
         hf_folder.export(pruned.model, folder / MODEL_FOLDER, form)
         arrays = {field.name: getattr(pruned.choice, field.name) for field in dataclasses.fields(pruned.choice)}

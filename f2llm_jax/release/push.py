@@ -6,7 +6,8 @@ import pathlib
 import huggingface_hub
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import INCOMPLETE
+from f2llm_jax.files import holds
+from f2llm_jax.folders import INCOMPLETE
 from f2llm_jax.release.sentence_transformers import MODULES_FILE
 
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -25,7 +26,13 @@ def files_to_push(folder: str) -> list[tuple[str, int]]:
         huggingface_hub.ModelCard.load(root / "README.md")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/README.md: the Hub would not read its header ({error})") from error
-    return sorted((file.relative_to(root).as_posix(), file.stat().st_size) for file in root.rglob("*") if file.is_file())
+    return sorted((file.relative_to(root).as_posix(), file.stat().st_size) for file in root.rglob("*") if _is_pushed(file, root))
+
+
+def _is_pushed(file: pathlib.Path, root: pathlib.Path) -> bool:
+    """Plain files of the folder itself: no dot files, and nothing behind a link that leaves the folder."""
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.is_file() and not hidden and holds(root, file)
 
 
 def push(folder: str, repo_id: str, *, private: bool) -> str:
@@ -34,14 +41,14 @@ def push(folder: str, repo_id: str, *, private: bool) -> str:
     Raises:
       UserError: no token, no complete release, or the Hub refuses.
     """
-    files_to_push(folder)
+    names = [name for name, _ in files_to_push(folder)]
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise UserError(f"set {TOKEN_VARIABLE} to a token that may write to {repo_id}")
     api = huggingface_hub.HfApi(token=token)
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Release by f2llm_jax")
+        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message="Release by f2llm_jax")
     except Exception as error:  # the client has a class for each of offline, no permission, bad name
         raise UserError(f"the Hub refused {repo_id} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
     return str(address)

@@ -15,9 +15,10 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.files import absolute, new_folder
+from f2llm_jax.files import FileError, absolute
+from f2llm_jax.folders import new_folder
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.release.progress import Progress
+from f2llm_jax.progress import Progress
 from f2llm_jax.weights import chunks
 from f2llm_jax.weights.checkpoint_reader import array_spec
 from f2llm_jax.weights.models import ModelSource
@@ -42,7 +43,7 @@ def write_workdir(source: ModelSource, out: epath.PathLike, *, overwrite: bool) 
       TokenizerError: the model has no tokenizer or one that does not fit it.
     """
     source.matching_tokenizer()
-    with new_folder(absolute(out), "checkpoints", f"{STEP}/{COMMITTED}", overwrite) as folder:
+    with new_folder(absolute(out), f"{STEP}/{COMMITTED}", overwrite) as folder:
         fill(folder, source)
 
 
@@ -82,15 +83,19 @@ def _description(config: DecoderConfig, metadata: dict[str, Any]) -> Iterator[ep
 
 def _write_arrays(folder: epath.Path, config: DecoderConfig, parameters: Parameters) -> None:
     shapes = parameter_shapes(config)
-    report = Progress("importing", sum(4 * int(np.prod(shape)) for shape in shapes.values()))
+    total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
     folder.mkdir(parents=True)
-    for entry, shape in shapes.items():
-        rows = chunks.chunk_rows(shape, shape, stacked=entry.stacked)
-        array = ts.open(array_spec(folder, entry) | {"metadata": _layout(shape, rows)}, create=True).result()
-        for start, stop in blocks(parameters, entry, shape, rows):
-            block = parameters.read(entry, start, stop)
-            array[start:stop].write(block).result()
-            report(block.nbytes)
+    with Progress() as progress:
+        report = progress.counter("importing", "B", total)
+        for entry, shape in shapes.items():
+            rows = chunks.chunk_rows(shape, shape, stacked=entry.stacked)
+            array = ts.open(array_spec(folder, entry) | {"metadata": _layout(shape, rows)}, create=True).result()
+            for start, stop in blocks(parameters, entry, shape, rows):
+                block = parameters.read(entry, start, stop)
+                if not np.isfinite(block).all():
+                    raise FileError(f"{'/'.join(entry.path)}: a weight is not finite; take a model whose weights are, or repair it")
+                array[start:stop].write(block).result()
+                report(block.nbytes)
 
 
 def _layout(shape: Shape, rows: int) -> dict[str, Any]:
@@ -102,5 +107,6 @@ def _layout(shape: Shape, rows: int) -> dict[str, Any]:
         "codecs": [
             {"name": "bytes", "configuration": {"endian": "little"}},
             {"name": "zstd", "configuration": {"level": COMPRESSION}},
+            {"name": "crc32c"},  # compared by tensorstore whenever a chunk is read
         ],
     }

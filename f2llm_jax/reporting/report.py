@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -10,6 +9,8 @@ from matplotlib.figure import Figure
 
 from f2llm_jax.data.records import DatasetError, load_dataset
 from f2llm_jax.errors import UserError
+from f2llm_jax.files import write_bytes, write_text
+from f2llm_jax.folders import check_new_folder, new_folder
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.reporting import charts
@@ -39,10 +40,10 @@ def write_report(workdirs: Sequence[epath.PathLike], out: pathlib.Path) -> pathl
       out: folder to make.
 
     Raises:
-      ReportError: a workdir recorded nothing, or `out` holds something else.
+      ReportError: a workdir recorded nothing.
+      FileError: `out` holds something else than an older report.
     """
-    if out.exists() and any(out.iterdir()) and not (out / PAGE).exists():
-        raise ReportError(f"{out} is not empty and holds no {PAGE}, so it is not replaced; choose another --out")
+    check_new_folder(out, True, {str(workdir): workdir for workdir in workdirs})
     runs = read_runs(workdirs)
     glances, missing, lines = {}, [], []
     for run, workdir, color in zip(runs, workdirs, charts.colors(runs), strict=True):
@@ -56,14 +57,10 @@ def write_report(workdirs: Sequence[epath.PathLike], out: pathlib.Path) -> pathl
         lines.append(RunLine(run, parameters, color))
     sections = {name: _charts(parts) for name, parts in _sections(runs, glances).items()}
     content = page(lines, {name: found for name, found in sections.items() if found}, missing)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for chart in (chart for found in sections.values() for chart in found):
-        (partial / f"{chart.name}.png").write_bytes(charts.png(chart.figure))
-    (partial / PAGE).write_text(content, encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with new_folder(out, PAGE, overwrite=True, inputs={str(workdir): workdir for workdir in workdirs}) as folder:
+        for chart in (chart for found in sections.values() for chart in found):
+            write_bytes(folder / f"{chart.name}.png", charts.png(chart.figure))
+        write_text(folder / PAGE, content)
     return out / PAGE
 
 
