@@ -24,9 +24,10 @@ from f2llm_jax import evaluate
 from f2llm_jax.command import INTERRUPTED
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
+from f2llm_jax.files import FileError
 from f2llm_jax.inference import encode
 from f2llm_jax.inference.encode import load_encoder
-from f2llm_jax.inference.vector_cache import CachedEncoder, VectorCacheError
+from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import INSTRUCTION_TEMPLATE
 from f2llm_jax.weights.digest import model_digest
@@ -245,7 +246,7 @@ def test_a_broken_segment_is_named(origin, tmp_path):
     cached(tmp_path, origin).encode(["a", "b"])
     (segment,) = tmp_path.glob("*/*.npy")
     segment.write_bytes(segment.read_bytes()[:100])
-    with pytest.raises(VectorCacheError, match=segment.name):
+    with pytest.raises(FileError, match=segment.name):
         cached(tmp_path, origin).encode(["a"])
 
 
