@@ -1,12 +1,17 @@
 """Eight fake CPU devices for every test, decided before JAX is first used; and what several files need."""
 
+import fcntl
 import os
 import pathlib
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed JAX would otherwise look for a TPU
 
 import jax
 import pytest
+import small_data
+
+from f2llm_jax.data import records
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -17,6 +22,22 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory) -> records.Dataset:
+    """The dataset of `small_data`, for reading: made once a test run, by the first of its processes that needs it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in the run's
+        root = root.parent
+    folder = root / "small_data"
+    with (root / "small_data.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            small_data.write(folder)
+            (folder / "complete").touch()
+    return records.load_dataset(folder / "data")
 
 
 @pytest.fixture(scope="session")

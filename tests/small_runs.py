@@ -31,21 +31,6 @@ OVERRIDES = {
     "checkpoint.keep": 9,
 }
 TRAIN = ("-m", "f2llm_jax.main")
-# In place of TRAIN, before the name of a signal and a step: sends the process that signal as it is about to record that step.
-SIGNALLER = """
-import os, signal, sys
-from absl import app
-from f2llm_jax import main
-from f2llm_jax.training import metrics
-name, at = sys.argv.pop(1), int(sys.argv.pop(1))
-record = metrics.Recorder.step
-def step(self, number, *rest):
-    if number == at:
-        os.kill(os.getpid(), signal.Signals[name])
-    record(self, number, *rest)
-metrics.Recorder.step = step
-app.run(main.main)
-"""
 
 
 def train_command(data, workdir, *flags, python=TRAIN, **overrides):

@@ -22,8 +22,6 @@ from f2llm_jax.chain.sweep import Arm, Score
 from f2llm_jax.configs import ablation, common, family
 from f2llm_jax.model.sizes import SIZES
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
-
 ROOT = pathlib.Path(__file__).parents[1]
 # A command for tests: notes each start in LOG, waits while a file WAIT exists, fails while a file FAIL exists, then makes OUT.
 COMMAND = """
@@ -211,12 +209,12 @@ def run_family(root, raw, *flags, **options):
 
 
 @pytest.mark.slow
-def test_the_family_in_small_survives_sigkill_and_loads(tmp_path):
+def test_the_family_in_small_survives_sigkill_and_loads(tmp_path, small_dataset):
     """All of it from one command, killed with its children as stage 2 of 0.6b writes metrics; then eight releases of eight widths."""
-    small_data.write(tmp_path / "small")
+    small = small_dataset.folder.parent
     root = tmp_path / "family"
     root.mkdir()
-    first = run_family(root, tmp_path / "small", start_new_session=True)
+    first = run_family(root, small, start_new_session=True)
     while not (root / "stage2-0.6b" / "metrics.jsonl").exists():
         assert first.poll() is None
         time.sleep(0.05)
@@ -224,7 +222,7 @@ def test_the_family_in_small_survives_sigkill_and_loads(tmp_path):
     first.wait()
     assert (root / "stage2-1.7b").exists() and not (root / "stage2-330m").exists()
     before = (root / "chain.json").read_text()
-    second = run_family(root, tmp_path / "small", stderr=subprocess.PIPE)
+    second = run_family(root, small, stderr=subprocess.PIPE)
     said = second.communicate(timeout=600)[1]
     assert second.returncode == 0, said
     assert (root / "chain.json").read_text().startswith(before.rstrip("}\n ")) and "stage1-14b: python" not in said
@@ -239,10 +237,9 @@ def test_the_family_in_small_survives_sigkill_and_loads(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_in_small_ends_in_a_table(tmp_path):
-    data = small_data.write(tmp_path).folder
+def test_a_sweep_in_small_ends_in_a_table(tmp_path, small_dataset):
     overrides = {
-        "data": data,
+        "data": small_dataset.folder,
         "source_steps": 30,
         "teacher_steps": 10,
         "steps": 5,

@@ -8,22 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from small_batches import CHUNKS, LENGTHS, TEXTS, B, N, encode_chunk, packed
 
 from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import PackedTexts
-from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
-from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
+from f2llm_jax.model.encoder import encode, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective, Samples
 from f2llm_jax.training.step import by_role
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-B, N = 6, 2
-TEXTS = B * (2 + N)
-SHAPE = RowShape(chunk_rows=2, row_tokens=16, row_texts=16)
-CHUNKS = 5
-# Chunks in use -> (long texts, their length, length of the others).
-LENGTHS = {1: (4, 3, 1), 2: (5, 8, 1), 5: (5, 16, 4)}
 OBJECTIVES = {
     "published": Objective(contrastive=ContrastiveConfig(dims=(8, 64))),
     "no passage gradient": Objective(contrastive=ContrastiveConfig(in_batch_passage_grad="none")),
@@ -34,22 +28,6 @@ OBJECTIVES = {
 @pytest.fixture(scope="module")
 def params():
     return init_decoder(tiny.CONFIG, 0)
-
-
-def packed(chunks):
-    """A batch that fills `chunks` of the `CHUNKS` there is room for; text 3 is absent."""
-    rng = np.random.default_rng(chunks)
-    long, longest, shortest = LENGTHS[chunks]
-    lengths = rng.permutation([longest] * long + [shortest] * (TEXTS - 1 - long))
-    lengths = np.insert(lengths, 3, 0)
-    packing = SHAPE.pack(lengths)
-    assert -(-packing.rows // SHAPE.chunk_rows) == chunks
-    ids = [rng.integers(0, tiny.CONFIG.vocab_size, length).astype(np.int32) for length in lengths]
-    return lay_out(packing, SHAPE, lambda wanted: [ids[i] for i in wanted], chunks=CHUNKS)
-
-
-def encode_chunk(dtype=jnp.float32, remat="full", layers=()):
-    return chunk_encoder(abstract_decoder(tiny.CONFIG)[0], dtype, remat, layers)
 
 
 def objective(weights):

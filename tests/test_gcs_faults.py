@@ -8,13 +8,11 @@ import urllib.parse
 
 import faults
 import gcs
+import kills
 import pytest
-import small_data
-from small_runs import SIGNALLER, TRAIN, assert_same_weights, environment, train_command
+from small_runs import TRAIN, assert_same_weights, environment, train_command
 
-# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [
-    *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning"),
     pytest.mark.slow,
 ]
@@ -29,8 +27,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(folder):
-    return small_data.write(folder).folder
+def data(small_dataset):
+    return small_dataset.folder
 
 
 def run(folder, words, address=None):
@@ -55,7 +53,7 @@ def test_nothing_is_lost_in_a_bucket_behind_a_bad_network(data, folder):
         behind = urllib.parse.urlsplit(os.environ["STORAGE_EMULATOR_HOST"])
         with faults.between((behind.hostname, behind.port), SHARE) as (address, counts):
             for killed_at in KILLED_AT:
-                done = run(folder, training(data, f"{bucket}/run", ("-c", SIGNALLER, "SIGKILL", str(killed_at))), address)
+                done = run(folder, training(data, f"{bucket}/run", kills.at_step(killed_at)), address)
                 assert done.returncode == -signal.SIGKILL, done.stderr
             done = run(folder, training(data, f"{bucket}/run"), address)
             assert done.returncode == 0 and "resumes at step" in done.stderr, done.stderr

@@ -2,17 +2,14 @@
 
 import numpy as np
 import pytest
-import small_data
 import tiny
 
 from f2llm_jax.evaluation.held_out import accuracies
 from f2llm_jax.inference.encode import load_encoder
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 
-
-def test_accuracy_counts_rows_whose_positive_comes_first(tmp_path):
-    dataset = small_data.write(tmp_path)
+def test_accuracy_counts_rows_whose_positive_comes_first(tmp_path, small_dataset):
+    dataset = small_dataset
     encoder = load_encoder(tiny.origin(tmp_path / "tiny"))
     found = accuracies(encoder, dataset)
     assert set(found) == {name for name, source in dataset.sources.items() if source.rows["validation"]}

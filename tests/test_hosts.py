@@ -8,10 +8,10 @@ import subprocess
 import threading
 import time
 
+import kills
 import pytest
-import small_data
 from etils import epath
-from small_runs import ROOT, SIGNALLER, TRAIN, environment, losses, train_command
+from small_runs import ROOT, TRAIN, environment, losses, train_command
 
 import f2llm_jax
 from f2llm_jax.configs import stage2
@@ -21,9 +21,6 @@ from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import DivergedError
 from f2llm_jax.training.startup_check import Processes, StartupError, startup_check
 from f2llm_jax.weights.checkpoint_reader import find_checkpoint
-
-# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 
 FACTS = {"f2llm_jax": "1.0 with sources abc", "--config.batch.size": "24"}
 
@@ -218,8 +215,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(folder):
-    return small_data.write(folder).folder
+def data(small_dataset):
+    return small_dataset.folder
 
 
 def test_a_process_alone_says_who_is_missing(folder, tmp_path):
@@ -303,7 +300,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on(folder, data):
     """JAX's heartbeats, or a collective that fails, end the one that is left; it does not say that all is well."""
     flags = [*FLAT, "--config.checkpoint.every=5"]
     begun = time.monotonic()
-    codes, printed = train_together(folder, data, "one_killed", 2, 4, *flags, python={1: ("-c", SIGNALLER, "SIGKILL", "13")})
+    codes, printed = train_together(folder, data, "one_killed", 2, 4, *flags, python={1: kills.at_step(13)})
     print(f"exit codes {codes} after {time.monotonic() - begun:.0f} s")
     assert codes[1] == -9 and codes[0] not in (0, 75), printed
     assert 5 <= find_checkpoint(folder / "one_killed").step <= 12
@@ -320,7 +317,7 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step(folder, data):
     flags, at = [*FLAT, "--config.steps=24"], 11
     codes, printed = train_together(folder, data, "as_one", 1, 2, *flags)
     assert codes == [0], printed
-    codes, printed = train_together(folder, data, "stopped", 2, 4, *flags, python={1: ("-c", SIGNALLER, "SIGTERM", str(at))})
+    codes, printed = train_together(folder, data, "stopped", 2, 4, *flags, python={1: kills.at_step(at, "SIGTERM")})
     assert codes == [75, 75], printed
     step = find_checkpoint(folder / "stopped").step
     assert at <= step <= 14

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_data
 import tiny
+from small_batches import B, N, encode_chunk, packed
 from small_runs import OVERRIDES, assert_same_weights
-from test_encoder import B, N, encode_chunk, packed
 
 from f2llm_jax.batch import Batch
 from f2llm_jax.configs import stage2
@@ -23,10 +22,7 @@ from f2llm_jax.training.run import run
 from f2llm_jax.training.step import TrainState, make_train_step
 from f2llm_jax.weights.checkpoint_reader import find_checkpoint, steps_of
 
-pytestmark = [
-    *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +31,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(folder):
-    return small_data.write(folder).folder
+def data(small_dataset):
+    return small_dataset.folder
 
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, total_steps=9)

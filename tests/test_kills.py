@@ -7,14 +7,9 @@ import threading
 import time
 
 import pytest
-import small_data
 from small_runs import assert_same_weights, environment, train_command
 
-# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
-pytestmark = [
-    *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.slow
 
 KILLS, STEPS = 20, 100
 UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -26,13 +21,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def begin(folder):
+def begin(folder, small_dataset):
     """Begins a run that saves after every update, in a process of its own; what it prints goes to a list."""
-    data = small_data.write(folder).folder
     runs_in = environment(1, folder / "compiled")
 
     def call(workdir):
-        command = train_command(data, workdir, steps=STEPS, checkpoint__every=1, checkpoint__keep=2, eval__every=25)
+        command = train_command(small_dataset.folder, workdir, steps=STEPS, checkpoint__every=1, checkpoint__keep=2, eval__every=25)
         process = subprocess.Popen(command, env=runs_in, stderr=subprocess.PIPE, text=True)
         printed = []
         reader = threading.Thread(target=lambda: printed.extend(process.stderr), daemon=True)

@@ -1,14 +1,11 @@
 """Every depth is the model that ends there, and the loss is the mean over depths."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
-from test_encoder import TEXTS, B, N, packed
+from small_batches import TEXTS, B, N, packed, shallow
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch
@@ -19,12 +16,6 @@ from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import TrainState, make_train_step
 
 DEPTHS = (1, 2, 3)
-
-
-def shallow(params, depth):
-    """The decoder that consists of the first layers, and its parameters."""
-    config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=depth)
-    return config, nnx.map_state(lambda path, leaf: leaf.replace(leaf.get_value()[:depth]) if path[0] == "layers" else leaf, params)
 
 
 def encoder(config, layers=()):

@@ -120,3 +120,10 @@ def test_torch_and_its_kin_are_imported_late_and_by_evaluation_only():
             if kin & {name.split(".")[0] for name in names}:
                 assert module == "release.verify" or room(module) == "evaluation", module
                 assert node not in parsed.body, f"{module}: imported at the top"
+
+
+def test_no_test_imports_another_test_module():
+    for file in pathlib.Path(__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            assert not [name for name in names if name.startswith("test_")], f"{file.name}: {ast.unparse(node)}"

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import tiny
-from test_encoder import TEXTS, B, N, encode_chunk, packed
-from test_layer_matryoshka import shallow
+from small_batches import TEXTS, B, N, encode_chunk, packed, shallow
 
 from f2llm_jax import convert, sharding
 from f2llm_jax.batch import Batch

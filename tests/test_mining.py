@@ -8,62 +8,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
+from small_mining import LOOSE, assert_same, export_model, run, shrink, shrink_all, text, write_pairs
 
-from f2llm_jax import mine, sharding
+from f2llm_jax import sharding
 from f2llm_jax.command import INTERRUPTED
-from f2llm_jax.mining import nearest as nearest_module
-from f2llm_jax.mining import search, selection, vectors
+from f2llm_jax.mining import search, selection
 from f2llm_jax.mining.nearest import nearest
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.preparation.sources import find_sources
-from f2llm_jax.release import hf_folder
-from f2llm_jax.text import query_prompt
 from f2llm_jax.vectors import VectorStore
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mining")
-    hf_folder.export(tiny.origin(folder / "tokenizer"), folder / "model", hf_folder.Form(golden=False))
-    return folder / "model"
+    return export_model(tmp_path_factory.mktemp("mining"))
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Shards, tiles, blocks and groups of a few texts, so that a few hundred fill many."""
-    monkeypatch.setattr(vectors, "SHARD_TEXTS", 32)
-    monkeypatch.setattr(search, "SHARD_TEXTS", 32)
-    monkeypatch.setattr(search, "BLOCK_DOCUMENTS", 96)
-    shrink(monkeypatch, tile=8, group=4)
-
-
-def shrink(monkeypatch, tile, group):
-    monkeypatch.setattr(nearest_module, "TILE_QUERIES", tile)
-    monkeypatch.setattr(nearest_module, "GROUP", group)
-    monkeypatch.setattr(nearest_module, "FEW_GROUPS", (0, 1, 2))
-    nearest_module._merge.clear_cache()  # sizes are read when it is compiled
-
-
-def text(i):
-    """Distinct words; some texts long, so that their order in rows is not that of the list."""
-    return f"document {i} about {i * i % 97} and {i * 7 % 31}" + " again" * (i % 13)
-
-
-def write_pairs(path, rows=200, repeats=5):
-    """The last of every `repeats` queries is a repeat of the one before and has two positives."""
-    query = [query_prompt("Find it.") + f"what of {(i - (i % repeats == repeats - 1)) * 3}" for i in range(rows)]
-    table = {"query": query, "passage": [text(i) for i in range(rows)], "lang": [("en", "de")[i % 2] for i in range(rows)]}
-    pq.write_table(pa.table(table), path)
-    return table
-
-
-def run(model, queries, out, *more):
-    flags = ["--model", str(model), "--queries", *map(str, queries), "--out", str(out), *more]
-    return mine.main([*flags, *(() if "--max-score" in more else ("--max-score", "none"))])
-
-
-LOOSE = ("--max-relative", "none", "--near-duplicate", "2")
+    shrink_all(monkeypatch)
 
 
 # Nearest documents
@@ -293,13 +256,6 @@ def test_nothing_is_encoded_or_searched_twice(model, tmp_path, small, monkeypatc
     pq.write_table(pa.table({"passage": [text(i) for i in range(220)]}), tmp_path / "more.parquet")
     assert run(model, [tmp_path / "pairs.parquet"], tmp_path / "more", *cache, "--corpus", str(tmp_path / "more.parquet")) == 0
     assert len(written) == 1 + 3  # the last shard of documents has grown, and there are other neighbours
-
-
-def assert_same(a, b):
-    files = sorted(file.name for file in a.iterdir())
-    assert files == sorted(file.name for file in b.iterdir())
-    for name in files:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def test_rows_with_too_few_are_set_aside_or_filled(model, tmp_path, small):

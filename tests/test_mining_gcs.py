@@ -2,19 +2,17 @@
 
 import gcs
 import pytest
-import tiny
 from etils import epath
-from test_mining import write_pairs
+from small_mining import export_model, write_pairs
 
 from f2llm_jax import mine
-from f2llm_jax.release import hf_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning")
 
 
 @pytest.mark.slow
 def test_a_bucket_gets_the_files_of_a_disk(tmp_path):
-    hf_folder.export(tiny.origin(tmp_path / "tokenizer"), tmp_path / "model", hf_folder.Form(golden=False))
+    export_model(tmp_path)
     write_pairs(tmp_path / "pairs.parquet")
     rules = ["--negatives", "5", "--max-score", "none", "--max-relative", "none"]
     with gcs.emulator() as bucket:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from test_mining import LOOSE, model, run, small, text, write_pairs  # noqa: F401  (fixtures)
+from small_mining import LOOSE, export_model, run, shrink_all, text, write_pairs
 
 from f2llm_jax import mine
 from f2llm_jax.mining import builders, inputs
@@ -18,6 +18,16 @@ from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.run import mine as mine_with
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, query_prompt
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return export_model(tmp_path_factory.mktemp("mining"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shrink_all(monkeypatch)
 
 
 def write_beir(folder, documents=60, change=lambda corpus, queries, qrels: None):
@@ -35,7 +45,7 @@ def write_beir(folder, documents=60, change=lambda corpus, queries, qrels: None)
     return folder
 
 
-def test_a_beir_folder(model, tmp_path, small):  # noqa: F811
+def test_a_beir_folder(model, tmp_path, small):
     beir = write_beir(tmp_path / "beir")
     assert run(model, [beir], tmp_path / "out", "--corpus", str(beir), "--negatives", "50", "--skip", "0", *LOOSE) == 0
     rows = pq.read_table(tmp_path / "out" / "beir.parquet").to_pylist()
@@ -99,7 +109,7 @@ def test_what_is_wrong_with_a_beir_folder(tmp_path, change, message):
         inputs.read_pairs(write_beir(tmp_path / "beir", change=change), None, "train")
 
 
-def test_errors_of_the_command_are_one_line_and_leave_nothing(model, tmp_path, small, capsys):  # noqa: F811
+def test_errors_of_the_command_are_one_line_and_leave_nothing(model, tmp_path, small, capsys):
     write_pairs(tmp_path / "pairs.parquet", rows=30)
     pq.write_table(pa.table({"query": ["a", "b"], "passage": ["x", None]}), tmp_path / "null.parquet")
     pq.write_table(pa.table({"query": ["a", "b"]}), tmp_path / "no.parquet")
@@ -126,7 +136,7 @@ def test_errors_of_the_command_are_one_line_and_leave_nothing(model, tmp_path, s
     assert run(model, [pairs], tmp_path / "taken", "--negatives", "4", "--cache", str(tmp_path / "c"), "--overwrite", *LOOSE) == 0
 
 
-def test_vectors_that_are_not_finite(tmp_path, small):  # noqa: F811
+def test_vectors_that_are_not_finite(tmp_path, small):
     good = tiny.origin(tmp_path / "tokenizer")
     broken = dataclasses.replace(good, load=lambda mesh: jax.tree.map(lambda x: x * jnp.nan, good.load(mesh)))
     write_pairs(tmp_path / "pairs.parquet", rows=30)
@@ -144,7 +154,7 @@ def labelled(path, **columns):
     return path
 
 
-def test_nli(model, tmp_path, small):  # noqa: F811
+def test_nli(model, tmp_path, small):
     """Contradicted, then neutral, then mined; what a premise entails is never its negative."""
     premise, hypothesis, label = [], [], []
     for i in range(40):

@@ -1,17 +1,14 @@
 """`mine` killed again and again, or on two hosts, gives what it gives undisturbed on one, and encodes no shard twice."""
 
-import random
-import signal
+import shutil
 import socket
 import subprocess
 import sys
 import time
 
+import kills
 import pytest
-import tiny
-from test_mining import assert_same, write_pairs
-
-from f2llm_jax.release import hf_folder
+from small_mining import assert_same, export_model, write_pairs
 
 KILLS = 10
 # The command with small shards, on two devices, as a process of its own or as one of two.
@@ -34,7 +31,7 @@ sys.exit(mine.main(flags))
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    hf_folder.export(tiny.origin(folder / "tokenizer"), folder / "model", hf_folder.Form(golden=False))
+    export_model(folder)
     write_pairs(folder / "pairs.parquet", rows=1500)
     return folder
 
@@ -61,27 +58,25 @@ def complete(cache):
 @pytest.mark.slow
 def test_ten_kills_change_nothing(prepared, whole):
     folder, took = whole
-    run, out, draw = command(prepared, prepared / "killed"), prepared / "killed", random.Random(0)
-    seen, kills, added = {}, 0, 0
-    while kills < KILLS:
-        with subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            try:
-                process.wait(took * draw.uniform(0.3, 0.9))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += not out.exists()
-        now = complete(prepared / "killed.cache")
+    run, out, cache = command(prepared, prepared / "killed"), prepared / "killed", prepared / "killed.cache"
+    seen, added = {}, []
+
+    def killed(number):
+        now = complete(cache)
         assert now.items() >= seen.items()  # what was complete is the very same file
-        added += len(now) > len(seen)
-        seen = now
-        if out.exists():  # it was too quick: all over again
-            assert_same(out, folder)
-            subprocess.run(["rm", "-rf", out, prepared / "killed.cache"], check=True)
-            seen = {}
+        added.append(len(now) > len(seen))
+        seen.update(now)
+
+    def finished():
+        assert_same(out, folder)
+        shutil.rmtree(out)
+        shutil.rmtree(cache)
+        seen.clear()
+
+    kills.at_random(run, KILLS, 0.9 * took, finished, killed)
     done = subprocess.run(run, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert complete(prepared / "killed.cache").items() >= seen.items() and added > 2
+    assert complete(cache).items() >= seen.items() and sum(added) > 2
     assert_same(out, folder)
 
 

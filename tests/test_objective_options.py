@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_samples import DIMS, B, D, N, masks, of, random_embeddings
 from scipy.special import log_softmax, logsumexp
-from test_objectives import DIMS, B, D, N, masks, of, random_embeddings
 
 from f2llm_jax.objectives import ContrastiveConfig, Embeddings, Objective, contrastive, total
 from f2llm_jax.objectives.contrastive import contrastive as contrastive_loss

@@ -24,18 +24,15 @@ from f2llm_jax.model.encoder import chunk_encoder, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective
 from f2llm_jax.training.step import by_role, samples_of
 
-pytestmark = [
-    *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),
-    pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = BatchConfig(size=10, row_tokens=64, microbatch_rows=4, max_length=small_data.MAX_LENGTH, row_texts=8)
 OBJECTIVE = Objective(contrastive=ContrastiveConfig(dims=(16, 64)))
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return small_data.write(tmp_path_factory.mktemp("packed"))
+def dataset(small_dataset):
+    return small_dataset
 
 
 def padded(texts, count):

@@ -8,15 +8,12 @@ import small_data
 from f2llm_jax import sharding
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 
-# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
-
 CONFIG = BatchConfig(size=24, row_tokens=64, microbatch_rows=8, max_length=small_data.MAX_LENGTH, row_texts=8)
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return small_data.write(tmp_path_factory.mktemp("pipeline"))
+def dataset(small_dataset):
+    return small_dataset
 
 
 @pytest.fixture(scope="module")

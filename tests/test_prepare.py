@@ -15,40 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from test_text import EOS, write_tokenizer
+from small_raw import EOS, INSTRUCTION, MAX_LENGTH, command, rows, write, write_tokenizer
 
 from f2llm_jax import prepare
 from f2llm_jax.data import records
-
-# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
-
-MAX_LENGTH = 100
-WORDS = ["Katze", "猫", "кошка", "قطة", "बिल्ली", "γάτα", "gato", "con mèo"]
-INSTRUCTION = "Instruct: Retrieve translations of the following text.\nQuery: "
-
-
-def rows(count, negatives, start=0):
-    """Multilingual rows with shared documents, some of them longer than `MAX_LENGTH` tokens, one negative equal to its positive."""
-    table = {"query": [f"{INSTRUCTION}{i} {WORDS[i % 8] * (1 + i % 5)}" for i in range(start, start + count)]}
-    table["passage"] = [f"cat {i // 2} {WORDS[(i + 1) % 8]}" for i in range(start, start + count)]
-    for n in range(1, negatives + 1):
-        table[f"negative_{n}"] = [f"dog {(i * n) % 7} {WORDS[n % 8] * (i % 4)}" for i in range(start, start + count)]
-    if start == 0 and count > 3:
-        table["negative_1"][3] = table["passage"][3]
-    table["lang"] = [f"l{i % 8}" for i in range(start, start + count)]
-    return table
-
-
-def write(folder, name, table, tasks=None):
-    folder.mkdir(exist_ok=True)
-    pq.write_table(pa.table(table), folder / f"{name}.parquet")
-    if tasks:
-        (folder / "tasks.json").write_text(json.dumps(tasks))
-
-
-def command(raw, tokenizer, out, *more):
-    return ["--raw", str(raw), "--tokenizer", str(tokenizer), "--out", str(out), "--max-length", str(MAX_LENGTH), "--workers", "1", *more]
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_prepare import INSTRUCTION, WORDS, command, rows, write
-from test_text import write_tokenizer
+from small_raw import INSTRUCTION, WORDS, command, rows, write, write_tokenizer
 
 from f2llm_jax import prepare
 from f2llm_jax.data import inspect, records
-
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 
 QUERY_PREFIX = "Instruct: Retrieve translations of the following text.\nQuery: "
 

@@ -1,16 +1,14 @@
 """`prepare` killed again and again, or on several Beam workers, gives what it gives undisturbed in one process."""
 
 import hashlib
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
+import kills
 import pytest
-from test_prepare import command, rows, write
-from test_text import write_tokenizer
+from small_raw import command, rows, write, write_tokenizer
 
 from f2llm_jax.data import records
 
@@ -36,21 +34,13 @@ def test_ten_kills_change_nothing(tmp_path):
     begun = time.monotonic()
     assert subprocess.run(whole, capture_output=True, timeout=600).returncode == 0
     took = time.monotonic() - begun
-    draw, kills = random.Random(0), 0
-    while kills < KILLS:
-        with subprocess.Popen(run, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-            try:
-                process.wait(took * draw.random())
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-                assert not (tmp_path / "killed").exists()
-            else:  # it was done before the moment came: from nothing again
-                assert process.returncode == 0
-                shutil.rmtree(tmp_path / "killed")
-        if kills < KILLS and kills % 3 == 2:  # from nothing again, so that early moments are hit too
+
+    def killed(number):
+        assert not (tmp_path / "killed").exists()
+        if number < KILLS and number % 3 == 2:  # from nothing again, so that early moments are hit too
             shutil.rmtree(tmp_path / "killed.partial", ignore_errors=True)
+
+    kills.at_random(run, KILLS, took, lambda: shutil.rmtree(tmp_path / "killed"), killed)
     done = subprocess.run(run, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")

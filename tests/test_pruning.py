@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import sentence_transformers
-import small_data
 import tiny
 import torch
 import transformers
@@ -29,9 +28,6 @@ from f2llm_jax.text import load_tokenizer
 from f2llm_jax.weights.checkpoint_reader import flatten
 from f2llm_jax.weights.models import ModelSource, find_model
 
-# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
-
 CONFIG = tiny.CONFIG
 PARTS = {"hidden": 40, "ffn": 56, "layers": 2}
 TARGET = ",".join(f"{name}={value}" for name, value in PARTS.items())
@@ -42,8 +38,8 @@ HIDDEN_AXIS |= {"gate": 0, "up": 0, "down": 0}
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return records.load_dataset(small_data.write(tmp_path_factory.mktemp("data")).folder)
+def dataset(small_dataset):
+    return small_dataset
 
 
 @pytest.fixture(scope="module")

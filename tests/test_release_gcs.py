@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import gcs
+import kills
 import pytest
-import small_data
 import tiny
 from etils import epath
 
@@ -54,31 +54,14 @@ def test_a_bucket_holds_what_a_disk_holds(bucket, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:::tensorflow_datasets", "ignore:::apache_beam")
-def test_a_pruned_model_in_a_bucket(bucket, folder, tmp_path):
-    data = small_data.write(tmp_path).folder
-    flags = ["--model", folder, "--data", data, "--target", "hidden=32,layers=2", "--calibration-rows", 16, *SHARDS]
+def test_a_pruned_model_in_a_bucket(bucket, folder, tmp_path, small_dataset):
+    flags = ["--model", folder, "--data", small_dataset.folder, "--target", "hidden=32,layers=2", "--calibration-rows", 16, *SHARDS]
     for out in (f"{bucket}/pruned", tmp_path / "pruned"):
         assert prune.main([str(flag) for flag in (*flags, "--out", out)]) == 0
     assert held(f"{bucket}/pruned/model") == held(tmp_path / "pruned" / "model")
     assert convert.main(["to-hf", f"{bucket}/pruned", str(tmp_path / "again"), *SHARDS]) == 0
     weights = {name: content for name, content in held(tmp_path / "again").items() if "safetensors" in name}
     assert weights and weights.items() <= held(tmp_path / "pruned" / "model").items()
-
-
-KILLED = """
-import os, signal, sys
-from f2llm_jax import convert
-from f2llm_jax.release import safetensors
-written, original = [], safetensors._write_file
-def write(*arguments):
-    original(*arguments)
-    written.append(1)
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-safetensors._write_file = write
-convert.main(sys.argv[1:])
-"""
 
 
 def test_killed_and_run_again(bucket, folder):
@@ -88,7 +71,12 @@ def test_killed_and_run_again(bucket, folder):
     assert convert.main(command) == 0
     root = pathlib.Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command, "--overwrite"], env=environment, capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, *kills.at_call("convert", "release.safetensors:_write_file", 3), *command, "--overwrite"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = held(f"{bucket}/again")
     assert INCOMPLETE in left and "config.json" not in left and "modules.json" not in left

@@ -8,7 +8,6 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_data
 import tiny
 
 from f2llm_jax import report
@@ -20,13 +19,12 @@ from f2llm_jax.reporting.run_record import RunRecord
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.step import TrainState
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 STEPS = 30
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return small_data.write(tmp_path_factory.mktemp("report"))
+def dataset(small_dataset):
+    return small_dataset
 
 
 @pytest.fixture(scope="module")

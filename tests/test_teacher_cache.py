@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import small_data
 import tiny
 
 from f2llm_jax import cache_teacher as command
@@ -19,14 +18,12 @@ from f2llm_jax.release import hf_folder
 from f2llm_jax.text import truncate
 from f2llm_jax.vectors import VectorStore
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
-
 MAX_LENGTH, DIMS, SHARD = 12, 48, 512
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return small_data.write(tmp_path_factory.mktemp("data"))
+def dataset(small_dataset):
+    return small_dataset
 
 
 @pytest.fixture(scope="module")

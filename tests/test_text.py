@@ -9,30 +9,11 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from small_raw import EOS, PAD, write_tokenizer
 
 from f2llm_jax import text
 
-EOS, PAD = "<|end|>", "<|pad|>"
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda value: EOS not in value and PAD not in value)
-
-
-def write_tokenizer(folder, pad=PAD, appends_eos=False):
-    """A byte-level BPE tokenizer of a few merges in the Hugging Face layout."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(["the cat sat on the mat", "die Katze saß auf der Matte", "猫坐在垫子上"], trainer)
-    if appends_eos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": pad}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module", params=["plain", "eos_is_pad", "appends_eos"])

@@ -5,37 +5,18 @@ import shutil
 import subprocess
 
 import jax
+import kills
 import numpy as np
 import pytest
 import small_data
-from small_runs import OVERRIDES, SIGNALLER, STEPS, TRAIN, assert_same_weights, environment, losses, metrics, train_command
+from small_runs import OVERRIDES, STEPS, TRAIN, assert_same_weights, environment, losses, metrics, train_command
 
 from f2llm_jax.configs import stage2
 from f2llm_jax.training.run import run
 from f2llm_jax.training.start import StartError
 from f2llm_jax.weights.checkpoint_reader import CheckpointError, find_checkpoint
 
-# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
-
 SAVED = 10
-# Kills the process as a given step is about to be recorded, once a given checkpoint is complete.
-KILLER = """
-import os, pathlib, signal, sys, time
-from absl import app
-from f2llm_jax import main
-from f2llm_jax.training import metrics
-killed_at, saved = int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1))
-record = metrics.Recorder.step
-def step(self, number, *rest):
-    if number == killed_at:
-        while not saved.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    record(self, number, *rest)
-metrics.Recorder.step = step
-app.run(main.main)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +25,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(folder):
-    return small_data.write(folder).folder
+def data(small_dataset):
+    return small_dataset.folder
 
 
 def train(folder, data, workdir, *flags, devices=1, python=TRAIN):
@@ -121,7 +102,7 @@ def test_a_run_killed_twice_is_the_undisturbed_one_to_the_bit(folder, data, undi
     """Killed right after a checkpoint, whose own metrics come one step late, and killed with metrics beyond a checkpoint."""
     workdir = folder / "killed"
     for killed_at, saved in ((SAVED + 1, SAVED), (2 * SAVED + 3, 2 * SAVED)):
-        done = train(folder, data, workdir.name, python=("-c", KILLER, str(killed_at), str(workdir / "checkpoints" / str(saved))))
+        done = train(folder, data, workdir.name, python=kills.at_step(killed_at, after=workdir / "checkpoints" / str(saved)))
         assert done.returncode == -9, done.stderr
         assert saved <= max(losses(workdir)) < killed_at
     done = train(folder, data, workdir.name)
@@ -133,7 +114,7 @@ def test_a_run_killed_twice_is_the_undisturbed_one_to_the_bit(folder, data, undi
 
 def test_sigterm_saves_and_the_same_command_goes_on(folder, data, undisturbed):
     stopped_at, workdir = 13, folder / "stopped"
-    done = train(folder, data, workdir.name, python=("-c", SIGNALLER, "SIGTERM", str(stopped_at)))
+    done = train(folder, data, workdir.name, python=kills.at_step(stopped_at, "SIGTERM"))
     assert done.returncode == 75 and f"stopped on request after update {stopped_at} of {STEPS}, which is saved" in done.stderr, done.stderr
     assert find_checkpoint(workdir).step == stopped_at == max(losses(workdir))
     done = train(folder, data, workdir.name)

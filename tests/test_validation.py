@@ -23,7 +23,6 @@ from f2llm_jax.training import checkpoint
 from f2llm_jax.training.run import run
 from f2llm_jax.weights.models import find_model
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 B, N, D = 8, 3, 8
 DIMS = (2, 8)
 

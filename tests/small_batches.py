@@ -1,0 +1,41 @@
+"""Packed texts of random ids for the decoder of `tiny`, in as many chunks as wanted, and what encodes them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from flax import nnx
+
+from f2llm_jax.data.packing import RowShape, lay_out
+from f2llm_jax.model.decoder import abstract_decoder
+from f2llm_jax.model.encoder import chunk_encoder
+
+B, N = 6, 2
+TEXTS = B * (2 + N)
+SHAPE = RowShape(chunk_rows=2, row_tokens=16, row_texts=16)
+CHUNKS = 5
+# Chunks in use -> (long texts, their length, length of the others).
+LENGTHS = {1: (4, 3, 1), 2: (5, 8, 1), 5: (5, 16, 4)}
+
+
+def packed(chunks):
+    """A batch that fills `chunks` of the `CHUNKS` there is room for; text 3 is absent."""
+    rng = np.random.default_rng(chunks)
+    long, longest, shortest = LENGTHS[chunks]
+    lengths = rng.permutation([longest] * long + [shortest] * (TEXTS - 1 - long))
+    lengths = np.insert(lengths, 3, 0)
+    packing = SHAPE.pack(lengths)
+    assert -(-packing.rows // SHAPE.chunk_rows) == chunks
+    ids = [rng.integers(0, tiny.CONFIG.vocab_size, length).astype(np.int32) for length in lengths]
+    return lay_out(packing, SHAPE, lambda wanted: [ids[i] for i in wanted], chunks=CHUNKS)
+
+
+def encode_chunk(dtype=jnp.float32, remat="full", layers=()):
+    return chunk_encoder(abstract_decoder(tiny.CONFIG)[0], dtype, remat, layers)
+
+
+def shallow(params, depth):
+    """The decoder that consists of the first layers, and its parameters."""
+    config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=depth)
+    return config, nnx.map_state(lambda path, leaf: leaf.replace(leaf.get_value()[:depth]) if path[0] == "layers" else leaf, params)
