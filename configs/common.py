@@ -59,7 +59,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.remat = "dots"  # what the backward pass recomputes, of least to most: none, dots or full
     config.attention = "auto"  # kernel: xla, splash (TPU), cudnn (GPU), or the best that serves the devices
     config.max_skipped_steps = 20  # in a row, without a finite loss and gradient, before the run gives up
-    config.log_every = 20  # steps between progress lines where there is no terminal
+    config.log_every = 20  # steps over which losses are averaged by source; between progress lines where there is no terminal
 
     fsdp = FSDP.get(size, -1)
     config.mesh = ml_collections.ConfigDict({"data": 1 if fsdp == -1 else -1, "fsdp": fsdp, "tensor": 1})  # -1 fills up
@@ -105,6 +105,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = LEARNING_RATE[size]
     config.optimizer.warmup_steps = 500
+    config.optimizer.schedule = "cosine"  # after the warm-up, or "constant_with_warmup"
     config.optimizer.min_learning_rate = 1e-7
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.98

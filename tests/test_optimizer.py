@@ -17,14 +17,14 @@ SHAPES = {"matrix": (3, 4), "norm": (4,)}
 
 
 def published_rates(config, steps):
-    """Transformers' cosine schedule; from update 1 on the trainer lifts the rate to the floor."""
+    """Transformers' schedule of that name; from update 1 on the trainer lifts the rate to the floor."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.total_steps)
+    schedule = transformers.get_scheduler(config.schedule, optimizer, config.warmup_steps, config.total_steps)
     rates = []
     for step in range(steps):
         (rate,) = schedule.get_last_lr()
         # A finished cosine comes up again in transformers' formula unless it is cut at its end, as training is.
-        rate = 0.0 if step > config.total_steps else rate
+        rate = 0.0 if step > config.total_steps and config.schedule == "cosine" else rate
         rates.append(max(rate, config.min_learning_rate) if step else rate)
         optimizer.step()
         schedule.step()
@@ -38,6 +38,16 @@ def test_the_schedule_is_the_published_one(warmup):
     np.testing.assert_allclose(got, published_rates(config, STEPS), rtol=2e-6, atol=1e-9)
     assert got[0] == (0.0 if warmup else np.float32(0.02))
     assert max(got) == np.float32(0.02) and min(got[1:]) == np.float32(2e-3) == got[-1]
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_a_constant_rate_after_the_warm_up_is_that_of_transformers(warmup):
+    config = OptimizerConfig(
+        learning_rate=0.02, warmup_steps=warmup, total_steps=10, min_learning_rate=7e-3, schedule="constant_with_warmup"
+    )
+    got = [float(learning_rate(config, jnp.int32(step))) for step in range(STEPS)]
+    np.testing.assert_allclose(got, published_rates(config, STEPS), rtol=2e-6, atol=1e-9)
+    assert set(got[warmup:]) == {float(np.float32(0.02))} and (not warmup or got[1] == np.float32(7e-3))
 
 
 def test_updates_are_those_of_torch():
@@ -79,6 +89,7 @@ def test_the_defaults_are_published():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"schedule": "linear"}, "schedule='linear' must be one of 'cosine', 'constant_with_warmup'"),
         ({"warmup_steps": 10}, "warmup_steps=10 must be at least 0 and below total_steps=10"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
         ({"min_learning_rate": 0.1}, "min_learning_rate=0.1 must lie between 0 and learning_rate=0.02"),

@@ -21,6 +21,7 @@ from f2llm_jax.objectives import Embeddings, Samples, ranked_first
 from f2llm_jax.release import hf_folder
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.run import run
+from f2llm_jax.training.source_means import SourceMeans
 from f2llm_jax.weights.models import find_model
 
 B, N, D = 8, 3, 8
@@ -84,6 +85,7 @@ SETTINGS = {
     "optimizer.learning_rate": 4e-3,
     "optimizer.warmup_steps": 2,
     "eval.every": 3,
+    "log_every": 4,
     "checkpoint.every": 100,
     "checkpoint.keep": 1,
 }
@@ -144,6 +146,52 @@ def test_numbers_are_those_of_the_saved_checkpoint(dataset, trained):
     again = as_in_training(encoder, dataset, json.loads((workdir / "config.json").read_text()), (64, 128))
     assert again == pytest.approx({name: value for name, value in line.items() if name.startswith("validation/accuracy")})
     assert line["validation/accuracy"] == line["validation/accuracy/dim/128"] > 1.2 * found[0]["validation/accuracy"]
+
+
+def test_the_two_losses_apart_add_up(dataset, trained):
+    """As the published trainer logs them: in-batch for retrieval alone, hard for every source, each averaged over the sources of a kind."""
+    _, _, found = trained
+    for line in found.values():
+        hard = {name: line[f"validation/hard/source/{name}"] for name in small_data.KINDS}
+        assert {name for name in line if name.startswith("validation/in_batch/source/")} == {"validation/in_batch/source/pairs"}
+        assert line["validation/in_batch"] == line["validation/in_batch/kind/retrieval"] == line["validation/in_batch/source/pairs"] > 0
+        for name, kind in small_data.KINDS.items():
+            other = line["validation/in_batch"] if kind == "retrieval" else 0.0
+            assert line[f"validation/source/{name}"] == pytest.approx(hard[name] + other)
+            assert line[f"validation/hard/kind/{kind}"] == hard[name]
+        assert line["validation/hard"] == pytest.approx(np.mean(list(hard.values())))
+
+
+def test_losses_are_averaged_by_source_over_each_interval(dataset, trained):
+    workdir, config, _ = trained
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if "loss" in line}
+    means = {line["step"]: line for line in lines if any(name.startswith("train/") for name in line)}
+    assert list(means) == [step for step in steps if step % config.log_every == 0] == [4, 8]
+    for end, line in means.items():
+        interval = [steps[step] for step in range(end - config.log_every + 1, end + 1)]
+        for name, kind in small_data.KINDS.items():
+            mine = [step["hard"] for step in interval if step["source"] == name]
+            assert line.get(f"train/hard/source/{name}") == (pytest.approx(np.mean(mine)) if mine else None)
+            assert line.get(f"train/hard/kind/{kind}") == line.get(f"train/hard/source/{name}")
+            assert (f"train/in_batch/source/{name}" in line) == (kind == "retrieval" and bool(mine))
+
+
+def test_a_resumed_interval_is_averaged_whole():
+    lines = [{"step": step, "source": "ab"[step % 2], "kind": "retrieval", "in_batch": step, "hard": 2.0 * step} for step in range(1, 9)]
+    whole, cut = SourceMeans(4), SourceMeans(4, [*lines[:6], {"step": 6, "validation/loss": 1.0}])
+    found = [whole.add(line["step"], line) for line in lines]
+    assert [bool(means) for means in found] == [False, False, False, True] * 2
+    assert found[7]["train/hard/source/a"] == 14 and found[7]["train/in_batch/kind/retrieval"] == 6.5
+    assert [cut.add(line["step"], line) for line in lines[6:]] == found[6:]
+
+
+def test_the_end_of_an_epoch_is_validated_and_kept(dataset, tmp_path):
+    more = {"steps": 0, "epochs": 2, "eval.every": 1000, "checkpoint.merge_last": 0, "batch.size": 100, "optimizer.warmup_steps": 1}
+    _, found = train(dataset, tmp_path / "run", **more)
+    epoch = sum(-(-source.rows["train"] // 100) for source in dataset.sources.values())
+    assert list(found) == [0, epoch, 2 * epoch]
+    assert {int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()} == {epoch, 2 * epoch}
 
 
 def unpacked(batch):

@@ -158,7 +158,9 @@ def _held_out(record: RunRecord, curve: bool) -> str:
     if not record.validations:
         return ""
     first, last = record.validations[0], record.validations[-1]
-    names = [name for name in last if name.startswith("validation/") and "/language/" not in name and "/dim/" not in name and name in first]
+    left_out = ("validation/in_batch", "validation/hard")  # parts of the loss
+    names = [name for name in last if name.startswith("validation/") and not name.startswith(left_out) and name in first]
+    names = [name for name in names if "/language/" not in name and "/dim/" not in name]
     rows = [(name.removeprefix("validation/"), f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names]
     parts = [_table(("on held-out rows", f"update {first['step']}", f"update {last['step']}"), rows), _ACCURACY]
     if curve:

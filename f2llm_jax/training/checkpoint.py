@@ -72,10 +72,24 @@ class _Multiples:
         return [found.step in kept for found in checkpoints]
 
 
-def open_checkpoints(folder: epath.PathLike, config: CheckpointConfig) -> ocp.training.Checkpointer:
-    """The checkpoints in `folder` (made if absent), of which those stay that `config` names. Remains of a killed save are removed."""
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """An Orbax preservation policy: the checkpoints of these steps."""
+
+    steps: Sequence[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        return [found.step in self.steps for found in checkpoints]
+
+
+def open_checkpoints(folder: epath.PathLike, config: CheckpointConfig, always: Sequence[int] = ()) -> ocp.training.Checkpointer:
+    """The checkpoints in `folder` (made if absent), of which those stay that `config` names, and those of the steps `always`.
+
+    Remains of a killed save are removed.
+    """
     policies = ocp.training.preservation_policies
-    kept = [policies.LatestN(config.keep)]
+    kept = [policies.LatestN(config.keep), _Steps(always)]
     if config.keep_every:
         kept.append(_Multiples(config.keep_every))
     if config.merge_last:

@@ -22,6 +22,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.files import is_remote
 from f2llm_jax.model.flops import PEAK_FLOPS
 from f2llm_jax.objectives import Mean
+from f2llm_jax.training.source_means import SourceMeans
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -63,7 +64,7 @@ class Recorder:
           folder: the workdir.
           start: updates already made.
           total: updates of the whole run.
-          log_every: steps between two plain progress lines, where there is no terminal.
+          log_every: steps of an interval that losses are averaged over by source; without a terminal, also between two progress lines.
           max_skipped: steps in a row that may be skipped because they were not finite.
           resumed: whether a checkpoint of `start` was gone on from. Without one a run begins anew, and nothing of before it stays.
         """
@@ -72,6 +73,7 @@ class Recorder:
         self._metrics, self._timings = (_Lines(folder / name, last) if first else None for name in ("metrics.jsonl", "timings.jsonl"))
         local = first and not is_remote(folder)
         self._board = _board(folder / "tensorboard", last + 1) if local else None
+        self._source_means = SourceMeans(log_every, self._metrics.kept() if self._metrics else ())
         self._max_skipped, self._skipped = max_skipped, 0
         self._log_every, self._start, self._total = log_every, start, total
         self._pending: tuple[int, dict[str, Mean], dict[str, Any], dict[str, float]] | None = None
@@ -123,6 +125,8 @@ class Recorder:
         # JSON knows no NaN; that a step was skipped is said where it was.
         values = {name: value for name, value in values.items() if math.isfinite(value) and (name != "skipped" or value)}
         self.write(step, {**facts, **values})
+        if means_of_sources := self._source_means.add(step, {**facts, **values}):
+            self.write(step, means_of_sources)
         self._time(step, timing)
         self._show(step, values, timing)
         if self._skipped > self._max_skipped:
@@ -199,6 +203,11 @@ class _Lines:
             beside = file.with_name(file.name + ".partial")
             beside.write_text("".join(kept))
             beside.replace(file)
+
+    def kept(self) -> list[dict[str, Any]]:
+        """The lines that were there and stay."""
+        text = "".join(self._lines) if self._remote else self._file.read_text() if self._file.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
     def append(self, values: Mapping[str, Any]) -> None:
         line = json.dumps(values) + "\n"

@@ -1,6 +1,7 @@
-"""The published optimizer: AdamW on every parameter, linear warm-up, cosine with a floor, global-norm clipping."""
+"""The published optimizer: AdamW on every parameter, linear warm-up, cosine or constant rate with a floor, global-norm clipping."""
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import optax
@@ -8,32 +9,27 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax.errors import UserError
 
+Schedule = Literal["cosine", "constant_with_warmup"]  # the names of transformers' `get_scheduler`
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Hyper-parameters; the defaults are those of the published code (F2LLM `run.py`, `configs/config.json`).
+    """Hyper-parameters; the defaults are those of the published code (F2LLM `run.py`, `configs/config.json`)."""
 
-    Attributes:
-      learning_rate: peak rate.
-      warmup_steps: updates of linear warm-up from 0.
-      total_steps: updates after which the cosine reaches 0 (and the floor takes over).
-      min_learning_rate: floor from update 1 on; update 0 really has rate 0, as the published trainer.
-      beta1, beta2, epsilon: Adam moments.
-      weight_decay: decoupled, on all parameters, norms and embeddings included.
-      clip_norm: global gradient norm above which gradients are scaled down to it.
-    """
-
-    learning_rate: float
-    warmup_steps: int
-    total_steps: int
-    min_learning_rate: float = 1e-7
+    learning_rate: float  # peak
+    warmup_steps: int  # updates of linear warm-up from 0
+    total_steps: int  # updates after which the cosine reaches 0 (and the floor takes over)
+    schedule: Schedule = "cosine"  # after the warm-up
+    min_learning_rate: float = 1e-7  # floor from update 1 on; update 0 really has rate 0, as in the published trainer
     beta1: float = 0.9
     beta2: float = 0.98
     epsilon: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    weight_decay: float = 0.01  # decoupled, on all parameters, norms and embeddings included
+    clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down to it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise UserError(f"schedule={self.schedule!r} must be one of {', '.join(map(repr, get_args(Schedule)))}")
         if not 0 <= self.warmup_steps < self.total_steps:
             raise UserError(f"warmup_steps={self.warmup_steps} must be at least 0 and below total_steps={self.total_steps}")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
@@ -45,7 +41,8 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array,
     warmup = step / max(1, config.warmup_steps)
     progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
     cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-    rate = config.learning_rate * jnp.where(step < config.warmup_steps, warmup, cosine)
+    after = cosine if config.schedule == "cosine" else 1.0
+    rate = config.learning_rate * jnp.where(step < config.warmup_steps, warmup, after)
     return jnp.where(step > 0, jnp.maximum(rate, config.min_learning_rate), rate)
 
 

@@ -89,11 +89,12 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     batches = Pipeline(dataset, "train", batch_config, config.seed, mesh, teacher=cached, sampling=Sampling.of(config.data.to_dict()))
     epochs = batches.plan.epochs
     total = config.steps or epochs.steps(config.epochs)
+    ends = () if config.steps else [epochs.steps(epoch) for epoch in range(1, config.epochs + 1)]
     steps = program.build(config, model.config, total, mesh.devices.flat[0].platform, teacher and teacher.config, cached is not None)
 
     # State: from this run, else from the given weights, else random
     kept = checkpoint.CheckpointConfig(**config.checkpoint)
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", kept)
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", kept, ends)
     if checkpoints.latest is not None:
         checkpoint.check_tokenizer(checkpoints, dataset.tokenizer_fingerprint)
         state = checkpoint.restore(checkpoints, checkpoints.latest.step, program.abstract_state(model.config, steps.optimizer, mesh))
@@ -123,8 +124,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
         for step in range(first, total + 1):
             done, found = step == total, {}
             resumed = step == first and again
-            validating = not resumed and (done or step % config.eval.every == 0)
-            saving = not resumed and kept.due(step, total)
+            validating = not resumed and (done or step in ends or step % config.eval.every == 0)
+            saving = not resumed and (step in ends or kept.due(step, total))
             stopping = not done and stop.before(step)
             saving |= (validating and bool(kept.best)) or (stopping and not resumed)
             if validating or saving:

@@ -10,7 +10,10 @@ from jaxtyping import Bool
 
 from f2llm_jax.data.pipeline import Pipeline
 from f2llm_jax.data.records import Dataset
+from f2llm_jax.objectives import Mean
 from f2llm_jax.training.step import EvalStep
+
+LOSSES = ("in_batch", "hard")
 
 
 def validate(
@@ -19,7 +22,8 @@ def validate(
     """Losses in nats a sample and accuracies in [0, 1], at full width unless said otherwise.
 
     `validation/loss` and `validation/accuracy` are means over sources; `.../source/NAME`, `.../kind/KIND` and, of accuracy,
-    `.../language/CODE` (over that language's rows of all sources) and `.../dim/D` (mean over sources) take them apart.
+    `.../language/CODE` (over that language's rows of all sources) and `.../dim/D` (mean over sources) take them apart. A loss is the sum
+    of `validation/in_batch`, which exists for retrieval only, and `validation/hard`, which are taken apart alike (F2LLM `utils.py`).
     What an accuracy counts is said in `objectives.ranked_first`.
 
     Args:
@@ -32,18 +36,28 @@ def validate(
     """
     if not held_out:
         return {}
-    losses, firsts, languages = {}, {}, {}
+    kinds = {name: dataset.sources[name].kind for name in held_out}
+    losses: dict[str, dict[str, float]] = {loss: {} for loss in LOSSES}
+    firsts: dict[str, Bool[np.ndarray, "J rows"]] = {}
+    languages: dict[str, list[str]] = {}
     for name, pipeline in held_out.items():
         steps = range(min(batches, pipeline.plan.steps_per_epoch))
         metrics, first = zip(*jax.device_get([eval_step(params, data.batch) for data in pipeline.steps(0, len(steps))]), strict=True)
-        losses[name] = _loss(metrics)
+        for loss in LOSSES:
+            if loss != "in_batch" or kinds[name] == "retrieval":
+                losses[loss][name] = _mean_over_batches([batch[loss] for batch in metrics])
         of_rows = [pipeline.languages(step) for step in steps]
         firsts[name] = np.concatenate([found[:, : len(rows)] for found, rows in zip(first, of_rows, strict=True)], axis=1)
         languages[name] = [language for rows in of_rows for language in rows]
-    kinds = {name: dataset.sources[name].kind for name in held_out}
+    total = {name: losses["in_batch"].get(name, 0.0) + losses["hard"][name] for name in held_out}
+    parts: dict[str, float] = {}
+    for loss, found in losses.items():
+        if found:
+            parts |= _by_source(f"validation/{loss}", found, kinds) | {f"validation/{loss}": _mean(found.values())}
     return {
-        **_by_source("validation", losses, kinds),
-        "validation/loss": _mean(losses.values()),
+        **_by_source("validation", total, kinds),
+        **parts,
+        "validation/loss": _mean(total.values()),
         **accuracies(firsts, languages, kinds, dims),
     }
 
@@ -74,22 +88,16 @@ def accuracies(
 
 
 def _by_source(prefix: str, values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
-    of_kind = {kind: _mean(value for name, value in values.items() if kinds[name] == kind) for kind in sorted(set(kinds.values()))}
-    return {
-        **{f"{prefix}/source/{name}": value for name, value in values.items()},
-        **{f"{prefix}/kind/{kind}": value for kind, value in of_kind.items()},
-    }
+    found = {f"{prefix}/source/{name}": value for name, value in values.items()}
+    for kind in sorted({kinds[name] for name in values}):
+        found[f"{prefix}/kind/{kind}"] = _mean(value for name, value in values.items() if kinds[name] == kind)
+    return found
 
 
 def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def _loss(batches: Sequence[Mapping[str, Any]]) -> float:
-    """Sum of the two softmaxes' means, each taken once over all batches."""
-    total = 0.0
-    for part in ("in_batch", "hard"):
-        summed = sum(float(batch[part].sum) for batch in batches)
-        counted = sum(float(batch[part].count) for batch in batches)
-        total += summed / max(counted, 1.0)
-    return total
+def _mean_over_batches(batches: Sequence[Mean]) -> float:
+    """Taken once over all batches."""
+    return sum(float(batch.sum) for batch in batches) / max(sum(float(batch.count) for batch in batches), 1.0)
