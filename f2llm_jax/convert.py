@@ -2,6 +2,7 @@
 
     python -m f2llm_jax.convert to-hf CKPT OUT         a workdir, a checkpoint or a Hugging Face folder as a release
     python -m f2llm_jax.convert from-hf MODEL OUT      a Hugging Face folder or Hub id as a workdir with one checkpoint
+    python -m f2llm_jax.convert inspect FOLDER         what would be computed of a model, and what of its folder is ignored and why
     python -m f2llm_jax.convert verify FOLDER          do sentence-transformers and transformers give this project's vectors?
     python -m f2llm_jax.convert push FOLDER REPO_ID    what would be uploaded; with --yes, the upload
 
@@ -48,10 +49,21 @@ def _to_hf(flags: argparse.Namespace) -> int:
 
 def _from_hf(flags: argparse.Namespace) -> int:
     from f2llm_jax.release import workdir
+    from f2llm_jax.weights.describe import describe
     from f2llm_jax.weights.models import find_model
 
-    workdir.write_workdir(find_model(flags.model), flags.out, overwrite=flags.overwrite)
+    model = find_model(flags.model)
+    workdir.write_workdir(model, flags.out, overwrite=flags.overwrite)
+    print(describe(model), file=sys.stderr)
     print(f"imported {flags.model} to {flags.out}/checkpoints/0")
+    return 0
+
+
+def _inspect(flags: argparse.Namespace) -> int:
+    from f2llm_jax.weights.describe import describe
+    from f2llm_jax.weights.models import find_model
+
+    print(describe(find_model(flags.model)))
     return 0
 
 
@@ -96,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument("out", metavar="OUT", help="folder to write; exists only when complete")
     from_hf.add_argument("--overwrite", action="store_true", help="replace the workdir at OUT, with all its checkpoints")
     from_hf.set_defaults(command=_from_hf)
+
+    inspect = commands.add_parser("inspect", help="print what would be computed of a model")
+    inspect.add_argument("model", metavar="FOLDER", help="Hugging Face folder, local or gs://, Hub id, workdir or WORKDIR/checkpoints/STEP")
+    inspect.set_defaults(command=_inspect)
 
     verify = commands.add_parser("verify", help="compare vectors with sentence-transformers and transformers; exit code 1 if they differ")
     verify.add_argument("folder", metavar="FOLDER", help="a release")

@@ -34,9 +34,9 @@ def _embed(flags: argparse.Namespace) -> tuple[int, int]:
 
     texts = _read_lines(flags.input)
     origin = find_model(flags.model)
-    dim = flags.dim or origin.config.hidden_size
-    if dim > origin.config.hidden_size:
-        raise UserError(f"--dim {dim} exceeds the {origin.config.hidden_size} dimensions of {flags.model}")
+    dim = flags.dim or origin.width
+    if dim > origin.width:
+        raise UserError(f"--dim {dim} exceeds the {origin.width} dimensions of {flags.model}")
     encoder = load_encoder(origin, dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
     prompt = flags.prompt or query_prompt(flags.instruction)
     with Progress() as progress:

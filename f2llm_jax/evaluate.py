@@ -81,16 +81,15 @@ def _print_held_out(flags: argparse.Namespace) -> None:
     from f2llm_jax.evaluation.held_out import as_in_training
     from f2llm_jax.inference.encode import load_encoder
     from f2llm_jax.reporting.run_record import read_record
-    from f2llm_jax.weights.checkpoint_reader import CheckpointError
     from f2llm_jax.weights.models import find_model
 
     origin = find_model(flags.model)
     if origin.run_folder is None:
-        raise CheckpointError(f"{flags.model} is no workdir and no checkpoint, and only those know their held-out rows; try --manifest")
+        raise UserError(f"{flags.model} is no workdir and no checkpoint, and only those know their held-out rows; try --manifest")
     config = read_record(origin.run_folder).config
     dataset = local_dataset(config["data"]["folder"] or origin.run_folder / "data")
     encoder = load_encoder(origin, max_length=config["batch"]["max_length"], dtype=jnp.dtype(flags.dtype), mesh=_mesh(flags.mesh))
-    dims = sorted({*origin.matryoshka_dims, origin.config.hidden_size})
+    dims = sorted({*origin.embedding.served_dims, origin.width})
     for name, accuracy in as_in_training(encoder, dataset, config, dims).items():
         print(f"{name:<64}{accuracy:>10.4f}")
 
@@ -105,9 +104,9 @@ def _mesh(sizes: Sequence[int] | None) -> "jax.sharding.Mesh | None":
 
 def _widths(dims: Sequence[str], origin: "ModelSource") -> list[int]:
     """Widest first, each once."""
-    widths = {origin.config.hidden_size if dim == FULL else int(dim) for dim in dims}
-    if max(widths) > origin.config.hidden_size:
-        raise UserError(f"--dims {max(widths)}: {origin.name} has {origin.config.hidden_size} dimensions; lower it")
+    widths = {origin.width if dim == FULL else int(dim) for dim in dims}
+    if max(widths) > origin.width:
+        raise UserError(f"--dims {max(widths)}: {origin.name} has {origin.width} dimensions; lower it")
     return sorted(widths, reverse=True)
 
 

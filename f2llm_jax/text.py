@@ -1,12 +1,14 @@
-"""The one place that decides what string a model sees: instruction, end-of-sequence token, truncation.
+"""The one place that decides what a model sees of a text: instruction, the token that ends it, truncation.
 
-Data preparation, training, evaluation, mining and release all call this module, so a prompt or an EOS cannot differ between
-them. The EOS rule is not code that runs after the tokenizer but part of the tokenizer itself (a `tokenizer.json`
-post-processor), hence the very file that is trained with is the file that is released: sentence-transformers,
-transformers 5, text-embeddings-inference and llama.cpp all read it (transformers >= 5 ignores `add_eos_token`).
+Data preparation, training, evaluation, mining and release all call this module, so a prompt or an end token cannot differ between
+them. What ends a text is part of the tokenizer itself (a `tokenizer.json` post-processor): the file that is trained with is the file
+that is released, and sentence-transformers, transformers 5, text-embeddings-inference and llama.cpp all read it.
 
-Sources of the rules: the template and its trailing space are mteb's `codefuse_models.py`; EOS last after truncation is
-commit 33533d2 of CodeFuse-Embeddings; causal last-token pooling reads that EOS, so without it the vector means nothing.
+Whatever the post-processor of a tokenizer appends ends its texts: `<|endoftext|>` in Qwen3-Embedding, whose `eos_token` is
+`<|im_end|>`. Only a tokenizer that appends nothing (Qwen3) gets its `eos_token` appended.
+
+Sources of the rules: the template and its trailing space are mteb's `codefuse_models.py`; the end token last after truncation is
+commit 33533d2 of CodeFuse-Embeddings; causal last-token pooling reads that token, so without it the vector means nothing.
 """
 
 import dataclasses
@@ -14,23 +16,25 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import processors
+from jaxtyping import Int
 
+from f2llm_jax import hf_settings
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import write_json, write_text
+from f2llm_jax.files import read_json, write_json, write_text
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery: "
 _INSTRUCTION = re.compile(r"\AInstruct: .*?\nQuery: ?", re.DOTALL)
 
 DEFAULT_QUERY_INSTRUCTION = "Given a question, retrieve passages that can help answer the question."
 
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-class TokenizerError(UserError):
-    """A tokenizer folder that cannot be trained with or released; the message names the remedy."""
+TokenIds = Int[np.ndarray, " length"]
 
 
 def query_prompt(instruction: str) -> str:
@@ -49,35 +53,28 @@ def leading_prompt(text: str) -> str:
     return found[0] if found else ""
 
 
-def truncate(ids: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
-    """`ids` int32 `[length]` cut to `max_length`, EOS last whatever the length; uncut ids come back as they are."""
-    return ids if len(ids) <= max_length else np.append(ids[: max_length - 1], np.int32(eos_id))
+def truncate(ids: TokenIds, max_length: int, end_id: int) -> TokenIds:
+    """`ids` int32 `[length]` truncated to `max_length`, the end token last; shorter ids come back as they are."""
+    return ids if len(ids) <= max_length else np.append(ids[: max_length - 1], np.int32(end_id))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A fast tokenizer that ends every text in exactly one EOS of its own making.
+    """A fast tokenizer whose post-processor ends every text in one and the same token."""
 
-    Attributes:
-      backend: the `tokenizers.Tokenizer`, post-processor attached, neither truncating nor padding.
-      config: the contents of `tokenizer_config.json`.
-      eos_id: id of the token whose final hidden state is the embedding.
-      pad_id: id used for padding by consumers of a release. Never used to build a mask here: masks come from lengths.
-      vocab_size: number of ids the tokenizer can produce; an embedding table needs at least so many rows.
-    """
+    backend: tokenizers.Tokenizer  # neither truncates nor pads
+    config: dict[str, Any]  # tokenizer_config.json
+    notes: tuple[hf_settings.Note, ...]  # what becomes of each setting of tokenizer_config.json
+    end_id: int  # of the token whose final hidden state is the embedding
+    pad_id: int  # for readers of a release; masks come from lengths here, never from ids
+    vocab_size: int  # every id is below it: the largest id and one, not the number of ids, which may have holes
 
-    backend: tokenizers.Tokenizer
-    config: dict
-    eos_id: int
-    pad_id: int
-    vocab_size: int
-
-    def encode(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
-        """Token ids of each text, int32 `[length]` with `1 <= length <= max_length`, EOS last whatever the length."""
+    def encode(self, texts: Sequence[str], max_length: int) -> list[TokenIds]:
+        """Token ids of each text, int32 `[length]` with `1 <= length <= max_length`, the end token last whatever the length."""
         if max_length < 1:
-            raise UserError(f"max_length must be at least 1 (the EOS alone), not {max_length}")
+            raise UserError(f"max_length must be at least 1 (the end token alone), not {max_length}")
         encoded = self.backend.encode_batch_fast(list(texts))
-        return [truncate(np.array(e.ids, np.int32), max_length, self.eos_id) for e in encoded]
+        return [truncate(np.array(e.ids, np.int32), max_length, self.end_id) for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens shown."""
@@ -87,7 +84,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of everything that turns text into ids. Equal means equal ids for every text.
 
-        The post-processor, which differs in form between files that all append the EOS, counts through its effect.
+        The post-processor, which differs in form between files that all append the same token, counts through its effect.
         """
         parts = json.loads(self.backend.to_str())
         kept = {key: parts[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
@@ -95,55 +92,154 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: epath.PathLike) -> None:
-        """Writes `tokenizer.json` (EOS post-processor included) and `tokenizer_config.json` to `folder`."""
+        """Writes `tokenizer.json` (post-processor included) and `tokenizer_config.json` to `folder`."""
         folder = epath.Path(folder)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", self.config)
 
 
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
-    """Loads `tokenizer.json` and `tokenizer_config.json`, adding the EOS post-processor where there is none.
+    """Loads `tokenizer.json` and `tokenizer_config.json`; a tokenizer that ends a text in nothing gets its `eos_token` appended.
 
     Args:
       folder: a local or `gs://` folder in the Hugging Face layout.
 
     Raises:
-      TokenizerError: a file is missing or unreadable, no EOS or pad token is named, one is not in the vocabulary, or
-        the tokenizer ends a text in more than one EOS.
+      UserError: a file is missing or unreadable, a setting would give other ids in other software, no pad token is named or no end
+        token can be told, or texts do not all end in one and the same token.
     """
     folder = epath.Path(folder)
-    backend, config = _read(folder)
-    eos = _special(config, "eos_token", backend, folder)
-    pad = _special(config, "pad_token", backend, folder)
-    backend.no_truncation()
-    backend.no_padding()
-    if backend.encode("a").ids[-1:] != [eos[1]]:
-        template = processors.TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
-        present = backend.post_processor
-        backend.post_processor = processors.Sequence([present, template]) if present else template
-    if backend.encode("a").ids.count(eos[1]) != 1:
-        raise TokenizerError(f"{folder}/tokenizer.json ends a text in more than one {eos[0]!r}; keep one post-processor that adds it")
-    return Tokenizer(backend, config, eos[1], pad[1], backend.get_vocab_size(with_added_tokens=True))
-
-
-def _read(folder: epath.Path) -> tuple[tokenizers.Tokenizer, dict]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).exists():
-            raise TokenizerError(f"{folder / name} does not exist; save a fast tokenizer there with `AutoTokenizer(...).save_pretrained`")
+            raise UserError(f"{folder / name} does not exist; save a fast tokenizer there with `AutoTokenizer(...).save_pretrained`")
+    config = read_json(folder / "tokenizer_config.json")
+    backend = _backend(folder, (folder / "tokenizer.json").read_text())
+    notes = hf_settings.check(folder / "tokenizer_config.json", "tokenizer_config.json", config, hf_settings.TOKENIZER)
+    _add_special_tokens(backend, config, folder)
+    before, after = _added(backend, folder)
+    if not after:
+        after = [_special(config, "eos_token", backend, folder)]
+        backend = _with_end(backend, before, after[0])
+    _check_settings(folder, config, backend, before, after)
+    _check_encodings(folder, backend, before, after)
+    pad_id = _special(config, "pad_token", backend, folder)
+    bound = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+    return Tokenizer(backend, config, tuple(notes), after[0], pad_id, bound)
+
+
+def _backend(folder: epath.Path, content: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text()), json.loads(
-            (folder / "tokenizer_config.json").read_text()
-        )
+        backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # tokenizers raises plain Exception on a malformed file
-        raise TokenizerError(f"{folder} does not hold a readable fast tokenizer ({error}); save it again") from error
+        raise UserError(f"{folder}/tokenizer.json is not a readable fast tokenizer ({error}); save it again") from error
+    truncation = backend.truncation
+    if truncation and truncation["direction"].lower() != "right":
+        raise UserError(f"{folder}/tokenizer.json cuts long texts at their start; set truncation to null or its direction to Right")
+    if json.loads(content)["model"].get("dropout"):
+        raise UserError(f"{folder}/tokenizer.json has a dropout of merges, so a text has other ids each time; set model.dropout to null")
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
-def _special(config: dict, role: str, backend: tokenizers.Tokenizer, folder: epath.Path) -> tuple[str, int]:
-    token = config.get(role)
-    token = token["content"] if isinstance(token, dict) else token
+def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: epath.Path) -> None:
+    """Makes the tokens that tokenizer_config.json names special, as transformers does: within a text each is one id then.
+
+    Raises:
+      UserError: one is not in the vocabulary, or has another id there.
+    """
+    vocabulary, numbers = backend.get_vocab(with_added_tokens=True), {}
+    for role in _ROLES:
+        if token := _content(config.get(role)):
+            numbers[token] = vocabulary.get(token)
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key) or []
+        numbers |= {_content(token): vocabulary.get(_content(token)) for token in (listed.values() if isinstance(listed, dict) else listed)}
+    numbers |= {_content(token): int(number) for number, token in (config.get("added_tokens_decoder") or {}).items()}
+    if wrong := [token for token, number in numbers.items() if number is None or vocabulary.get(token) != number]:
+        raise UserError(
+            f"{folder}/tokenizer_config.json names special tokens that tokenizer.json lacks or numbers otherwise: {', '.join(wrong)}; "
+            "save the tokenizer again with transformers, which writes them into tokenizer.json"
+        )
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([token for token in numbers if token not in added])
+
+
+def _added(backend: tokenizers.Tokenizer, folder: epath.Path) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before and after a text."""
+    bare, whole = backend.encode("a b", add_special_tokens=False).ids, backend.encode("a b").ids
+    for first in range(len(whole) - len(bare) + 1):
+        if whole[first : first + len(bare)] == bare:
+            return whole[:first], whole[first + len(bare) :]
+    raise UserError(f"{folder}/tokenizer.json has a post-processor that rearranges the ids of a text; keep one that only adds tokens")
+
+
+def _with_end(backend: tokenizers.Tokenizer, before: list[int], end: int) -> tokenizers.Tokenizer:
+    """The tokenizer with one template that adds `before` as now, and `end`.
+
+    One template, because of two in a row the second takes what the first returns for a pair of texts and uses its own pair template.
+    """
+    special = {number: str(backend.id_to_token(number)) for number in [*before, end]}
+
+    def framed(name: str, type_id: int) -> list[dict[str, Any]]:
+        token = lambda number: {"SpecialToken": {"id": special[number], "type_id": type_id}}  # noqa: E731
+        return [*map(token, before), {"Sequence": {"id": name, "type_id": type_id}}, token(end)]
+
+    template = {
+        "type": "TemplateProcessing",
+        "single": framed("A", 0),
+        "pair": framed("A", 0) + framed("B", 1),
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]} for number, name in special.items()},
+    }
+    content = json.loads(backend.to_str())
+    present = content["post_processor"] or {"type": "Sequence", "processors": []}
+    parts = present["processors"] if present["type"] == "Sequence" else [present]
+    offsets = [part for part in parts if part["type"] == "ByteLevel"]  # changes offsets and no id
+    content["post_processor"] = {"type": "Sequence", "processors": [*offsets, template]} if offsets else template
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def _check_encodings(folder: epath.Path, backend: tokenizers.Tokenizer, before: list[int], after: list[int]) -> None:
+    """Raises a UserError unless texts of every kind get `before` and one end token `after`, and nothing else."""
+    file, shown = f"{folder}/tokenizer.json", " ".join(str(backend.id_to_token(number)) for number in after)
+    if len(after) != 1:
+        raise UserError(f"{file} ends a text in {len(after)} tokens, {shown!r}; keep one, whose hidden state is the embedding")
+    if after[0] in before:
+        raise UserError(
+            f"{file} begins a text with {shown!r}, which also ends it; such a text has no one last token to tell, so drop the first"
+        )
+    specials = "".join(token.content for token in backend.get_added_tokens_decoder().values())
+    for text in ("", "a", " \n", "a b " * 3000, f"a{shown}", specials):
+        if backend.encode(text).ids != [*before, *backend.encode(text, add_special_tokens=False).ids, *after]:
+            raise UserError(f"{file} does not end the text {text[:40]!r} in {shown!r}; keep a post-processor that ends every text in it")
+
+
+def _check_settings(folder: epath.Path, config: dict[str, Any], backend: tokenizers.Tokenizer, before: list[int], after: list[int]) -> None:
+    """Raises a UserError if tokenizer_config.json tells other software something else than tokenizer.json tells this project."""
+    file, wrong = folder / "tokenizer_config.json", []
+    names = [str(backend.id_to_token(number)) for number in (*before, *after)]
+    if (add := config.get("add_bos_token")) is not None and bool(add) != bool(before):
+        wrong.append(
+            f"add_bos_token is {add}, but the post-processor of tokenizer.json begins a text with {names[: len(before)] or 'nothing'}"
+        )
+    if (add := config.get("add_eos_token")) is not None and _content(config.get("eos_token")) != names[-1] and add:
+        wrong.append(f"add_eos_token is True, but a text ends in {names[-1]!r} and not in the eos_token")
+    prefix = (json.loads(backend.to_str())["pre_tokenizer"] or {}).get("add_prefix_space")
+    if config.get("add_prefix_space") is not None and prefix is not None and config["add_prefix_space"] != prefix:
+        wrong.append(f"add_prefix_space is {config['add_prefix_space']}, but {prefix} in the pre_tokenizer of tokenizer.json")
+    if wrong:
+        raise UserError(f"{file} and tokenizer.json disagree:\n  " + "\n  ".join(wrong))
+
+
+def _content(token: Any) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _special(config: dict[str, Any], role: str, backend: tokenizers.Tokenizer, folder: epath.Path) -> int:
+    token = _content(config.get(role))
     number = backend.token_to_id(token) if token else None
     if number is None:
-        raise TokenizerError(
+        raise UserError(
             f"{folder}/tokenizer_config.json names {role} {token!r}, which is not in the vocabulary; set {role} to a token that is"
         )
-    return token, number
+    return number

@@ -26,7 +26,7 @@ from f2llm_jax.model.encoder import chunk_encoder, encode
 from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import Teacher, TrainState, by_role, make_train_step
-from f2llm_jax.weights import hf_reader
+from f2llm_jax.weights import hf_config, hf_reader
 from f2llm_jax.weights.hf_mapping import TABLE
 
 TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ class Kit:
 
     def model(self, role: str) -> tuple[Any, nnx.State]:
         """`(encode_chunk, params)` of "student" or "teacher" in float32."""
-        config = hf_reader.read_config(self.folder / role)
+        config = hf_config.read_settings(self.folder / role).decoder
         graphdef, _ = abstract_decoder(config)
         return chunk_encoder(graphdef, jnp.float32, "full"), hf_reader.load_params(self.folder / role, config, self.mesh)
 

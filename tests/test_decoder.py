@@ -16,7 +16,7 @@ from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.model.decoder import REMAT_POLICIES, abstract_decoder, count_parameters, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, last_token
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
-from f2llm_jax.weights import hf_reader
+from f2llm_jax.weights import hf_config, hf_reader
 
 ROWS, TOKENS = 4, 24
 LENGTHS = (24, 1, 9, 13, 2, 17, 5)
@@ -101,7 +101,7 @@ def worst_relative(got, want):
 def test_every_layer_is_that_of_transformers(peers, name):
     model, folder = peers[name]
     mesh = sharding.make_mesh(2, 2, 2) if name == "sharded" else None
-    assert hf_reader.read_config(folder) == CONFIGS[name]
+    assert hf_config.read_settings(folder).decoder == CONFIGS[name]
     params = hf_reader.load_params(folder, CONFIGS[name], mesh)
     token_ids = np.random.default_rng(0).integers(0, CONFIGS[name].vocab_size, (ROWS, TOKENS), np.int32)
     rows = token_ids, np.tile(np.arange(TOKENS, dtype=np.int32), (ROWS, 1)), np.ones((ROWS, TOKENS), np.int32)

@@ -204,8 +204,8 @@ def test_tokenizer_round_trips_and_leaves_eos_to_the_loader(corpora, heldout):
     ]
     encoded = tokenizer.encode(texts, max_length=10_000)
     assert [tokenizer.decode(ids[:-1]) for ids in encoded] == texts
-    assert all(ids[-1] == tokenizer.eos_id for ids in encoded)
+    assert all(ids[-1] == tokenizer.end_id for ids in encoded)
     assert tokenizer.vocab_size == demo_corpus.VOCAB_SIZE
     bare = transformers.AutoTokenizer.from_pretrained(corpora[0] / "tokenizer")
-    assert (bare.eos_token_id, bare.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
+    assert (bare.eos_token_id, bare.pad_token_id) == (tokenizer.end_id, tokenizer.pad_id)
     assert [bare(t).input_ids for t in texts] == [ids[:-1].tolist() for ids in encoded]

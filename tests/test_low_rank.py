@@ -13,6 +13,7 @@ from small_batches import TEXTS, B, N, encode_chunk, packed, shallow
 
 from f2llm_jax import convert, sharding
 from f2llm_jax.batch import Batch
+from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model import low_rank
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
@@ -23,7 +24,7 @@ from f2llm_jax.training import checkpoint
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import TableRanks, TrainState, make_train_step
 from f2llm_jax.weights.models import find_model
-from f2llm_jax.weights.truncation import Truncation, TruncationError
+from f2llm_jax.weights.truncation import Truncation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RANK = 16
@@ -172,12 +173,12 @@ def nearest_table(weights, rank):
     ],
 )
 def test_other_cuts_are_refused(trained, cut, message):
-    with pytest.raises(TruncationError, match=message):
+    with pytest.raises(UserError, match=message):
         find_model(str(trained[0]), cut)
 
 
 def test_a_plain_table_has_no_other_rank(tmp_path):
     tiny_model = tiny.origin(tmp_path / "tokenizer")
     assert tiny_model.config.table_rank == 0
-    with pytest.raises(TruncationError, match="plain embedding table"):
+    with pytest.raises(UserError, match="plain embedding table"):
         Truncation(table_rank=64).check("it", tiny_model.config, (3,))

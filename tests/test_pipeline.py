@@ -35,7 +35,7 @@ def texts_of(batch):
 
 
 def decoded(tokenizer, ids):
-    assert ids[-1] == tokenizer.eos_id and (ids[:-1] != tokenizer.eos_id).all()
+    assert ids[-1] == tokenizer.end_id and (ids[:-1] != tokenizer.end_id).all()
     return tokenizer.decode(ids[:-1])
 
 

@@ -106,7 +106,7 @@ def test_kinds_come_from_the_tasks_file_or_the_columns(dataset):
 
 def test_the_dataset_carries_its_tokenizer(dataset):
     loaded = dataset.tokenizer()
-    assert (loaded.fingerprint, loaded.eos_id, loaded.vocab_size) == (dataset.tokenizer_fingerprint, dataset.eos_id, dataset.vocab_size)
+    assert (loaded.fingerprint, loaded.end_id, loaded.vocab_size) == (dataset.tokenizer_fingerprint, dataset.eos_id, dataset.vocab_size)
 
 
 def test_reads_are_in_the_order_asked_from_any_thread(dataset):

@@ -17,12 +17,13 @@ from safetensors.numpy import load_file
 from f2llm_jax import prune as command
 from f2llm_jax import sharding
 from f2llm_jax.data import records
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import count_parameters, init_decoder
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.pruning.calibration import draw_texts, measure
 from f2llm_jax.pruning.choice import Method, choose
 from f2llm_jax.pruning.cut import cut
-from f2llm_jax.pruning.target import PruningError, parse_target
+from f2llm_jax.pruning.target import parse_target
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
 from f2llm_jax.weights.checkpoint_reader import flatten
@@ -240,8 +241,8 @@ def test_scores_decide(activations):
 
 def test_widths_that_stay_in_place_are_still_declared(source, activations):
     target = parse_target(TARGET, CONFIG)
-    assert cut(source, target, choose(activations, target, Method(hidden_by="first"))).matryoshka_dims == (16, 32)
-    assert cut(source, target, choose(activations, target, Method())).matryoshka_dims == ()
+    assert cut(source, target, choose(activations, target, Method(hidden_by="first"))).embedding.matryoshka_dims == (16, 32)
+    assert cut(source, target, choose(activations, target, Method())).embedding.matryoshka_dims == ()
 
 
 def test_what_is_written(folder, dataset, tmp_path, monkeypatch):
@@ -306,7 +307,7 @@ def test_rows_data_and_place_are_checked_first(folder, dataset, tmp_path, capsys
     other = shutil.copytree(dataset.folder, tmp_path / "other")
     facts = json.loads((other / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps(facts | {"tokenizer_fingerprint": "0" * 64}))
-    with pytest.raises(PruningError, match="another tokenizer"):
+    with pytest.raises(UserError, match="another tokenizer"):
         command.prune(find_model(str(folder)), TARGET, records.load_dataset(other), ROWS, Method())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()

@@ -113,7 +113,7 @@ def test_config_is_of_this_model(folder, origin):
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert config["is_matryoshka"] is True and config["matryoshka_dimensions"] == [16, 32, 64]
     again = find_model(str(folder))
-    assert (again.config, again.matryoshka_dims, again.max_length) == (origin.config, (16, 32, 64), LIMIT)
+    assert (again.config, again.embedding.matryoshka_dims, again.embedding.max_length) == (origin.config, (16, 32, 64), LIMIT)
 
 
 def test_the_neighbouring_files(folder):
@@ -155,7 +155,7 @@ def test_verify_holds(origin, tmp_path, capsys):
     (tmp_path / "more.txt").write_text("one more\nund noch einer\n")
     assert convert.main(["verify", str(folder), "--texts", str(tmp_path / "more.txt")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and all(line.endswith("ok") for line in lines)
+    assert len(lines) == 14 and all(line.endswith("ok") for line in lines)
 
 
 def test_verify_sees_a_wrong_prompt_and_a_lost_eos(origin, tmp_path, capsys):
@@ -163,11 +163,11 @@ def test_verify_sees_a_wrong_prompt_and_a_lost_eos(origin, tmp_path, capsys):
     prompts = folder / "config_sentence_transformers.json"
     prompts.write_text(prompts.read_text().replace("Query: ", "Query:"))
     failed = {(a.peer, a.case) for a in compare(str(folder)) if not a.holds}
-    assert failed == {("sentence-transformers", "as queries"), ("sentence-transformers", "golden, one by one")}
+    assert failed == {("sentence-transformers", "golden, one by one")}  # whose prompts are of the release as it was written
     tokenizer = read(folder / "tokenizer.json") | {"post_processor": None}  # ours puts the EOS back, others do not
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert convert.main(["verify", str(folder)]) == 1
-    assert capsys.readouterr().out.count("FAILED") == 10  # all but this project's own golden vectors
+    assert capsys.readouterr().out.count("FAILED") == 12  # all but this project's own golden vectors
 
 
 def test_convert_both_ways(folder, tmp_path, monkeypatch, capsys):
@@ -202,9 +202,9 @@ def test_refusals_are_one_line_and_touch_nothing(folder, tmp_path, capsys):
 
 
 def test_unfit_tokenizers_are_refused(origin, tmp_path):
-    with pytest.raises(text.TokenizerError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
         export(dataclasses.replace(origin, tokenizer=None), tmp_path / "out")
-    with pytest.raises(text.TokenizerError, match="only 256 embedding rows"):
+    with pytest.raises(UserError, match="only 256 embedding rows"):
         export(dataclasses.replace(origin, config=dataclasses.replace(origin.config, vocab_size=256)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

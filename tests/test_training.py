@@ -12,9 +12,10 @@ import small_data
 from small_runs import OVERRIDES, STEPS, TRAIN, assert_same_weights, environment, losses, metrics, train_command
 
 from f2llm_jax.configs import stage2
+from f2llm_jax.errors import UserError
 from f2llm_jax.training.run import run
 from f2llm_jax.training.start import StartError
-from f2llm_jax.weights.checkpoint_reader import CheckpointError, find_checkpoint
+from f2llm_jax.weights.checkpoint_reader import find_checkpoint
 
 SAVED = 10
 
@@ -163,9 +164,7 @@ def of_another_tokenizer(data, folder):
 def test_a_checkpoint_of_another_size_is_refused(data, undisturbed, in_process, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
-    with pytest.raises(
-        CheckpointError, match=r"(?s)does not fit this run.*params/embedding: stored \(\d+, 128\), this run has \(151936, 320\)"
-    ):
+    with pytest.raises(UserError, match=r"(?s)does not fit this run.*params/embedding: stored \(\d+, 128\), this run has \(151936, 320\)"):
         in_process(data, workdir, size="80m")
 
 
@@ -180,7 +179,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(data, undistur
             in_process(other, tmp_path / "run", **{role: str(undisturbed)})
     with pytest.raises(StartError, match="unknown size 'huge'"):
         in_process(data, tmp_path / "run", size="huge")
-    with pytest.raises(CheckpointError, match="neither a workdir"):
+    with pytest.raises(UserError, match="neither a workdir"):
         in_process(data, tmp_path / "run", init=str(tmp_path / "absent" / "7"))
     assert not (tmp_path / "run").exists()
 
@@ -197,6 +196,6 @@ def test_a_refused_run_leaves_the_workdir_as_it_was(data, undisturbed, in_proces
     """Else its configuration and tokenizer would be of another model than its checkpoints."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(UserError):
         in_process(data, workdir, size="80m")
     assert (workdir / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from safetensors.torch import load_file, save_file
 
 from f2llm_jax import sharding
+from f2llm_jax.errors import UserError
 from f2llm_jax.release import hf_folder, workdir
-from f2llm_jax.weights.hf_reader import ModelFolderError
 from f2llm_jax.weights.models import find_model
 
 EVERYTHING = 10**9
@@ -91,7 +91,7 @@ def test_a_workdir_between_changes_nothing(tmp_path):
     workdir.write_workdir(find_model(str(tmp_path / "in")), tmp_path / "run", overwrite=False)
     for name in ("run", "run/checkpoints/0"):
         origin = find_model(str(tmp_path / name))
-        assert (origin.matryoshka_dims, origin.max_length) == ((), None)
+        assert (origin.embedding.matryoshka_dims, origin.embedding.max_length) == ((), 512)
         hf_folder.export(origin, tmp_path / "out", hf_folder.Form(dtype="bfloat16", max_shard_bytes=EVERYTHING), overwrite=True)
         assert_same_bits(tensors(tmp_path / "out"), want)
 
@@ -127,7 +127,7 @@ def test_everything_wrong_with_the_tensors_is_one_error(tmp_path):
     held["norm.weight"] = torch.zeros(63)
     held["layers.2.self_attn.k_norm.weight"] = torch.zeros(32, dtype=torch.int32)
     save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelFolderError) as raised:
+    with pytest.raises(UserError) as raised:
         find_model(str(tmp_path)).load(None)
     for problem in (
         "unknown extra.weight [2]",
@@ -142,7 +142,7 @@ def test_everything_wrong_with_the_tensors_is_one_error(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").write_text("{"), "not readable JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 20), "not a readable safetensors file"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no *.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
@@ -151,6 +151,6 @@ def test_everything_wrong_with_the_tensors_is_one_error(tmp_path):
 def test_a_damaged_folder_is_a_clear_error(tmp_path, damage, message):
     write_peer(tmp_path, transformers.Qwen3Model, torch.float32)
     damage(tmp_path)
-    with pytest.raises(ModelFolderError) as raised:
+    with pytest.raises(UserError) as raised:
         find_model(str(tmp_path)).load(None)
     assert message in str(raised.value)

@@ -13,6 +13,7 @@ from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import load_tokenizer
 from f2llm_jax.weights.checkpoint_reader import flatten
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.models import LoadableModel
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
@@ -61,11 +62,17 @@ def _params(config, mesh):
     return jax.tree.map(lambda x: 5 * x if x.ndim > 2 or x.shape[0] == config.vocab_size else x, init_decoder(config, 0, mesh))
 
 
-def origin(folder, config=CONFIG, **facts):
+def origin(folder, config=CONFIG, tokenizer=None, load=None, **embedding):
     """A model of random weights that knows what training would have told it; its tokenizer is written to `folder`."""
-    facts = {"matryoshka_dims": (16, 32, 64), "max_length": 96, "tokenizer": load_tokenizer(write_tokenizer(folder)), **facts}
-    load = facts.pop("load", lambda mesh: _params(config, mesh))
-    return LoadableModel(name="tiny", config=config, load=load, open_params=lambda: in_memory(load(None)), **facts)
+    load = load or (lambda mesh: _params(config, mesh))
+    return LoadableModel(
+        name="tiny",
+        config=config,
+        load=load,
+        open_params=lambda: in_memory(load(None)),
+        tokenizer=tokenizer or load_tokenizer(write_tokenizer(folder)),
+        embedding=EmbeddingConfig(**{"matryoshka_dims": (16, 32, 64), "max_length": 96, **embedding}),
+    )
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ def write_dataset(
         "max_length": max_length,
         "seed": seed,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "eos_id": tokenizer.eos_id,
+        "eos_id": tokenizer.end_id,
         "pad_id": tokenizer.pad_id,
         "vocab_size": tokenizer.vocab_size,
         "sources": [dataclasses.asdict(source) for source in sources],

@@ -49,8 +49,15 @@ def _layer(config: DecoderConfig) -> Callable[..., jax.Array]:
     return apply
 
 
+def check_ids(ids: Int[np.ndarray, " N"], config: DecoderConfig) -> None:
+    """Raises a ValueError if an id has no row in the embedding table."""
+    if len(ids) and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+        raise ValueError(f"token ids {ids.min()} to {ids.max()} of an embedding table of {config.vocab_size} rows")
+
+
 def lookup(config: DecoderConfig, parameters: Parameters, ids: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N D"]:
     """Rows of the embedding table, which passes by in blocks."""
+    check_ids(ids, config)
     rows = np.empty((len(ids), config.hidden_size), np.float32)
     table: Entry = ENTRIES["embedding"]
     for start, stop in blocks(parameters, table, parameter_shapes(config)[table]):

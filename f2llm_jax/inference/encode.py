@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.data.packing import RowShape, lay_out
+from f2llm_jax.inference.by_layer import check_ids
 from f2llm_jax.model import attention
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder
@@ -101,6 +102,7 @@ class TextEncoder:
     def _encoded(self, ids: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:
         """Chunk by chunk: the numbers of its texts, and a function that waits for the device and returns their embeddings."""
         lengths = np.array([len(i) for i in ids])
+        check_ids(np.concatenate(ids) if ids else np.empty(0, np.int32), self._config)
         row_length = np.searchsorted([shape.row_tokens for shape in self._shapes], lengths)
         for k, shape in enumerate(self._shapes):
             members = np.flatnonzero(row_length == k)
@@ -132,7 +134,7 @@ def load_encoder(origin: LoadableModel, *, max_length: int | None = None, mesh: 
     """The encoder of a model that has been found; texts are cut at the model's own limit unless `max_length` is given.
 
     Raises:
-      TokenizerError: the model has no tokenizer or one that does not fit it.
+      UserError: the model has no tokenizer or one that does not fit it.
     """
     tokenizer = origin.matching_tokenizer()
     return TextEncoder(origin.config, origin.load(mesh), tokenizer, max_length or origin.text_limit, mesh=mesh, **options)

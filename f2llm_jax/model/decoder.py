@@ -157,7 +157,8 @@ class Decoder(nnx.Module):
         The table stays where it is: each device takes its columns for the tokens of all, and rows change places.
         """
         table = self.embedding_left if self.config.table_rank else self.embedding
-        rows = table[...].at[ids].get(out_sharding=sharding.spec(sharding.TABLE_ROWS)).astype(dtype)
+        # An id beyond the table is NaN, which the step skips and reports; the default would take the last row.
+        rows = table[...].at[ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding.spec(sharding.TABLE_ROWS)).astype(dtype)
         rows = sharding.shard(sharding.shard(rows, sharding.TABLE_ROWS_GATHERED), sharding.POSITIONS_D)
         return _project("pz,zd->pd", rows, self.embedding_right, sharding.POSITIONS_D) if self.config.table_rank else rows
 

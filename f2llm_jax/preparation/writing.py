@@ -98,7 +98,7 @@ def prepare(
 
     Raises:
       RawDataError: the raw data cannot be used.
-      TokenizerError: the tokenizer cannot be used.
+      UserError: the tokenizer cannot be used.
       DatasetError: `out` holds something else, or a dataset of other settings and `overwrite` is not set.
     """
     out = epath.Path(out)

@@ -22,11 +22,11 @@ from f2llm_jax import sharding
 from f2llm_jax.batch import PackedTexts
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.data.records import Dataset
+from f2llm_jax.errors import UserError
 from f2llm_jax.inference.by_layer import ENTRIES, lookup
 from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.progress import ProgressCallback
-from f2llm_jax.pruning.target import PruningError
 from f2llm_jax.text import truncate
 from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters
@@ -65,12 +65,12 @@ def draw_texts(dataset: Dataset, rows: int, seed: int, max_length: int) -> list[
     """Token ids of query and positive of `rows` training rows, every row of the dataset as likely as any other.
 
     Raises:
-      PruningError: fewer rows than `LEAST_ROWS`, or more than there are.
+      UserError: fewer rows than `LEAST_ROWS`, or more than there are.
     """
     sizes = {name: source.rows["train"] for name, source in dataset.sources.items()}
     total = sum(sizes.values())
     if not LEAST_ROWS <= rows <= total:
-        raise PruningError(f"--calibration-rows {rows} must be between {LEAST_ROWS} and the {total} training rows of {dataset.folder}")
+        raise UserError(f"--calibration-rows {rows} must be between {LEAST_ROWS} and the {total} training rows of {dataset.folder}")
     drawn = np.sort(np.random.default_rng(seed).choice(total, rows, replace=False))
     texts, first = [], 0
     for name, size in sizes.items():

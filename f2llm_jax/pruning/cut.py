@@ -7,6 +7,7 @@ thus larger than the larger model's own by `sqrt(mean of squares over all / mean
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,14 +31,13 @@ def cut(source: ModelSource, target: DecoderConfig, choice: Choice) -> ModelSour
         with source.open_params() as parameters:
             yield _Cut(parameters, source.config, choice)
 
-    dims = tuple(d for d in source.matryoshka_dims if np.array_equal(choice.hidden[:d], np.arange(d)))
+    dims = tuple(d for d in source.embedding.matryoshka_dims if np.array_equal(choice.hidden[:d], np.arange(d)))
     return ModelSource(
         name=f"{target.hidden_size} x {target.intermediate_size} x {target.num_hidden_layers} model pruned from {source.short_name}",
         config=target,
         open_params=open_params,
         tokenizer=source.tokenizer,
-        matryoshka_dims=dims,
-        max_length=source.max_length,
+        embedding=dataclasses.replace(source.embedding, matryoshka_dims=dims, depths=(), truncate_dim=None),
     )
 
 

@@ -5,12 +5,13 @@ import dataclasses
 import jax
 
 from f2llm_jax.data.records import Dataset
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.progress import ProgressCallback, silent
 from f2llm_jax.pruning.calibration import Activations, draw_texts, measure
 from f2llm_jax.pruning.choice import Choice, Method, choose
 from f2llm_jax.pruning.cut import cut
-from f2llm_jax.pruning.target import PruningError, parse_target
+from f2llm_jax.pruning.target import parse_target
 from f2llm_jax.weights.models import ModelSource
 
 
@@ -62,12 +63,12 @@ def prune(
     """Prunes a model to `target` (see `parse_target`) by what it does on `rows` training rows of `dataset`.
 
     Raises:
-      PruningError: the target cannot be, the rows are too few or too many, or the data has another tokenizer.
-      TokenizerError: the model has no tokenizer or one that does not fit it.
+      UserError: the target cannot be, the rows are too few or too many, or the data has another tokenizer.
+      UserError: the model has no tokenizer or one that does not fit it.
     """
     config = parse_target(target, source.config)
     if source.matching_tokenizer().fingerprint != dataset.tokenizer_fingerprint:
-        raise PruningError(f"{dataset.folder} was prepared with another tokenizer than {source.name}'s; prepare it with that one")
+        raise UserError(f"{dataset.folder} was prepared with another tokenizer than {source.name}'s; prepare it with that one")
     texts = draw_texts(dataset, rows, seed, source.text_limit)
     activations = measure(source, texts, mesh, report)
     choice = choose(activations, config, method)

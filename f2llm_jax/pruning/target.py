@@ -11,10 +11,6 @@ FIELDS = {"hidden": "hidden_size", "ffn": "intermediate_size", "layers": "num_hi
 KEPT = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps")
 
 
-class PruningError(UserError):
-    """A model that cannot be pruned as asked; the message names the remedy."""
-
-
 def parse_target(target: str, model: DecoderConfig) -> DecoderConfig:
     """The shape that `target` means for `model`.
 
@@ -23,7 +19,7 @@ def parse_target(target: str, model: DecoderConfig) -> DecoderConfig:
       model: shape of the model to prune. Its vocabulary stays.
 
     Raises:
-      PruningError: an unknown word or size, a number below 1 or above the model's, or a size with other heads.
+      UserError: an unknown word or size, a number below 1 or above the model's, or a size with other heads.
     """
     if "=" not in target:
         return _check(_by_name(target, model), target, model)
@@ -31,21 +27,21 @@ def parse_target(target: str, model: DecoderConfig) -> DecoderConfig:
     for part in target.split(","):
         word, _, value = part.partition("=")
         if word not in FIELDS:
-            raise PruningError(f"--target {target}: unknown {word!r}; {_nearest(word, FIELDS)}")
+            raise UserError(f"--target {target}: unknown {word!r}; {_nearest(word, FIELDS)}")
         if not value.isdecimal() or not int(value):
-            raise PruningError(f"--target {target}: {word}={value} must be a whole number of at least 1")
+            raise UserError(f"--target {target}: {word}={value} must be a whole number of at least 1")
         numbers[FIELDS[word]] = int(value)
     return _check(dataclasses.replace(model, **numbers), target, model)
 
 
 def _by_name(name: str, model: DecoderConfig) -> DecoderConfig:
     if name not in SIZES:
-        raise PruningError(f"--target {name}: no size of that name; {_nearest(name, SIZES)}; or hidden=...,ffn=...,layers=...")
+        raise UserError(f"--target {name}: no size of that name; {_nearest(name, SIZES)}; or hidden=...,ffn=...,layers=...")
     size = dataclasses.replace(SIZES[name], vocab_size=model.vocab_size, max_position_embeddings=model.max_position_embeddings)
     if other := [
         f"{field} {getattr(model, field)}, not {getattr(size, field)}" for field in KEPT if getattr(model, field) != getattr(size, field)
     ]:
-        raise PruningError(
+        raise UserError(
             f"--target {name}: pruning leaves attention alone, but the model has {'; '.join(other)}; pass hidden=...,ffn=...,layers=..."
         )
     return size
@@ -58,7 +54,7 @@ def _check(wanted: DecoderConfig, target: str, model: DecoderConfig) -> DecoderC
         if getattr(wanted, field) > getattr(model, field)
     ]
     if larger:
-        raise PruningError(f"--target {target}: more than the model has: {', '.join(larger)}; pruning only takes away, so choose less")
+        raise UserError(f"--target {target}: more than the model has: {', '.join(larger)}; pruning only takes away, so choose less")
     return wanted
 
 

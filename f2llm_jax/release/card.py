@@ -12,6 +12,7 @@ from f2llm_jax import __version__, text
 from f2llm_jax.files import write_text
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.reporting.run_record import RunRecord, read_record
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.models import ModelSource
 
 CURVE_FILE = "training_curve.png"
@@ -81,14 +82,14 @@ class Labels:
     base_model: str = ""
 
 
-def write_card(folder: epath.Path, source: ModelSource, dims: Sequence[int], dtype: str, labels: Labels) -> None:
+def write_card(folder: epath.Path, source: ModelSource, embedding: EmbeddingConfig, dtype: str, labels: Labels) -> None:
     """Writes `README.md`, and the curves of training and of quality by width where the run left what they need."""
     record = read_record(source.run_folder, source.step) if source.run_folder else RunRecord()
     pictures = _pictures(record)
     for name, picture in pictures.items():
         (folder / name).write_bytes(picture)
     sections = [
-        _usage(source, dims, dtype),
+        _usage(source, embedding, dtype),
         _training(source, record, CURVE_FILE in pictures),
         _data(record),
         _held_out(record, WIDTHS_FILE in pictures),
@@ -115,19 +116,19 @@ def _pictures(record: RunRecord) -> dict[str, bytes]:
     return {name: charts.png(figure) for name, figure in drawn.items() if figure}
 
 
-def _usage(source: ModelSource, dims: Sequence[int], dtype: str) -> str:
-    tokenizer = source.matching_tokenizer()
-    cuts = [dim for dim in dims if dim < source.config.hidden_size]
+def _usage(source: ModelSource, embedding: EmbeddingConfig, dtype: str) -> str:
+    tokenizer, width = source.matching_tokenizer(), embedding.truncate_dim or source.config.hidden_size
+    shorter = [dim for dim in embedding.served_dims if dim < width]
     return _USAGE.format(
         title="Text-embedding model",
         parameters=count_parameters(source.config),
-        eos=tokenizer.decode([tokenizer.eos_id]),
-        width=source.config.hidden_size,
-        matryoshka=f" and may be cut to {', '.join(map(str, cuts))} (normalise after cutting)" if cuts else "",
+        eos=tokenizer.decode([tokenizer.end_id]),
+        width=width,
+        matryoshka=f" and may be truncated to {', '.join(map(str, shorter))} (normalise afterwards)" if shorter else "",
         text_limit=source.text_limit,
         dtype=dtype,
         prompt=text.query_prompt("Your instruction."),
-        query_prompt=text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION),
+        query_prompt=embedding.query_prompt,
     )
 
 

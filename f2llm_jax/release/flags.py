@@ -22,7 +22,12 @@ def add_form_flags(parser: argparse.ArgumentParser) -> None:
         "--truncate-dim",
         type=int,
         metavar="K",
-        help="serve the first K dimensions for good: a layer that cuts is added for the readers of modules.json",
+        help="serve the first K dimensions for good: a layer that truncates is added for the readers of modules.json",
+    )
+    parser.add_argument(
+        "--query-instruction",
+        metavar="TEXT",
+        help='instruction of the prompt "query", "" for none (default: what the model was trained with)',
     )
     parser.add_argument(
         "--no-golden", dest="golden", action="store_false", help="write no golden.json, which takes reading the weights twice"
@@ -41,6 +46,7 @@ def form_of(flags: argparse.Namespace) -> "Form":
         dtype=flags.dtype,
         max_shard_bytes=flags.max_shard_size,
         truncate_dim=flags.truncate_dim,
+        query_instruction=flags.query_instruction,
         golden=flags.golden,
         labels=Labels(license=flags.license, base_model=flags.base_model),
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 from etils import epath
 
-from f2llm_jax.errors import UserError
 from f2llm_jax.files import write_json, write_text
 from f2llm_jax.folders import check_new_folder, new_folder
 from f2llm_jax.model.decoder import INITIALIZER_RANGE
@@ -19,30 +18,43 @@ from f2llm_jax.progress import Progress
 from f2llm_jax.release import card, sentence_transformers
 from f2llm_jax.release.golden import GOLDEN_FILE, golden_vectors
 from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_weights
-from f2llm_jax.text import Tokenizer
+from f2llm_jax.text import Tokenizer, query_prompt
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.models import ModelSource
 
 CONFIG_FILE = "config.json"  # every reader opens it first, so it is written last
+# The transformers that this form of config.json is of. Without it transformers 4.57 takes the tokenizer for a broken one of Mistral's
+# ("incorrect regex pattern"); a version after 4.57.2 says that it is none.
+FORMAT_VERSION = "4.57.3"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
     """How a release is written.
 
-    Attributes:
-      dtype: a key of `safetensors.DTYPES`. float32 and, for weights that were imported from it, bfloat16 lose nothing.
-      max_shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
-      truncate_dim: width that sentence-transformers, text-embeddings-inference and vLLM give; None for all. The decoder
-        itself keeps its width, so transformers alone and llama.cpp give all dimensions, to be cut by hand.
-      golden: whether to write golden vectors, which reads the weights twice.
-      labels: what the model card is told.
+    With `truncate_dim` sentence-transformers, text-embeddings-inference and vLLM give that width. The decoder itself keeps its own, so
+    transformers alone and llama.cpp give all dimensions, to be truncated by the user.
     """
 
-    dtype: str = "float32"
-    max_shard_bytes: int = 5 * 10**9
-    truncate_dim: int | None = None
-    golden: bool = True
+    dtype: str = "float32"  # a key of `safetensors.DTYPES`; float32 and, of weights imported from it, bfloat16 lose nothing
+    max_shard_bytes: int = 5 * 10**9  # of tensors in one file, unless a single tensor has more
+    truncate_dim: int | None = None  # None for the model's own
+    query_instruction: str | None = None  # of the prompt "query"; None for the model's own prompt
+    golden: bool = True  # whether to write golden vectors, which reads the weights twice
     labels: card.Labels = dataclasses.field(default_factory=card.Labels)
+
+    def embedding(self, source: ModelSource) -> EmbeddingConfig:
+        """What the release declares.
+
+        Raises:
+          UserError: the model was not trained for `truncate_dim`.
+        """
+        declared = source.embedding
+        if self.truncate_dim is not None:
+            declared = declared.truncated(source.name, source.config.hidden_size, self.truncate_dim)
+        if self.query_instruction is not None:
+            declared = dataclasses.replace(declared, prompts={**declared.prompts, "query": query_prompt(self.query_instruction)})
+        return declared
 
 
 def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: bool = False) -> None:
@@ -55,24 +67,22 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
       overwrite: replace an older release at `out`.
 
     Raises:
-      CheckpointError, ModelFolderError: the weights are not those of the model's shape.
-      UserError: `out` may not be written, a weight is not finite in the dtype, or the model was not trained for the width.
-      TokenizerError: the model has no tokenizer or one that does not fit it.
+      UserError: `out` may not be written, the weights are not those of the model's shape, one is not finite in the dtype, the model
+        was not trained for the width, or it has no tokenizer or one that does not fit it.
     """
-    tokenizer = source.matching_tokenizer()
-    dims = served_dims(source, form.truncate_dim)
+    tokenizer, embedding, limit = source.matching_tokenizer(), form.embedding(source), source.text_limit
     with new_folder(out, CONFIG_FILE, overwrite) as folder:
         with source.open_params() as parameters:
             with Progress() as progress:
                 report = progress.counter("releasing", "B", stored_bytes(source.config, form.dtype))
                 write_weights(folder, source.config, parameters, form.dtype, form.max_shard_bytes, report)
             if form.golden:
-                kind = DTYPES[form.dtype][0]
-                write_json(folder / GOLDEN_FILE, golden_vectors(source.config, parameters, kind, tokenizer, source.text_limit))
-        write_tokenizer(folder, tokenizer, source.text_limit)
-        sentence_transformers.write_modules(folder, source.config.hidden_size, source.text_limit, form.truncate_dim)
-        card.write_card(folder, source, dims, form.dtype, form.labels)
-        write_json(folder / CONFIG_FILE, model_config(source.config, tokenizer, form.dtype, dims))
+                golden = golden_vectors(source.config, parameters, DTYPES[form.dtype][0], tokenizer, limit, embedding.query_prompt)
+                write_json(folder / GOLDEN_FILE, golden)
+        write_tokenizer(folder, tokenizer, limit)
+        sentence_transformers.write_modules(folder, source.config.hidden_size, limit, embedding)
+        card.write_card(folder, source, embedding, form.dtype, form.labels)
+        write_json(folder / CONFIG_FILE, model_config(source.config, tokenizer, form.dtype, embedding))
 
 
 def check_out(out: epath.PathLike, overwrite: bool) -> None:
@@ -80,21 +90,7 @@ def check_out(out: epath.PathLike, overwrite: bool) -> None:
     check_new_folder(out, overwrite)
 
 
-def served_dims(source: ModelSource, truncate_dim: int | None) -> tuple[int, ...]:
-    """Widths, ascending, that the release declares; empty if nothing is known.
-
-    Raises:
-      UserError: the model was not trained for `truncate_dim`.
-    """
-    known = source.matryoshka_dims or (source.config.hidden_size,)
-    if truncate_dim is None:
-        return source.matryoshka_dims
-    if truncate_dim not in known:
-        raise UserError(f"{source.name} was not trained for {truncate_dim} dimensions, only for {', '.join(map(str, known))}")
-    return tuple(dim for dim in source.matryoshka_dims if dim <= truncate_dim)
-
-
-def model_config(config: DecoderConfig, tokenizer: Tokenizer, dtype: str, matryoshka_dims: tuple[int, ...]) -> dict[str, Any]:
+def model_config(config: DecoderConfig, tokenizer: Tokenizer, dtype: str, embedding: EmbeddingConfig) -> dict[str, Any]:
     """The contents of `config.json`, for transformers 4 (`torch_dtype`, `rope_theta`) and 5 (`dtype`, `rope_parameters`)."""
     layers = config.num_hidden_layers
     return {
@@ -123,27 +119,28 @@ def model_config(config: DecoderConfig, tokenizer: Tokenizer, dtype: str, matryo
         "tie_word_embeddings": True,
         "use_cache": False,
         "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": tokenizer.end_id,
         "pad_token_id": tokenizer.pad_id,
         "dtype": dtype,
         "torch_dtype": dtype,
-        # vLLM and SGLang shorten embeddings only for a model that says it was trained for it.
-        **({"is_matryoshka": True, "matryoshka_dimensions": list(matryoshka_dims)} if matryoshka_dims else {}),
+        "transformers_version": FORMAT_VERSION,
+        **embedding.to_config_json(),
     }
 
 
 def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer, text_limit: int) -> None:
     """The tokenizer's files; ids come from tokenizer.json alone, the others repeat it for readers that look there.
 
-    Padding stands on the right. Pooling that reads the attention mask (sentence-transformers, the card's snippet) gives the
-    same vectors either way; but the snippet on the cards of this family takes position `attention_mask.sum(1) - 1`, which
-    is the EOS only so, and transformers counts positions from the row's start, padding included, so only so are they those
-    of training.
+    Padding goes to the right. Pooling that reads the attention mask (sentence-transformers, the card's snippet) gives the same vectors
+    either way; but the snippet on the cards of this family takes position `attention_mask.sum(1) - 1`, which is the end token only
+    then, and transformers counts positions from the row's start, padding included, so only then are they those of training.
     """
     tokenizer.save(folder)
     written = {**tokenizer.config, "padding_side": "right", "model_max_length": text_limit}
-    if written.get("tokenizer_class") in (None, "TokenizersBackend"):
-        written["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows too
+    # The class that takes tokenizer.json as it is, in transformers 4 and 5; others build a post-processor of their own from these flags.
+    written["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for flag in ("add_bos_token", "add_eos_token"):
+        written.pop(flag, None)
     write_json(folder / "tokenizer_config.json", written)
     roles = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "additional_special_tokens")
     write_json(folder / "special_tokens_map.json", {role: written[role] for role in roles if written.get(role)})

@@ -32,7 +32,7 @@ def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, o
     """Writes all of the above; `out` is complete or absent.
 
     Raises:
-      UserError, TokenizerError: as `hf_folder.export`.
+      UserError: as `hf_folder.export`.
     """
     with new_folder(absolute(out), FACTS_FILE, overwrite) as folder:
         workdir.fill(folder, pruned.model)

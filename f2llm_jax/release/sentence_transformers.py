@@ -8,21 +8,23 @@ default for `pooling_mode_cls_token` and `pooling_mode_mean_tokens` and requires
 import numpy as np
 from etils import epath
 
-from f2llm_jax import __version__, text
-from f2llm_jax.files import write_json
+from f2llm_jax import __version__
+from f2llm_jax.files import write_bytes, write_json
 from f2llm_jax.release.safetensors import header
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 
 MODULES_FILE = "modules.json"
 POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 FIRST_READER = "3.0.0"  # the first sentence-transformers with `similarity_fn_name`; an older format version never warns
 
 
-def write_modules(folder: epath.Path, hidden_size: int, text_limit: int, truncate_dim: int | None = None) -> None:
-    """Transformer, last-token pooling over `hidden_size`, normalisation; texts cut at `text_limit` tokens; the query prompt.
+def write_modules(folder: epath.Path, hidden_size: int, text_limit: int, embedding: EmbeddingConfig) -> None:
+    """Transformer, last-token pooling over `hidden_size`, normalisation; texts cut at `text_limit` tokens; the prompts.
 
-    No file of sentence-transformers holds a `truncate_dim` (it is an argument of loading, up to 6.2). A release that is cut
+    No file of sentence-transformers holds a `truncate_dim` (it is an argument of loading, up to 6.2). A release that is truncated
     for good therefore has a linear layer of ones on the diagonal, which every reader of modules.json applies.
     """
+    truncate_dim = embedding.truncate_dim
     cut = [("Dense", "2_Dense")] if truncate_dim else []
     modules = [("Transformer", ""), ("Pooling", "1_Pooling"), *cut, ("Normalize", f"{2 + len(cut)}_Normalize")]
     write_json(
@@ -43,9 +45,7 @@ def write_modules(folder: epath.Path, hidden_size: int, text_limit: int, truncat
         folder / "config_sentence_transformers.json",
         {
             "__version__": {"sentence_transformers": FIRST_READER, "f2llm_jax": __version__},
-            "prompts": {"query": text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION), "document": ""},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
+            **embedding.to_sentence_transformers(),
         },
     )
 
@@ -55,4 +55,4 @@ def _write_cut(folder: epath.Path, hidden_size: int, dim: int) -> None:
     identity = "torch.nn.modules.linear.Identity"
     write_json(folder / "config.json", {"in_features": hidden_size, "out_features": dim, "bias": False, "activation_function": identity})
     name, ones = "linear.weight", np.eye(dim, hidden_size, dtype=np.float32)
-    (folder / "model.safetensors").write_bytes(header({name: ones.shape}, "float32") + ones.tobytes())
+    write_bytes(folder / "model.safetensors", header({name: ones.shape}, "float32") + ones.tobytes())

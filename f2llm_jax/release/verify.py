@@ -6,16 +6,15 @@ torch, transformers and sentence-transformers are needed here and nowhere else i
 import dataclasses
 import functools
 import importlib.util
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from f2llm_jax import text
 from f2llm_jax.errors import UserError
+from f2llm_jax.files import read_json
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
-from f2llm_jax.release.golden import GOLDEN_FILE, TEXTS, read_golden
+from f2llm_jax.release.golden import GOLDEN_FILE, TEXTS, GoldenVectors, read_golden
 from f2llm_jax.weights.models import LoadableModel, find_model
 
 REQUIRED_FLOAT32 = 0.99999  # worst cosine of all texts
@@ -23,10 +22,6 @@ REQUIRED_HALF = 0.999  # weights and, in the peers, arithmetic of bfloat16 or fl
 CUT = 16  # tokens: short enough that most texts are cut
 BATCH = 8  # texts, padded to the longest
 Encode = Callable[[Sequence[str], str, int, int], np.ndarray]  # (texts, prompt, limit in tokens, texts at once) -> [S, D]
-
-
-class VerificationError(UserError):
-    """The comparison cannot be made; the message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,41 +47,53 @@ def compare(folder: str, extra_texts: Sequence[str] = ()) -> list[Agreement]:
       extra_texts: to encode besides the golden ones.
 
     Raises:
-      VerificationError: there is nothing to compare with, or `folder` is not a folder.
-      ModelFolderError, TokenizerError: `folder` is not a model that this project can read.
+      UserError: there is nothing to compare with, or `folder` is not a model that this project can read.
     """
     if not pathlib.Path(folder).is_dir():
-        raise VerificationError(f"{folder} is not a folder; verify takes what `convert to-hf` wrote")
+        raise UserError(f"{folder} is not a folder; verify takes what `convert to-hf` wrote")
     origin = find_model(folder)
-    golden, peers = read_golden(folder), _peers(folder)
+    golden, blanks, peers = read_golden(folder), read_golden(folder, "blanks"), _peers(folder)
     if not golden and not peers:
-        raise VerificationError(f"{folder} has no {GOLDEN_FILE} and no peer is installed; pip install 'f2llm-jax[eval]'")
-    stored = json.loads((pathlib.Path(folder) / "config.json").read_text()).get("dtype", "float32")
+        raise UserError(f"{folder} has no {GOLDEN_FILE} and no peer is installed; pip install 'f2llm-jax[eval]'")
+    stored = read_json(pathlib.Path(folder) / "config.json").get("dtype", "float32")
     required = REQUIRED_FLOAT32 if stored == "float32" else REQUIRED_HALF
     here = _here(origin)
     results = []
-    if golden:
-        # Where the EOS was lost an empty text is no token at all, on which peers crash instead of answering.
-        alone = [i for i, one in enumerate(golden.texts) if one]
-        for name, encode in {"f2llm_jax": here, **peers}.items():
-            theirs = np.concatenate([encode([golden.texts[i]], golden.prompts[i], origin.text_limit, 1) for i in alone])
-            results.append(Agreement(name, "golden, one by one", _worst_cosine(golden.vectors[alone], theirs), required))
-    texts = [*TEXTS, *extra_texts]
+    for name, encode in {"f2llm_jax": here, **peers}.items():
+        if golden:
+            results.append(Agreement(name, "golden, one by one", _worst_of_golden(golden, encode, origin.text_limit), required))
+        if blanks and not _strips(encode, origin.text_limit):
+            results.append(Agreement(name, "golden, blanks", _worst_of_golden(blanks, encode, origin.text_limit), required))
     for case, (prompt, limit, dim) in _cases(origin).items():
+        # Of texts that begin or end with a blank the golden vectors tell, for peers that keep it.
+        texts = [one for one in (*TEXTS, *extra_texts) if (prompt + one).strip() == prompt + one]
         ours = here(texts, prompt, limit, len(texts))
         for name, encode in peers.items():
             results.append(Agreement(name, case, _worst_cosine(ours, encode(texts, prompt, limit, BATCH), dim), required))
     return results
 
 
+def _worst_of_golden(golden: GoldenVectors, encode: Encode, limit: int) -> float:
+    # Where the end token was lost an empty text is no token at all, on which peers crash instead of answering.
+    alone = [i for i, one in enumerate(golden.texts) if one]
+    theirs = np.concatenate([encode([golden.texts[i]], golden.prompts[i], limit, 1) for i in alone])
+    return _worst_cosine(golden.vectors[alone], theirs)
+
+
+def _strips(encode: Encode, limit: int) -> bool:
+    """Whether a peer takes blanks away, as sentence-transformers did for years."""
+    return bool(np.array_equal(encode([" a "], "", limit, 1), encode(["a"], "", limit, 1)))
+
+
 def _cases(origin: LoadableModel) -> dict[str, tuple[str, int, int | None]]:
     """Prompt, limit in tokens and width (None for all) of each comparison."""
-    limit = origin.text_limit
-    prompt = text.query_prompt(text.DEFAULT_QUERY_INSTRUCTION)
-    cases = {"as documents": ("", limit, None), "as queries": (prompt, limit, None)}
+    limit, prompt = origin.text_limit, origin.embedding.query_prompt
+    cases: dict[str, tuple[str, int, int | None]] = {"as documents": ("", limit, None)}
+    if prompt:
+        cases["as queries"] = (prompt, limit, None)
     cases[f"cut at {min(CUT, limit)} tokens"] = ("", min(CUT, limit), None)
-    if origin.matryoshka_dims:
-        cases[f"first {origin.matryoshka_dims[0]} dimensions"] = ("", limit, origin.matryoshka_dims[0])
+    for dim in origin.embedding.served_dims[:1]:
+        cases[f"first {dim} dimensions"] = ("", limit, dim)
     return cases
 
 

@@ -19,7 +19,7 @@ from f2llm_jax.files import FileError, absolute
 from f2llm_jax.folders import new_folder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.progress import Progress
-from f2llm_jax.weights import chunks
+from f2llm_jax.weights import checkpoint_reader, chunks
 from f2llm_jax.weights.checkpoint_reader import array_spec
 from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, parameter_shapes
@@ -39,8 +39,7 @@ def write_workdir(source: ModelSource, out: epath.PathLike, *, overwrite: bool) 
       overwrite: replace an older workdir at `out`, checkpoints and all.
 
     Raises:
-      UserError: `out` may not be written.
-      TokenizerError: the model has no tokenizer or one that does not fit it.
+      UserError: `out` may not be written, or the model has no tokenizer or one that does not fit it.
     """
     source.matching_tokenizer()
     with new_folder(absolute(out), f"{STEP}/{COMMITTED}", overwrite) as folder:
@@ -51,16 +50,11 @@ def fill(folder: epath.Path, source: ModelSource) -> None:
     """Writes the same into an empty folder that the caller keeps complete or absent.
 
     Raises:
-      TokenizerError: as `write_workdir`.
+      UserError: as `write_workdir`.
     """
     tokenizer = source.matching_tokenizer()
-    metadata = {
-        "decoder": dataclasses.asdict(source.config),
-        "matryoshka_dims": source.matryoshka_dims,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "max_length": source.max_length,
-    }
-    with _description(source.config, metadata) as described:
+    embedding = dataclasses.replace(source.embedding, tokenizer_fingerprint=tokenizer.fingerprint)
+    with _description(source.config, checkpoint_reader.metadata(source.config, embedding)) as described:
         tokenizer.save(folder / "tokenizer")
         with source.open_params() as parameters:
             _write_arrays(folder / STEP / "params", source.config, parameters)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 from matplotlib.figure import Figure
 
-from f2llm_jax.data.records import DatasetError, load_dataset
+from f2llm_jax.data.records import load_dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import write_bytes, write_text
 from f2llm_jax.folders import check_new_folder, new_folder
@@ -17,9 +17,6 @@ from f2llm_jax.reporting import charts
 from f2llm_jax.reporting.embedding_sample import EmbeddingSample, principal_plane, sample_embeddings
 from f2llm_jax.reporting.page import Chart, RunLine, page
 from f2llm_jax.reporting.run_record import RunRecord, read_record
-from f2llm_jax.text import TokenizerError
-from f2llm_jax.weights.checkpoint_reader import CheckpointError
-from f2llm_jax.weights.hf_reader import ModelFolderError
 from f2llm_jax.weights.models import find_model
 
 PAGE = "report.html"
@@ -52,7 +49,7 @@ def write_report(workdirs: Sequence[epath.PathLike], out: pathlib.Path) -> pathl
             origin = find_model(str(workdir))
             parameters = count_parameters(origin.config)
             glances[run.name] = sample_embeddings(load_encoder(origin), load_dataset(_data_folder(run, workdir)))
-        except (CheckpointError, DatasetError, ModelFolderError, TokenizerError) as error:
+        except UserError as error:
             missing.append(f"No picture of the space of {run.name}: {error}")
         lines.append(RunLine(run, parameters, color))
     sections = {name: _charts(parts) for name, parts in _sections(runs, glances).items()}

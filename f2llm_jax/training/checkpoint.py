@@ -20,7 +20,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.files import absolute
 from f2llm_jax.training.step import TrainState
 from f2llm_jax.weights import chunks
-from f2llm_jax.weights.checkpoint_reader import CheckpointError, flatten, load_arrays, unflatten
+from f2llm_jax.weights.checkpoint_reader import flatten, load_arrays, unflatten
 
 SCORE = "score"
 
@@ -153,10 +153,10 @@ def save(
 
 
 def check_tokenizer(checkpoints: ocp.training.Checkpointer, fingerprint: str) -> None:
-    """Raises a CheckpointError if the latest checkpoint was trained on other token ids than `fingerprint` stands for."""
+    """Raises a UserError if the latest checkpoint was trained on other token ids than `fingerprint` stands for."""
     metadata = checkpoints.checkpointables_metadata(checkpoints.latest).custom_metadata
     if metadata["tokenizer_fingerprint"] != fingerprint:
-        raise CheckpointError(
+        raise UserError(
             f"{checkpoints.directory} was trained with another tokenizer than the data was prepared with; "
             "use another --workdir, or prepare the data with WORKDIR/tokenizer"
         )
@@ -166,7 +166,7 @@ def restore(checkpoints: ocp.training.Checkpointer, step: int, abstract: TrainSt
     """The state saved at `step`, placed as `abstract` (shapes, dtypes, shardings) says.
 
     Raises:
-      CheckpointError: the checkpoint is of another model or optimizer.
+      UserError: the checkpoint is of another model or optimizer.
     """
     loaded = load_arrays(checkpoints, step, {"params": flatten(abstract.params), "optimizer": flatten(abstract.opt_state)})
     return TrainState(

@@ -3,7 +3,6 @@
 Re-running the same command resumes: the order of data is a function of the step, so a resumed run sees the very next batch.
 """
 
-import dataclasses
 import os
 import socket
 import time
@@ -30,7 +29,10 @@ from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import Recorder, StepWork
 from f2llm_jax.training.preemption import StopRequest
 from f2llm_jax.training.profile import Profile
+from f2llm_jax.training.prompts import trained_prompts
 from f2llm_jax.training.validation import validate
+from f2llm_jax.weights import checkpoint_reader
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts.Place = hosts.ALONE, limit: int = 300) -> None:
@@ -76,8 +78,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     }
 
     # Model and teacher
-    model = start.student(config.init, config.size, config.seed, dataset, config.table_rank)
-    teacher = start.teacher(config.teacher, model.config, dataset) if config.teacher else None
+    model = start.student(config.init, config.size, config.seed, dataset, config.table_rank, shared=workdir)
+    teacher = start.teacher(config.teacher, model.config, dataset, shared=workdir) if config.teacher else None
     cached = None
     if config.teacher_cache:
         cache = local_copy(config.teacher_cache, config.data.copy_to, last=teacher_cache.COMPLETE)
@@ -103,13 +105,14 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     if jax.process_index() == 0:
         write_facts(workdir, config, dataset)  # only now: a run that is refused leaves the workdir as it was
     teacher_params = None if teacher is None else jax.tree.map(lambda x: x.astype(config.dtype), teacher.load(mesh))
-    metadata = {
-        "decoder": dataclasses.asdict(model.config),
-        "matryoshka_dims": steps.dims,
-        "depths": steps.depths,
-        "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
-        "max_length": batch_config.max_length,
-    }
+    embedding = EmbeddingConfig(
+        matryoshka_dims=steps.dims,
+        depths=steps.depths,
+        max_length=batch_config.max_length,
+        prompts=trained_prompts(dataset),
+        tokenizer_fingerprint=dataset.tokenizer_fingerprint,
+    )
+    metadata = checkpoint_reader.metadata(model.config, embedding)
 
     # Loop: validate and save before the batch is drawn, so that a resumed run repeats neither
     first = int(state.step)

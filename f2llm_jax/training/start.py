@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+from etils import epath
 from flax import nnx
 
 from f2llm_jax.data.records import Dataset
@@ -30,7 +31,9 @@ class StartingPoint:
     load: Callable[[jax.sharding.Mesh | None], nnx.State]
 
 
-def student(init: str, size: str, seed: int, dataset: Dataset, table_rank: int = 0) -> StartingPoint:
+def student(
+    init: str, size: str, seed: int, dataset: Dataset, table_rank: int = 0, *, shared: epath.PathLike | None = None
+) -> StartingPoint:
     """The model to train: the weights at `init` (see `find_model`), or random ones of `size` if it is empty.
 
     With `table_rank` its embedding table is a product of two factors: those of `init` if it has them in this rank, else the
@@ -39,16 +42,16 @@ def student(init: str, size: str, seed: int, dataset: Dataset, table_rank: int =
     Raises:
       StartError: unknown size, weights of another size, or a tokenizer or vocabulary other than the data's.
     """
-    plain = _plain_student(init, size, seed, dataset)
+    plain = _plain_student(init, size, seed, dataset, shared)
     if not table_rank:
         return plain
     config = dataclasses.replace(plain.config, table_rank=table_rank)
-    if init and (origin := find_model(init)).run_folder and (saved := find_checkpoint(init)).config == config:
+    if init and (origin := find_model(init, shared=shared)).run_folder and (saved := find_checkpoint(init)).config == config:
         return StartingPoint(config, f"from {origin.name}, table in its factors", saved.load)
     return StartingPoint(config, f"{plain.description}, table of rank {table_rank}", lambda mesh: factorised(plain.load(mesh), table_rank))
 
 
-def _plain_student(init: str, size: str, seed: int, dataset: Dataset) -> StartingPoint:
+def _plain_student(init: str, size: str, seed: int, dataset: Dataset, shared: epath.PathLike | None) -> StartingPoint:
     if size not in SIZES:
         raise StartError(f"unknown size {size!r}; there are: {', '.join(SIZES)}")
     if not init:
@@ -57,20 +60,20 @@ def _plain_student(init: str, size: str, seed: int, dataset: Dataset) -> Startin
             config = dataclasses.replace(config, vocab_size=-(-dataset.vocab_size // TOY_VOCAB_MULTIPLE) * TOY_VOCAB_MULTIPLE)
         _check_vocabulary(config, f"size {size}", dataset)
         return StartingPoint(config, "from random weights", lambda mesh: init_decoder(config, seed, mesh))
-    origin = find_model(init)
+    origin = find_model(init, shared=shared)
     _check_tokenizer(origin, dataset)
     if size != "toy" and dataclasses.replace(SIZES[size], vocab_size=origin.config.vocab_size) != origin.config:
         raise StartError(f"{init} is not of size {size}; pass the size it has, or size=toy to take any. It is {origin.config}")
     return StartingPoint(origin.config, f"from {init}", origin.load)
 
 
-def teacher(name: str, student_config: DecoderConfig, dataset: Dataset) -> StartingPoint:
+def teacher(name: str, student_config: DecoderConfig, dataset: Dataset, *, shared: epath.PathLike | None = None) -> StartingPoint:
     """The frozen model to distil from.
 
     Raises:
       StartError: it is narrower than the student, or does not read the same token ids.
     """
-    origin = find_model(name)
+    origin = find_model(name, shared=shared)
     if origin.config.hidden_size < student_config.hidden_size:
         raise StartError(
             f"the teacher {name} has width {origin.config.hidden_size}, less than the student's {student_config.hidden_size}; "
@@ -85,7 +88,7 @@ def _check_tokenizer(origin: LoadableModel, dataset: Dataset) -> None:
     if origin.tokenizer and origin.tokenizer.fingerprint != dataset.tokenizer_fingerprint:
         raise StartError(
             f"{origin.name} has another tokenizer than the data in {dataset.folder} was prepared with "
-            f"(EOS {origin.tokenizer.eos_id} and {dataset.eos_id}); run prepare again with --tokenizer {origin.name}"
+            f"(end token {origin.tokenizer.end_id} and {dataset.eos_id}); run prepare again with --tokenizer {origin.name}"
         )
 
 

@@ -21,34 +21,24 @@ from f2llm_jax.files import absolute, is_remote
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.weights import chunks
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.hf_mapping import Entry
 from f2llm_jax.weights.parameters import Shape, parameter_shapes
 
 
-class CheckpointError(UserError):
-    """A checkpoint that is not there or does not fit; the message names the remedy."""
-
-
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A complete checkpoint whose weights have not been read yet.
+    """A complete checkpoint whose weights have not been read yet."""
 
-    Attributes:
-      step: updates made.
-      config: the decoder's shape.
-      metadata: everything the run handed to `checkpoint.save`.
-      run_folder: the workdir that holds the checkpoint.
-    """
-
-    step: int
+    step: int  # updates made
     config: DecoderConfig
-    metadata: dict[str, Any]
-    run_folder: epath.Path
+    embedding: EmbeddingConfig
+    run_folder: epath.Path  # the workdir that holds the checkpoint
 
     @property
     def depths(self) -> tuple[int, ...]:
         """Numbers of layers that it was trained to serve with, ascending."""
-        return tuple(self.metadata.get("depths") or (self.config.num_hidden_layers,))
+        return self.embedding.depths or (self.config.num_hidden_layers,)
 
     def load(self, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
         """The parameters, fp32, on the mesh or on this machine's first device."""
@@ -62,7 +52,7 @@ class SavedModel:
         """The parameters, to be read a block at a time on the host.
 
         Raises:
-          CheckpointError: they do not have the shapes that the metadata names; all are listed at once.
+          UserError: they do not have the shapes that the metadata names; all are listed at once.
         """
         folder = self.run_folder / "checkpoints" / str(self.step) / "params"
         stored = {entry: _open_array(folder, entry) for entry in parameter_shapes(self.config)}
@@ -72,7 +62,7 @@ class SavedModel:
             if chunks.whole_shape(stored[entry].shape, len(shape)) != shape
         ]
         if wrong:
-            raise CheckpointError(f"{folder} is of another architecture than its metadata says:\n  " + "\n  ".join(wrong))
+            raise UserError(f"{folder} is of another architecture than its metadata says:\n  " + "\n  ".join(wrong))
         yield StoredParameters(stored, parameter_shapes(self.config))
 
 
@@ -105,7 +95,7 @@ def load_arrays(
     """Flattened trees of a checkpoint by name, in shapes, dtypes and shardings of `targets`.
 
     Raises:
-      CheckpointError: the checkpoint is of another model or optimizer; every difference is listed.
+      UserError: the checkpoint is of another model or optimizer; every difference is listed.
     """
     stored = {found.step: found for found in checkpoints.checkpoints}[step]
     held = checkpoints.checkpointables_metadata(stored).metadata
@@ -118,7 +108,7 @@ def load_arrays(
                 problems.append(f"{part}/{name}: stored {here}, this run has {there}")
     if problems:
         where = f"{checkpoints.directory}/{step}"
-        raise CheckpointError(f"{where} does not fit this run; use another --workdir or the run's own config:\n  " + "\n  ".join(problems))
+        raise UserError(f"{where} does not fit this run; use another --workdir or the run's own config:\n  " + "\n  ".join(problems))
     as_stored = {
         part: {name: chunks.with_shape(leaf, shapes[part][name]) for name, leaf in target.items()} for part, target in targets.items()
     }
@@ -137,46 +127,50 @@ def _open_array(folder: epath.Path, entry: Entry) -> ts.TensorStore:
         return ts.open(array_spec(folder, entry), read=True).result()
     except ValueError as error:
         name = "/".join(entry.path)
-        raise CheckpointError(f"{folder} holds no {name}; it is no checkpoint of this project, or an incomplete one ({error})") from error
+        raise UserError(f"{folder} holds no {name}; it is no checkpoint of this project, or an incomplete one ({error})") from error
 
 
 def find_checkpoint(path: epath.PathLike) -> SavedModel:
     """A workdir's latest checkpoint, or one of its checkpoints (`WORKDIR/checkpoints/STEP`).
 
     Raises:
-      CheckpointError: there is no complete checkpoint at `path`.
+      UserError: there is no complete checkpoint at `path`.
     """
     path = absolute(path)
     folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
     if not folder.exists():
-        raise CheckpointError(f"{path} is neither a workdir with checkpoints/ nor a checkpoint (WORKDIR/checkpoints/STEP)")
+        raise UserError(f"{path} is neither a workdir with checkpoints/ nor a checkpoint (WORKDIR/checkpoints/STEP)")
     with ocp.training.Checkpointer(folder) as checkpoints:
         steps = [m.step for m in checkpoints.checkpoints]
         step = max(steps, default=None) if step is None else step
         if step not in steps:
-            raise CheckpointError(
-                f"{path}: no complete checkpoint{'' if step is None else f' of step {step}'}; there are: {steps or 'none'}"
-            )
-        metadata = checkpoints.checkpointables_metadata(step).custom_metadata
+            raise UserError(f"{path}: no complete checkpoint{'' if step is None else f' of step {step}'}; there are: {steps or 'none'}")
+        stored = checkpoints.checkpointables_metadata(step).custom_metadata
     try:
-        return SavedModel(step, DecoderConfig(**metadata["decoder"]), metadata, folder.parent)
+        config, embedding = DecoderConfig(**stored["decoder"]), EmbeddingConfig.from_metadata(stored)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} was not written by this project: its metadata describes no Qwen3 decoder ({error!r})") from error
+        raise UserError(f"{path} was not written by this project: its metadata describes no Qwen3 decoder ({error!r})") from error
+    return SavedModel(step, config, embedding, folder.parent)
+
+
+def metadata(config: DecoderConfig, embedding: EmbeddingConfig) -> dict[str, Any]:
+    """What a checkpoint carries next to its arrays."""
+    return {"decoder": dataclasses.asdict(config), **embedding.to_metadata()}
 
 
 def steps_of(workdir: epath.PathLike) -> list[int]:
     """The steps of a workdir's complete checkpoints, ascending.
 
     Raises:
-      CheckpointError: there are none.
+      UserError: there are none.
     """
     folder = absolute(workdir) / "checkpoints"
     if not folder.exists():
-        raise CheckpointError(f"{workdir} is no workdir: it has no checkpoints/")
+        raise UserError(f"{workdir} is no workdir: it has no checkpoints/")
     with ocp.training.Checkpointer(folder) as checkpoints:
         steps = sorted(m.step for m in checkpoints.checkpoints)
     if not steps:
-        raise CheckpointError(f"{workdir} has no complete checkpoint")
+        raise UserError(f"{workdir} has no complete checkpoint")
     return steps
 
 

@@ -1,17 +1,17 @@
-"""A Hugging Face folder (or Hub id) into sharded fp32 parameters, tensor by tensor.
+"""The weights of a Hugging Face folder as sharded fp32 parameters, tensor by tensor.
 
 Each device's share is cut out of the files on its own, so no host reads more than it keeps and memory is bounded by the
 parameters plus one shard. `safetensors` only: no pickle, no torch, no remote code.
 """
 
 import contextlib
-import json
-import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors then reads
 import numpy as np
+from etils import epath
 from flax import nnx
 from safetensors import safe_open
 
@@ -25,77 +25,10 @@ FLOAT_DTYPES = ("F32", "BF16", "F16")
 UNUSED = frozenset({"lm_head.weight"})  # Qwen3ForCausalLM stores a head that an embedding model never reads
 
 
-class ModelFolderError(UserError):
-    """A folder that does not hold a Qwen3 model this project can train; the message lists everything that is wrong."""
-
-
-def resolve(model: str) -> pathlib.Path:
-    """The local folder of `model`: itself if it is one, else the Hub repository of that name, downloaded.
-
-    Raises:
-      ModelFolderError: neither exists or the Hub cannot be reached.
-    """
-    folder = pathlib.Path(model)
-    if folder.is_dir():
-        return folder
-    import huggingface_hub  # only here: training from a local folder needs no hub client
-
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-    except Exception as error:  # offline, unknown name, no permission: the client has a class for each
-        raise ModelFolderError(
-            f"{model!r} is no local folder and could not be downloaded from the Hub ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
-
-
-def read_config(folder: pathlib.Path) -> DecoderConfig:
-    """The decoder's shape from `config.json`.
-
-    Raises:
-      ModelFolderError: the file is missing, or it describes something this decoder would compute differently.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        raise ModelFolderError(f"{path} does not exist; point to a folder made by `save_pretrained` or `convert to-hf`")
-    raw = _read_json(path)
-    rope = raw.get("rope_parameters") or {"rope_type": "default", "rope_theta": raw.get("rope_theta", 1e6)}
-    must_be = {
-        "model_type": (raw.get("model_type"), "qwen3"),
-        "attention_bias": (raw.get("attention_bias", False), False),
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "rope_scaling": (raw.get("rope_scaling"), None),
-        "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
-        "use_sliding_window": (raw.get("use_sliding_window", False), False),
-    }
-    if wrong := [f"{key} is {got!r}, must be {want!r}" for key, (got, want) in must_be.items() if got != want]:
-        raise ModelFolderError(f"{path}: not a plain Qwen3 decoder: {'; '.join(wrong)}")
-    names = [
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "rms_norm_eps", "max_position_embeddings",
-    ]  # fmt: skip
-    if missing := [name for name in names if name not in raw]:
-        raise ModelFolderError(f"{path}: missing {', '.join(missing)}")
-    return DecoderConfig(**{name: raw[name] for name in names}, rope_theta=float(rope["rope_theta"]))
-
-
-def read_training_facts(folder: pathlib.Path) -> tuple[tuple[int, ...], int | None]:
-    """Matryoshka widths, ascending (empty if unknown), and the longest text in tokens (None if unknown), as a release declares them."""
-    dims = _read_json(folder / "config.json").get("matryoshka_dimensions") or ()
-    sentences = folder / "sentence_bert_config.json"
-    return tuple(sorted(dims)), _read_json(sentences).get("max_seq_length") if sentences.exists() else None
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelFolderError(f"{path} is not readable JSON ({error}); download or export it again") from error
-
-
 class FolderParameters:
     """The parameters of an opened folder, cut out of its files as they are asked for."""
 
-    def __init__(self, tensors: Mapping[str, object], shapes: Mapping[Entry, Shape]):
+    def __init__(self, tensors: Mapping[str, Any], shapes: Mapping[Entry, Shape]):
         self._tensors, self._shapes = tensors, shapes
 
     def unit(self, entry: Entry) -> int:
@@ -118,11 +51,11 @@ class FolderParameters:
 
 
 @contextlib.contextmanager
-def open_params(folder: pathlib.Path, config: DecoderConfig) -> Iterator[FolderParameters]:
+def open_params(folder: epath.Path, config: DecoderConfig) -> Iterator[FolderParameters]:
     """Parameters from the folder's safetensors (one file or many, with or without the `model.` prefix).
 
     Raises:
-      ModelFolderError: tensors are unknown, missing, misshapen or not floating point; all are listed at once.
+      UserError: tensors are unknown, missing, misshapen or not floating point; all are listed at once.
     """
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
@@ -130,11 +63,11 @@ def open_params(folder: pathlib.Path, config: DecoderConfig) -> Iterator[FolderP
         yield FolderParameters(tensors, parameter_shapes(config))
 
 
-def load_params(folder: pathlib.Path, config: DecoderConfig, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
+def load_params(folder: epath.Path, config: DecoderConfig, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
     """The same parameters, fp32, on the mesh or on this machine's first device.
 
     Raises:
-      ModelFolderError: as `open_params`.
+      UserError: as `open_params`.
     """
     _, abstract = abstract_decoder(config, mesh)
     with open_params(folder, config) as parameters:
@@ -148,22 +81,30 @@ def _leaf(state: nnx.State, entry: Entry) -> jax.ShapeDtypeStruct:
     return state.get_value()
 
 
-def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, object]:
+def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Lazy slices of every tensor by its `Qwen3Model` name."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelFolderError(f"{folder} holds no *.safetensors; convert other formats with `save_pretrained(safe_serialization=True)`")
-    tensors = {}
+        raise UserError(f"{folder} holds no *.safetensors; convert other formats with `save_pretrained(safe_serialization=True)`")
+    tensors: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for file in files:
         try:
             handle = stack.enter_context(safe_open(file, framework="numpy"))
         except Exception as error:  # safetensors raises its own class without a common base
-            raise ModelFolderError(f"{file} is not a readable safetensors file ({error}); download or export it again") from error
-        tensors |= {name.removeprefix("model."): handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no __iter__)
+            raise UserError(f"{file} is not a readable safetensors file ({error}); download or export it again") from error
+        for stored in handle.keys():  # noqa: SIM118 (no __iter__)
+            name, place = stored.removeprefix("model."), f"{file.name}: {stored}"
+            if name in tensors:
+                raise UserError(f"{folder} holds {name} twice, as {places[name]} and as {place}; remove the one that is not to be read")
+            tensors[name], places[name] = handle.get_slice(stored), place
+    adapters = [place for name, place in places.items() if ".lora_" in name]
+    if adapters:
+        raise UserError(f"{folder} holds a LoRA adapter ({adapters[0]}); merge it with peft's `merge_and_unload()` and save that")
     return {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
 
 
-def _check(folder: pathlib.Path, tensors: Mapping[str, object], config: DecoderConfig) -> None:
+def _check(folder: epath.Path, tensors: Mapping[str, Any], config: DecoderConfig) -> None:
     expected = dict(hf_tensors(config))
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
@@ -175,7 +116,7 @@ def _check(folder: pathlib.Path, tensors: Mapping[str, object], config: DecoderC
         elif tensor.get_dtype() not in FLOAT_DTYPES:
             problems.append(f"{name} is stored as {tensor.get_dtype()}, must be one of {', '.join(FLOAT_DTYPES)}")
     if problems:
-        raise ModelFolderError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(problems))
+        raise UserError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(problems))
 
 
 def _load(parameters: FolderParameters, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -185,6 +126,6 @@ def _load(parameters: FolderParameters, entry: Entry, leaf: jax.ShapeDtypeStruct
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parameters.read_index(entry, index))
 
 
-def _read(entry: Entry, tensor: object, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+def _read(entry: Entry, tensor: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
     part = tensor[entry.hf_index(index, shape)].astype(np.float32)
     return entry.from_hf(part, tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)))

@@ -20,10 +20,6 @@ from f2llm_jax.weights.hf_mapping import EMBEDDING, LEFT, RIGHT, Entry
 from f2llm_jax.weights.parameters import OpenParameters, Parameters
 
 
-class TruncationError(UserError):
-    """A cut that the model was not trained for; the message names those that it was."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Truncation:
     """What to leave of a model.
@@ -37,7 +33,7 @@ class Truncation:
     table_rank: int | None = None
 
     def check(self, name: str, config: DecoderConfig, depths: tuple[int, ...]) -> None:
-        """Raises a TruncationError unless the model `name` was trained for this cut.
+        """Raises a UserError unless the model `name` was trained for this cut.
 
         Args:
           name: for the message.
@@ -45,14 +41,14 @@ class Truncation:
           depths: numbers of layers that it was trained to serve with.
         """
         if self.layers is not None and self.layers not in depths:
-            raise TruncationError(f"{name} was not trained to serve with {self.layers} layers, only with {', '.join(map(str, depths))}")
+            raise UserError(f"{name} was not trained to serve with {self.layers} layers, only with {', '.join(map(str, depths))}")
         if self.table_rank is None:
             return
         if not config.table_rank:
-            raise TruncationError(f"{name} has a plain embedding table and was trained for no rank but the full one")
+            raise UserError(f"{name} has a plain embedding table and was trained for no rank but the full one")
         if self.table_rank not in low_rank.ranks(config.table_rank):
             trained = ", ".join(map(str, low_rank.ranks(config.table_rank)))
-            raise TruncationError(f"{name} was not trained for a table of rank {self.table_rank}, only for {trained}")
+            raise UserError(f"{name} was not trained for a table of rank {self.table_rank}, only for {trained}")
 
     def config(self, config: DecoderConfig) -> DecoderConfig:
         """The shape of what is left, with a plain table."""

@@ -78,7 +78,7 @@ def main():
     origin = find_model(flags.model)
     dtype = json.loads((pathlib.Path(flags.model) / "config.json").read_text())["dtype"]
     required = 0.99999 if dtype == "float32" else 0.999
-    narrow = origin.matryoshka_dims[0]
+    narrow = origin.embedding.matryoshka_dims[0]
     peers = {
         "transformers": (with_transformers(flags.model), None),
         "sentence-transformers": (with_sentence_transformers(flags.model, None), None),
