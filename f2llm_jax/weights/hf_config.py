@@ -52,7 +52,7 @@ def read_settings(folder: epath.Path) -> FolderSettings:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path} does not exist; point to a folder made by `save_pretrained` or `convert to-hf`")
-    raw = read_json(path)
+    raw = read_json(path, kind=dict)
     notes = hf_settings.check(path, "config.json", raw, hf_settings.CONFIG)
     decoder = _decoder(path, raw)
     dims = _dims(path, raw.get("matryoshka_dimensions") or (), decoder.hidden_size)
@@ -115,12 +115,12 @@ def _limit(folder: epath.Path, decoder: DecoderConfig) -> tuple[int, Note]:
     positions = decoder.max_position_embeddings
     for name in TRANSFORMER_FILES:
         path = folder / name
-        if path.exists() and (limit := read_json(path).get("max_seq_length")) is not None:
+        if path.exists() and (limit := read_json(path, kind=dict).get("max_seq_length")) is not None:
             if type(limit) is not int or not 1 <= limit <= positions:
                 raise UserError(f"{path}: max_seq_length is {limit!r}, must be from 1 to the {positions} positions of config.json")
             return limit, Note(name, "max_seq_length", limit, "computed", "taken as the longest text")
     path = folder / "tokenizer_config.json"
-    limit = read_json(path).get("model_max_length") if path.exists() else None
+    limit = read_json(path, kind=dict).get("model_max_length") if path.exists() else None
     if type(limit) in (int, float) and 1 <= limit <= positions:
         return int(limit), Note(path.name, "model_max_length", limit, "computed", "taken as the longest text")
     return positions, Note("config.json", "max_position_embeddings", positions, "computed", "taken as the longest text")
@@ -162,12 +162,12 @@ def _sentence_transformers(folder: epath.Path, decoder: DecoderConfig, dims: tup
 
 def _checked(folder: epath.Path, name: str, rules: Mapping[str, hf_settings.Rule]) -> list[Note]:
     path = folder / name
-    return hf_settings.check(path, name, read_json(path), rules) if path.exists() else []
+    return hf_settings.check(path, name, read_json(path, kind=dict), rules) if path.exists() else []
 
 
 def _pooling(folder: epath.Path, name: str, width: int) -> list[Note]:
     path = folder / name
-    settings = read_json(path)
+    settings = read_json(path, kind=dict)
     notes = hf_settings.check(path, name, settings, hf_settings.POOLING)
     if "pooling_mode" not in settings and not settings.get("pooling_mode_lasttoken"):
         raise UserError(f"{path} pools by the mean (it names no other mode); only the last token is computed, pooling_mode_lasttoken")
@@ -180,7 +180,7 @@ def _pooling(folder: epath.Path, name: str, width: int) -> list[Note]:
 def _kept_width(folder: epath.Path, width: int) -> int:
     """How many first dimensions a Dense layer keeps, if that is all it does."""
     path = folder / "config.json"
-    settings = read_json(path)
+    settings = read_json(path, kind=dict)
     identity = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")[2]
     problems = [f"activation_function {identity}"] if identity != "Identity" else []
     problems += ["bias"] if settings.get("bias", True) else []
@@ -205,7 +205,7 @@ def _kept_width(folder: epath.Path, width: int) -> int:
 def _prompts(folder: epath.Path, *, normalized: bool) -> tuple[dict[str, str], list[Note]]:
     name = "config_sentence_transformers.json"
     path = folder / name
-    settings = read_json(path) if path.exists() else {}
+    settings = read_json(path, kind=dict) if path.exists() else {}
     notes = hf_settings.check(path, name, settings, hf_settings.SENTENCE_TRANSFORMERS)
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or any(not isinstance(value, str | None) for value in prompts.values()):
