@@ -60,6 +60,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.attention = "auto"  # kernel: xla, splash (TPU), cudnn (GPU), or the best that serves the devices
     config.max_skipped_steps = 20  # in a row, without a finite loss and gradient, before the run gives up
     config.log_every = 20  # steps over which losses are averaged by source; between progress lines where there is no terminal
+    config.loggers = ("tensorboard",)  # where metrics go besides the workdir's files: tensorboard, wandb, mlflow, trackio
 
     fsdp = FSDP.get(size, -1)
     config.mesh = ml_collections.ConfigDict({"data": 1 if fsdp == -1 else -1, "fsdp": fsdp, "tensor": 1})  # -1 fills up
@@ -104,7 +105,8 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = LEARNING_RATE[size]
-    config.optimizer.warmup_steps = 500
+    config.optimizer.warmup_steps = 500  # published; a run of less than 5,000 updates warms up for a share of them instead:
+    config.optimizer.warmup_share = 0.1  # most of a run that is warm-up; 1 takes `warmup_steps` as they are
     config.optimizer.schedule = "cosine"  # after the warm-up, or "constant_with_warmup"
     config.optimizer.min_learning_rate = 1e-7
     config.optimizer.beta1 = 0.9
@@ -131,7 +133,7 @@ def _runlocal(config: ml_collections.ConfigDict, stage: int) -> ml_collections.C
     config.epochs = 1
     config.batch.update({"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96})
     config.batch.negatives.update({"retrieval": 1, "clustering": 3})  # a small model learns more from more samples
-    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 20, "min_learning_rate": 1e-5})
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 20, "warmup_share": 1.0, "min_learning_rate": 1e-5})
     config.eval.update({"every": 100, "batches": 2})
     config.checkpoint.update({"every": 50})
     return config

@@ -1,3 +1,13 @@
 """Text-embedding models trained by the F2LLM-v2 recipe in JAX, from raw rows to a Hugging Face release."""
 
+import importlib
+from types import ModuleType
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`f2llm_jax.api`, imported when it is first used: `import f2llm_jax` needs no JAX."""
+    if name != "api":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("f2llm_jax.api")

@@ -36,10 +36,13 @@ EXTRAS = {
     "babel": "demo",
     "gcsfs": "gcs",
     "matplotlib": "report",
+    "mlflow": "mlflow",
     "mteb": "eval",
     "sentence_transformers": "eval",
     "torch": "eval",
+    "trackio": "trackio",
     "transformers": "eval",
+    "wandb": "wandb",
 }
 
 

@@ -23,7 +23,8 @@ TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 
 
 def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, default: str | None = None) -> argparse.Namespace:
-    """Parses the command line of a `parser` to which `--config` is added; `flags.config` is the configuration, overridden and locked.
+    """Parses the command line of a `parser` to which `--config` is added; `flags.config` is the configuration, overridden and
+    locked; `flags.overrides` are the fields that were overridden with their values as typed.
 
     Raises:
       UserError: there is no such file or field, or a value is not of its field's type.
@@ -37,8 +38,9 @@ def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     )
     parser.epilog = "Any field of the configuration is overridden by --config.FIELD=VALUE, e.g. --config.optimizer.learning_rate=1e-5."
     flags, rest = parser.parse_known_args(arguments)
-    overrides = _overrides(parser, rest)
-    flags.config = load(flags.config, overrides)
+    flags.overrides = _overrides(parser, rest)
+    flags.config_file = flags.config
+    flags.config = load(flags.config, flags.overrides)
     return flags
 
 

@@ -90,7 +90,8 @@ def test_the_defaults_are_published():
     ("wrong", "message"),
     [
         ({"schedule": "linear"}, "schedule='linear' must be one of 'cosine', 'constant_with_warmup'"),
-        ({"warmup_steps": 10}, "warmup_steps=10 must be at least 0 and below total_steps=10"),
+        ({"warmup_share": 1.5}, "warmup_share=1.5 from 0 to 1"),
+        ({"total_steps": 0}, "total_steps=0 must be at least 1"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
         ({"min_learning_rate": 0.1}, "min_learning_rate=0.1 must lie between 0 and learning_rate=0.02"),
     ],
@@ -98,3 +99,12 @@ def test_the_defaults_are_published():
 def test_what_cannot_be_a_schedule_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**{"learning_rate": 0.02, "warmup_steps": 1, "total_steps": 10} | wrong)
+
+
+@pytest.mark.parametrize(("total", "updates"), [(1, 0), (38, 3), (4_999, 499), (5_000, 500), (100_000, 500)])
+def test_warm_up_is_at_most_a_share_of_the_run(total, updates):
+    """The published 500 updates where a run is long enough for them."""
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=500, warmup_share=0.1, total_steps=total, min_learning_rate=0.0)
+    assert config.warmup == updates
+    assert float(learning_rate(config, jnp.int32(updates))) == pytest.approx(1.0)
+    assert OptimizerConfig(learning_rate=1.0, warmup_steps=30, total_steps=38).warmup == 30  # absolute where the share allows it

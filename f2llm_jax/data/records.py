@@ -21,7 +21,7 @@ import functools
 import hashlib
 import json
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -145,6 +145,18 @@ class Dataset:
         """32 hex digits that stand for every record of every source, in order: equal only for the same texts under the same numbers."""
         content = [self.eos_id, [[source.name, source.kind, source.negatives, source.digests] for source in self.sources.values()]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    def longer_than(self, length: int) -> int:
+        """The number of queries to train on and distinct documents of more than `length` tokens."""
+        return 0 if length >= self.max_length else sum(int((lengths > length).sum()) for lengths in self._lengths())
+
+    def longest(self) -> int:
+        """Tokens of the longest text to train on."""
+        return max(int(lengths.max()) for lengths in self._lengths())
+
+    def _lengths(self) -> Iterator[np.ndarray]:
+        for tables in (self.tables(source, "train") for source in self.sources):
+            yield from (np.asarray(tables.query_length), np.asarray(tables.document_length))
 
     def tables(self, source: str, split: str) -> SplitTables:
         """The tables of "train" or "validation"; memory-mapped where the folder is local."""

@@ -23,13 +23,14 @@ from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.progress import ProgressCallback
-from f2llm_jax.text import Tokenizer
+from f2llm_jax.text import Tokenizer, truncate
 from f2llm_jax.weights.models import LoadableModel
 
 ROW_TOKENS = (128, 256, 512, 2048)  # and the longest text, if longer
 ROW_TEXTS = 32  # most texts in the shortest row
 CHUNK_TOKENS = {"cpu": 1024}  # encoded at once; fastest of 1024, 2048, 4096 on two cores, and least wasted on a few texts
 CHUNK_TOKENS_ACCELERATOR = 32_768
+NO_LIMIT = 2**31 - 1  # tokens
 BLOCK_TEXTS = 4096  # tokenised and packed together; bounds the host's memory
 
 
@@ -61,6 +62,7 @@ class TextEncoder:
         self.width = config.hidden_size
         self._config, self.dtype = config, jnp.dtype(dtype)
         self.max_length = max_length
+        self.truncated = 0  # texts so far that were longer
         self._tokenizer = tokenizer
         self._mesh = mesh
         # float32 means it: accelerators multiply float32 matrices in fewer bits unless told otherwise.
@@ -80,9 +82,13 @@ class TextEncoder:
 
     def encode_blocks(self, texts: Sequence[str], prompt: str = "") -> Iterator[Float[np.ndarray, "S D"]]:
         """What `encode` gives, `BLOCK_TEXTS` texts at a time; the next block is tokenised while the device encodes this one."""
+        if isinstance(texts, str):
+            raise TypeError("texts is one string; pass a list of texts, or use f2llm_jax.api.load, whose encode takes both")
 
         def tokenised(start: int) -> list[np.ndarray]:
-            return self._tokenizer.encode([prompt + text for text in texts[start : start + BLOCK_TEXTS]], self.max_length)
+            whole = self._tokenizer.encode([prompt + text for text in texts[start : start + BLOCK_TEXTS]], NO_LIMIT)
+            self.truncated += sum(len(ids) > self.max_length for ids in whole)
+            return [truncate(ids, self.max_length, self._tokenizer.end_id) for ids in whole]
 
         with futures.ThreadPoolExecutor(1) as thread:
             following = thread.submit(tokenised, 0)

@@ -4,17 +4,19 @@ from f2llm_jax.objectives.accuracy import ranked_first
 from f2llm_jax.objectives.config import ContrastiveConfig, Objective
 from f2llm_jax.objectives.contrastive import Embeddings, Samples
 from f2llm_jax.objectives.matryoshka import matryoshka_dims, matryoshka_weights
-from f2llm_jax.objectives.mean import Mean
-from f2llm_jax.objectives.total import total
+from f2llm_jax.objectives.mean import Mean, mean_of
+from f2llm_jax.objectives.total import LossFunction, total
 
 __all__ = [
     "ContrastiveConfig",
     "Embeddings",
+    "LossFunction",
     "Mean",
     "Objective",
     "Samples",
     "matryoshka_dims",
     "matryoshka_weights",
+    "mean_of",
     "ranked_first",
     "total",
 ]

@@ -1,5 +1,7 @@
 """The sum of all terms."""
 
+from collections.abc import Callable
+
 from jaxtyping import Array, Float
 
 from f2llm_jax.objectives.config import Objective
@@ -7,6 +9,10 @@ from f2llm_jax.objectives.contrastive import Embeddings, Samples, contrastive
 from f2llm_jax.objectives.distillation import distillation
 from f2llm_jax.objectives.mean import Mean
 from f2llm_jax.objectives.spread_out import spread_out
+
+# What training minimises: a pure function `(embeddings, samples, teacher) -> (loss, metrics)` of the whole batch. `teacher` is None
+# where there is none and on held-out rows. `total` with its `objective` bound is one.
+LossFunction = Callable[[Embeddings, Samples, Embeddings | None], tuple[Float[Array, ""], dict[str, Mean]]]
 
 
 def total(

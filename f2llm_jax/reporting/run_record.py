@@ -40,6 +40,10 @@ class RunRecord:
         """The lines of held-out figures."""
         return [line for line in self.metrics if "validation/loss" in line]
 
+    def values(self, name: str) -> dict[int, Any]:
+        """The metric `name` by step, as far as it was written."""
+        return {line["step"]: line[name] for line in self.metrics if name in line}
+
     def accuracy_by(self, part: str, line: Line) -> dict[str, float]:
         """Held-out accuracies in one line of `validations`, by "source", "kind", "language" or "dim" (widths ascend)."""
         prefix = f"validation/accuracy/{part}/"

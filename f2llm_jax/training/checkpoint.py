@@ -7,6 +7,7 @@ order of data follows from the step, so nothing of the input pipeline is stored.
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import absolute
+from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.training.step import TrainState
 from f2llm_jax.weights import chunks
 from f2llm_jax.weights.checkpoint_reader import flatten, load_arrays, unflatten
@@ -152,9 +154,15 @@ def save(
     checkpoints.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata, metrics=metrics)
 
 
-def check_tokenizer(checkpoints: ocp.training.Checkpointer, fingerprint: str) -> None:
-    """Raises a UserError if the latest checkpoint was trained on other token ids than `fingerprint` stands for."""
+def check_same_run(checkpoints: ocp.training.Checkpointer, fingerprint: str, model: DecoderConfig) -> None:
+    """Raises a UserError if the latest checkpoint is of a tokenizer of another `fingerprint`, or of a model of another shape."""
     metadata = checkpoints.checkpointables_metadata(checkpoints.latest).custom_metadata
+    asked, saved = json.loads(json.dumps(dataclasses.asdict(model))), metadata["decoder"]
+    if different := [f"{name} {saved[name]} and not {asked[name]}" for name in asked if name in saved and saved[name] != asked[name]]:
+        raise UserError(
+            f"{checkpoints.directory} holds a run of another model than this configuration's ({', '.join(different)}); "
+            "use another --workdir, or pass the size or init that it was started with"
+        )
     if metadata["tokenizer_fingerprint"] != fingerprint:
         raise UserError(
             f"{checkpoints.directory} was trained with another tokenizer than the data was prepared with; "

@@ -1,4 +1,4 @@
-"""What a run writes down: exact metrics, timings, TensorBoard, and a progress display.
+"""What a run writes down: exact metrics, timings, what loggers make of both (see `loggers`), and a progress display.
 
 `metrics.jsonl` holds only what is a function of configuration and data, so two runs can be compared byte by byte; what
 depends on the machine goes to `timings.jsonl`. The device is asked for a step's metrics only after the next step has been
@@ -11,8 +11,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -22,10 +22,8 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.files import is_remote
 from f2llm_jax.model.flops import PEAK_FLOPS
 from f2llm_jax.objectives import Mean
+from f2llm_jax.training.loggers import Logger
 from f2llm_jax.training.source_means import SourceMeans
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
 
 RATE_WINDOW = 50  # steps over which tokens per second are averaged
 
@@ -54,10 +52,20 @@ class DivergedError(UserError):
 class Recorder:
     """Writes the metrics of a run; used as a context manager, so that the last step is written too.
 
-    Of several hosts the first writes files; TensorBoard's are written to a disk only.
+    Of several hosts the first writes files and calls loggers.
     """
 
-    def __init__(self, folder: epath.Path, start: int, total: int, log_every: int, max_skipped: int, *, resumed: bool = False):
+    def __init__(
+        self,
+        folder: epath.Path,
+        start: int,
+        total: int,
+        log_every: int,
+        max_skipped: int,
+        *,
+        resumed: bool = False,
+        loggers: Sequence[Logger] = (),
+    ):
         """Continues the files in `folder` after step `start`: later lines, of a run that was killed, are removed.
 
         Args:
@@ -67,18 +75,18 @@ class Recorder:
           log_every: steps of an interval that losses are averaged over by source; without a terminal, also between two progress lines.
           max_skipped: steps in a row that may be skipped because they were not finite.
           resumed: whether a checkpoint of `start` was gone on from. Without one a run begins anew, and nothing of before it stays.
+          loggers: functions that take each line as it is written.
         """
         first = jax.process_index() == 0
         last = start if resumed else -1
         self._metrics, self._timings = (_Lines(folder / name, last) if first else None for name in ("metrics.jsonl", "timings.jsonl"))
-        local = first and not is_remote(folder)
-        self._board = _board(folder / "tensorboard", last + 1) if local else None
         self._source_means = SourceMeans(log_every, self._metrics.kept() if self._metrics else ())
+        self._loggers = loggers if first else ()
         self._max_skipped, self._skipped = max_skipped, 0
         self._log_every, self._start, self._total = log_every, start, total
         self._pending: tuple[int, dict[str, Mean], dict[str, Any], dict[str, float]] | None = None
         self._recent: collections.deque[tuple[float, StepWork]] = collections.deque(maxlen=RATE_WINDOW)
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if interactive() else None
 
     def __enter__(self) -> "Recorder":
         return self
@@ -87,10 +95,8 @@ class Recorder:
         try:
             self.flush()
         finally:
-            if self._board:
-                self._board.close()
-        if self._bar:
-            self._bar.close()
+            if self._bar:
+                self._bar.close()
 
     def step(self, step: int, means: Mapping[str, Mean], facts: Mapping[str, Any], work: StepWork) -> None:
         """Takes step `step` (1-based: the number of updates made) and writes the one before.
@@ -139,9 +145,8 @@ class Recorder:
     def _time(self, step: int, timing: Mapping[str, float]) -> None:
         if self._timings:
             self._timings.append({"step": step, **timing})
-        if self._board:
-            for name, value in timing.items():
-                self._board.add_scalar(f"timing/{name}", value, step)
+        for log in self._loggers:
+            log(step, {f"timing/{name}": value for name, value in timing.items()})
 
     def validation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """Writes what `validate` found after update `step`, and how long it took."""
@@ -150,12 +155,11 @@ class Recorder:
         self.say(f"step {step}/{self._total}  held-out loss {values['validation/loss']:.4f}, accuracy {values['validation/accuracy']:.4f}")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes a line of metrics, and its numbers to TensorBoard."""
+        """Writes a line of metrics."""
         if self._metrics:
             self._metrics.append({"step": step, **values})
-        for name, value in values.items():
-            if self._board and isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        for log in self._loggers:
+            log(step, values)
 
     def say(self, line: str) -> None:
         """Prints a line without disturbing the bar."""
@@ -185,10 +189,9 @@ class Recorder:
             print(f"step {step}/{self._total}  loss {loss:.4f}  {rate}  {remaining} left", file=sys.stderr, flush=True)
 
 
-def _board(folder: epath.Path, first: int) -> "SummaryWriter":
-    from tensorboardX import SummaryWriter  # imports PyTorch where that is installed: seconds, which --help need not wait
-
-    return SummaryWriter(str(folder), purge_step=first)
+def interactive() -> bool:
+    """Whether somebody watches, on a terminal or in a notebook, and wants a bar that moves."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class _Lines:

@@ -17,7 +17,7 @@ class OptimizerConfig:
     """Hyper-parameters; the defaults are those of the published code (F2LLM `run.py`, `configs/config.json`)."""
 
     learning_rate: float  # peak
-    warmup_steps: int  # updates of linear warm-up from 0
+    warmup_steps: int  # updates of linear warm-up from 0, unless they exceed `warmup_share`
     total_steps: int  # updates after which the cosine reaches 0 (and the floor takes over)
     schedule: Schedule = "cosine"  # after the warm-up
     min_learning_rate: float = 1e-7  # floor from update 1 on; update 0 really has rate 0, as in the published trainer
@@ -26,23 +26,31 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.01  # decoupled, on all parameters, norms and embeddings included
     clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down to it
+    warmup_share: float = 1.0  # largest part of all updates that warm-up takes
 
     def __post_init__(self) -> None:
         if self.schedule not in get_args(Schedule):
             raise UserError(f"schedule={self.schedule!r} must be one of {', '.join(map(repr, get_args(Schedule)))}")
-        if not 0 <= self.warmup_steps < self.total_steps:
-            raise UserError(f"warmup_steps={self.warmup_steps} must be at least 0 and below total_steps={self.total_steps}")
+        if self.total_steps < 1:
+            raise UserError(f"total_steps={self.total_steps} must be at least 1")
+        if self.warmup_steps < 0 or not 0 <= self.warmup_share <= 1:
+            raise UserError(f"warmup_steps={self.warmup_steps} must be at least 0 and warmup_share={self.warmup_share} from 0 to 1")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise UserError(f"min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}")
+
+    @property
+    def warmup(self) -> int:
+        """Updates of warm-up, below `total_steps`."""
+        return min(self.warmup_steps, int(self.warmup_share * self.total_steps), self.total_steps - 1)
 
 
 def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     """The rate of update `step` (0-based), fp32."""
-    warmup = step / max(1, config.warmup_steps)
-    progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
+    warmup = step / max(1, config.warmup)
+    progress = (step - config.warmup) / max(1, config.total_steps - config.warmup)
     cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
     after = cosine if config.schedule == "cosine" else 1.0
-    rate = config.learning_rate * jnp.where(step < config.warmup_steps, warmup, after)
+    rate = config.learning_rate * jnp.where(step < config.warmup, warmup, after)
     return jnp.where(step > 0, jnp.maximum(rate, config.min_learning_rate), rate)
 
 

@@ -4,6 +4,7 @@ From shapes alone, so that a step can be compiled for machines that are not ther
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ import ml_collections
 from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
 
 from f2llm_jax import sharding
 from f2llm_jax.model import attention
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import EncodeChunk, chunk_encoder, layer_matryoshka
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
+from f2llm_jax.objectives import ContrastiveConfig, Embeddings, LossFunction, Mean, Objective, Samples, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import EvalStep, Step, TableRanks, Teacher, TrainState, make_eval_step, make_train_step
 
@@ -52,10 +54,12 @@ def build(
     platform: str,
     teacher: DecoderConfig | None = None,
     cached: bool = False,
+    own: LossFunction | None = None,
 ) -> Program:
     """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from `cached` vectors.
 
-    `platform` is that of the devices ("cpu", "gpu", "tpu").
+    `platform` is that of the devices ("cpu", "gpu", "tpu"). A loss function of the user's `own` takes the place of `config.objective`; its
+    arrays are whole and float32 on every device, so that it may be written as if there were one.
 
     Raises:
       ValueError: the attention kernel of the configuration cannot serve there.
@@ -70,8 +74,9 @@ def build(
     optimizer = OptimizerConfig(total_steps=total_steps, **config.optimizer)
     frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none", kernel))
     ranks = TableRanks(config.table_rank, config.seed) if config.table_rank else None
-    train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, kernel, depths), objective, optimizer, frozen, ranks)
-    eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat, kernel), objective, scored)
+    own = own and _gathered(own)
+    train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, kernel, depths), own or objective, optimizer, frozen, ranks)
+    eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat, kernel), objective, scored, own)
     return Program(jax.jit(train_step, donate_argnums=0), jax.jit(eval_step), optimizer, dims, scored, depths, kernel)
 
 
@@ -115,6 +120,23 @@ def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], distil:
     return Objective(
         contrastive=contrastive, distillation=config.distillation, distillation_weight=weight, spread_out_weight=config.spread_out_weight
     )
+
+
+def _gathered(own: LossFunction) -> LossFunction:
+    """`own` of arrays that are whole on every device. What is padding is ones, which can be divided by their length; the masks tell."""
+
+    def whole(tree: Any) -> Any:
+        return jax.tree.map(lambda x: sharding.shard(x, sharding.P(*[None] * x.ndim)), tree)
+
+    def filled(embeddings: Embeddings, samples: Samples) -> Embeddings:
+        masks = samples.sample_mask, samples.sample_mask, samples.negative_mask
+        return Embeddings(*(jnp.where(mask[..., None] > 0, x.astype(jnp.float32), 1.0) for x, mask in zip(embeddings, masks, strict=True)))
+
+    def gathered(embeddings: Embeddings, samples: Samples, teacher: Embeddings | None) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        embeddings, samples, teacher = whole(embeddings), whole(samples), whole(teacher)
+        return own(filled(embeddings, samples), samples, teacher and filled(teacher, samples))
+
+    return gathered
 
 
 def _chunk_encoder(

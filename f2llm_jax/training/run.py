@@ -5,8 +5,9 @@ Re-running the same command resumes: the order of data is a function of the step
 
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
@@ -23,7 +24,8 @@ from f2llm_jax.errors import Preempted, UserError
 from f2llm_jax.files import absolute
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
-from f2llm_jax.training import checkpoint, hosts, program, start
+from f2llm_jax.objectives import LossFunction
+from f2llm_jax.training import automatic, checkpoint, hosts, loggers, program, start
 from f2llm_jax.training.facts import write_facts
 from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import Recorder, StepWork
@@ -35,7 +37,14 @@ from f2llm_jax.weights import checkpoint_reader
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts.Place = hosts.ALONE, limit: int = 300) -> None:
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    place: hosts.Place = hosts.ALONE,
+    limit: int = 300,
+    own: LossFunction | None = None,
+    callbacks: Sequence[loggers.Logger] = (),
+) -> None:
     """Trains as `config` says (see configs/common.py for every field) and leaves checkpoints, metrics and logs in `workdir`.
 
     Args:
@@ -43,9 +52,11 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts
       workdir: local or `gs://`; of several hosts, one that all see.
       place: of this process among those of the run.
       limit: seconds within which all of them must have started.
+      own: objective of the user's in place of `config.objective`.
+      callbacks: called on the first host with each line of metrics, besides `config.loggers`.
 
     Raises:
-      ValueError: something in the configuration, the data or the starting weights does not fit; before the first step.
+      UserError: something in the configuration, the data or the starting weights does not fit; before the first step.
       StartupError: processes are missing, or run other code or another configuration.
       DivergedError: too many steps in a row had no finite loss and gradient.
       Preempted: SIGTERM came; the state is saved.
@@ -59,17 +70,28 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, place: hosts
             if folder:
                 local_copy(folder, config.data.copy_to, last=last, progress=True)  # each host for itself, before they wait for each other
         hosts.join(place, hosts.facts_of(config, workdir), limit)
-        _train(config, workdir, log)
+        mesh = sharding.make_mesh(**config.mesh)
+        with jax.set_mesh(mesh):
+            _train(config, workdir, log, mesh, own, callbacks)
 
 
-def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog) -> None:
-    # Mesh
-    mesh = sharding.make_mesh(**config.mesh)
-    jax.set_mesh(mesh)
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    log: HostLog,
+    mesh: jax.sharding.Mesh,
+    own: LossFunction | None,
+    callbacks: Sequence[loggers.Logger],
+) -> None:
+    loggers.check(config.loggers)
     program.keep_compiled(workdir / "compiled", mesh.devices.flat[0].platform)
 
-    # Data
+    # Data and model
+    _say(log, "reading the dataset and the starting model")
     dataset = local_dataset(_data_folder(config, workdir), config.data.copy_to)
+    model = start.student(config.init, config.size, config.seed, dataset, config.table_rank, shared=workdir)
+    text_limit = automatic.text_limit(config, model.config, dataset)
+    config = automatic.batch(config, model.config, dataset, mesh)
     batch_config = BatchConfig(**config.batch.to_dict())
     held_out = {
         name: Pipeline(dataset, "validation", batch_config, config.seed, mesh, [name])
@@ -77,8 +99,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
         if source.rows["validation"]
     }
 
-    # Model and teacher
-    model = start.student(config.init, config.size, config.seed, dataset, config.table_rank, shared=workdir)
+    # Teacher
     teacher = start.teacher(config.teacher, model.config, dataset, shared=workdir) if config.teacher else None
     cached = None
     if config.teacher_cache:
@@ -92,15 +113,18 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     epochs = batches.plan.epochs
     total = config.steps or epochs.steps(config.epochs)
     ends = () if config.steps else [epochs.steps(epoch) for epoch in range(1, config.epochs + 1)]
-    steps = program.build(config, model.config, total, mesh.devices.flat[0].platform, teacher and teacher.config, cached is not None)
+    config = automatic.schedule(config, total)
+    steps = program.build(config, model.config, total, mesh.devices.flat[0].platform, teacher and teacher.config, cached is not None, own)
 
     # State: from this run, else from the given weights, else random
     kept = checkpoint.CheckpointConfig(**config.checkpoint)
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", kept, ends)
     if checkpoints.latest is not None:
-        checkpoint.check_tokenizer(checkpoints, dataset.tokenizer_fingerprint)
+        checkpoint.check_same_run(checkpoints, dataset.tokenizer_fingerprint, model.config)
+        _say(log, f"reading checkpoint {checkpoints.latest.step}")
         state = checkpoint.restore(checkpoints, checkpoints.latest.step, program.abstract_state(model.config, steps.optimizer, mesh))
     else:
+        _say(log, f"placing weights {model.description}")
         state = program.fresh_state(model.load(mesh), steps.optimizer)
     if jax.process_index() == 0:
         write_facts(workdir, config, dataset)  # only now: a run that is refused leaves the workdir as it was
@@ -108,7 +132,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     embedding = EmbeddingConfig(
         matryoshka_dims=steps.dims,
         depths=steps.depths,
-        max_length=batch_config.max_length,
+        max_length=text_limit,
         prompts=trained_prompts(dataset),
         tokenizer_fingerprint=dataset.tokenizer_fingerprint,
     )
@@ -117,11 +141,18 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
     # Loop: validate and save before the batch is drawn, so that a resumed run repeats neither
     first = int(state.step)
     again = checkpoints.latest is not None
-    recorder = Recorder(workdir, first, total, config.log_every, config.max_skipped_steps, resumed=again)
-    with checkpoints, StopRequest() as stop, Profile(workdir / "profile", **config.profile) as profile, recorder:
-        banner = _banner(model, dataset, batches, mesh, steps.kernel, total, first)
-        recorder.say(banner)
-        log.say(banner)
+    with (
+        checkpoints,
+        StopRequest() as stop,
+        Profile(workdir / "profile", **config.profile) as profile,
+        loggers.opened(config.loggers, workdir, config, first + again) as outputs,
+        Recorder(
+            workdir, first, total, config.log_every, config.max_skipped_steps, resumed=again, loggers=[*outputs, *callbacks]
+        ) as recorder,
+    ):
+        for line in _banner(model, dataset, batches, mesh, steps, batch_config, total, first):
+            recorder.say(line)
+            log.say(line)
         log.store()
         arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
         for step in range(first, total + 1):
@@ -134,6 +165,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
             if validating or saving:
                 recorder.flush()  # a checkpoint never knows more than the metrics beside it
             if validating:
+                if step in (0, first):
+                    recorder.say("scoring held-out rows before training (the first time, this compiles the evaluation step)")
                 begun = time.perf_counter()
                 found = validate(steps.eval_step, state.params, held_out, dataset, config.eval.batches, steps.scored)
                 recorder.validation(step, found, time.perf_counter() - begun)
@@ -145,12 +178,14 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.Path, log: HostLog)
             waited = time.perf_counter()
             data = next(arrivals)
             waited = time.perf_counter() - waited
+            if step == first:
+                recorder.say("compiling the training step; the bar moves once that is done")
             state, means = steps.train_step(state, teacher_params, data.batch)
             facts = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
             needed = training_flops(model.config, Work(data.tokens, data.squares))
             recorder.step(step + 1, means, facts, StepWork(data.tokens, data.padded_tokens, needed, waited))
     if stopping:
-        raise Preempted(f"stopped on request after update {step} of {total}, which is saved; the same command goes on")
+        raise Preempted(f"stopped on request after update {step} of {total}, which is saved; the same command resumes")
 
 
 def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.PathLike:
@@ -166,12 +201,32 @@ def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epat
     return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)
 
 
+def _say(log: HostLog, line: str) -> None:
+    log.say(line)
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def _banner(
-    model: start.StartingPoint, dataset: Dataset, batches: Pipeline, mesh: jax.sharding.Mesh, kernel: str, total: int, first: int
-) -> str:
+    model: start.StartingPoint,
+    dataset: Dataset,
+    batches: Pipeline,
+    mesh: jax.sharding.Mesh,
+    steps: program.Program,
+    batch: BatchConfig,
+    total: int,
+    first: int,
+) -> list[str]:
     shape: Mapping[str, int] = mesh.shape
-    return (
+    if first == total:
+        return [f"finished: all {total} steps are done; raise config.epochs or config.steps, or choose another --workdir, to train further"]
+    lines = [
         f"{count_parameters(model.config):,} parameters {model.description}; {len(dataset.sources)} sources, "
-        f"{batches.plan.steps_per_epoch} steps an epoch; mesh {dict(shape)} of {jax.devices()[0].device_kind}, {kernel} attention; "
+        f"{batches.plan.steps_per_epoch} steps an epoch of {batch.size} samples, {batch.microbatch_rows} rows of {batch.row_tokens} "
+        f"tokens at once; mesh {dict(shape)} of {jax.devices()[0].device_kind}, {steps.kernel} attention; learning rate "
+        f"{steps.optimizer.learning_rate:g} after {steps.optimizer.warmup} steps of warm-up; "
         f"{'starts' if first == 0 else f'resumes at step {first}'}, {total} steps"
-    )
+    ]
+    if longer := dataset.longer_than(batch.max_length):
+        lines.append(f"{longer:,} texts are longer than config.batch.max_length={batch.max_length} tokens and are truncated")
+    return lines

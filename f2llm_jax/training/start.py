@@ -36,6 +36,8 @@ def student(
 ) -> StartingPoint:
     """The model to train: the weights at `init` (see `find_model`), or random ones of `size` if it is empty.
 
+    Of an empty `size`, or "toy", weights of any shape are taken.
+
     With `table_rank` its embedding table is a product of two factors: those of `init` if it has them in this rank, else the
     nearest to its table.
 
@@ -52,8 +54,10 @@ def student(
 
 
 def _plain_student(init: str, size: str, seed: int, dataset: Dataset, shared: epath.PathLike | None) -> StartingPoint:
-    if size not in SIZES:
-        raise StartError(f"unknown size {size!r}; there are: {', '.join(SIZES)}")
+    if size not in SIZES and not (init and not size):
+        raise StartError(
+            f"unknown size {size!r}; there are: {', '.join(SIZES)}" if size else "config.size and config.init are both empty; set one"
+        )
     if not init:
         config = SIZES[size]
         if size.startswith("toy"):
@@ -62,8 +66,12 @@ def _plain_student(init: str, size: str, seed: int, dataset: Dataset, shared: ep
         return StartingPoint(config, "from random weights", lambda mesh: init_decoder(config, seed, mesh))
     origin = find_model(init, shared=shared)
     _check_tokenizer(origin, dataset)
-    if size != "toy" and dataclasses.replace(SIZES[size], vocab_size=origin.config.vocab_size) != origin.config:
-        raise StartError(f"{init} is not of size {size}; pass the size it has, or size=toy to take any. It is {origin.config}")
+    if size not in ("", "toy") and not _is_size(origin.config, size):
+        own = next((name for name in SIZES if _is_size(origin.config, name)), "")
+        raise StartError(
+            f"{init} is not of size {size}: it is {f'of size {own}' if own else 'of none of the published sizes'}; "
+            f"pass --config.size={own}{'' if own else ' (empty), which takes any,'} and the hyper-parameters that you want for it"
+        )
     return StartingPoint(origin.config, f"from {init}", origin.load)
 
 
@@ -79,17 +87,30 @@ def teacher(name: str, student_config: DecoderConfig, dataset: Dataset, *, share
             f"the teacher {name} has width {origin.config.hidden_size}, less than the student's {student_config.hidden_size}; "
             "distillation cuts the teacher to the student's width, so take a teacher at least as wide"
         )
-    _check_tokenizer(origin, dataset)
+    if _other_tokenizer(origin, dataset):
+        raise StartError(
+            f"the teacher {name} has another tokenizer than the student and the data in {dataset.folder}, and a teacher reads the same "
+            "token ids; distil from a model of the student's family, or clear config.teacher"
+        )
+    _check_vocabulary(origin.config, name, dataset)
     return StartingPoint(origin.config, f"from {name}", origin.load)
+
+
+def _is_size(config: DecoderConfig, size: str) -> bool:
+    return dataclasses.replace(SIZES[size], vocab_size=config.vocab_size) == config
 
 
 def _check_tokenizer(origin: LoadableModel, dataset: Dataset) -> None:
     _check_vocabulary(origin.config, origin.name, dataset)
-    if origin.tokenizer and origin.tokenizer.fingerprint != dataset.tokenizer_fingerprint:
+    if (tokenizer := origin.tokenizer) and _other_tokenizer(origin, dataset):
         raise StartError(
             f"{origin.name} has another tokenizer than the data in {dataset.folder} was prepared with "
-            f"(end token {origin.tokenizer.end_id} and {dataset.eos_id}); run prepare again with --tokenizer {origin.name}"
+            f"(end token {tokenizer.end_id} and {dataset.eos_id}); run prepare again with --tokenizer {origin.name}"
         )
+
+
+def _other_tokenizer(origin: LoadableModel, dataset: Dataset) -> bool:
+    return origin.tokenizer is not None and origin.tokenizer.fingerprint != dataset.tokenizer_fingerprint
 
 
 def _check_vocabulary(config: DecoderConfig, name: str, dataset: Dataset) -> None:

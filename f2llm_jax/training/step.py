@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.model import encoder, low_rank
-from f2llm_jax.objectives import Embeddings, Mean, Objective, Samples
+from f2llm_jax.objectives import Embeddings, LossFunction, Mean, Objective, Samples
 from f2llm_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 
@@ -81,7 +81,7 @@ def teacher_embeddings(teacher: Teacher | None, teacher_params: Any, batch: Batc
 
 def make_train_step(
     encode_chunk: encoder.EncodeChunk,
-    objective: Objective,
+    objective: Objective | LossFunction,
     optimizer_config: OptimizerConfig,
     teacher: Teacher | None = None,
     table_ranks: TableRanks | None = None,
@@ -94,6 +94,7 @@ def make_train_step(
     1 where loss or gradient was not finite: then weights and moments stay as they were and only counters go on.
     """
     optimizer = make_optimizer(optimizer_config)
+    loss_function = functools.partial(objectives.total, objective=objective) if isinstance(objective, Objective) else objective
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         samples = samples_of(batch)
@@ -101,7 +102,7 @@ def make_train_step(
 
         def loss(embeddings: Float[Array, "S D"] | Float[Array, "S J D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
             depths = [embeddings] if embeddings.ndim == 2 else [embeddings[:, j] for j in range(embeddings.shape[1])]
-            losses = [objectives.total(by_role(e, batch.negative_mask), samples, objective, target) for e in depths]
+            losses = [loss_function(by_role(e, batch.negative_mask), samples, teacher=target) for e in depths]
             # The mean over depths, as ML-Embed's `utils.py`; what is logged beside it is of the whole depth.
             return sum(value for value, _ in losses) / len(losses), losses[-1][1]
 
@@ -133,17 +134,27 @@ def _unless(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
 EvalStep = Callable[[Any, Batch], tuple[dict[str, Mean], Bool[Array, "J B"]]]
 
 
-def make_eval_step(encode_chunk: encoder.EncodeChunk, objective: Objective, dims: Sequence[int]) -> EvalStep:
+OWN = "own/"  # begins the metrics of an objective of the user's
+
+
+def make_eval_step(
+    encode_chunk: encoder.EncodeChunk, objective: Objective, dims: Sequence[int], own: LossFunction | None = None
+) -> EvalStep:
     """`(params, batch) -> (metrics, first)`, from one pass over the batch.
 
     `metrics` are at full width, as the published validation loss (no matryoshka); `first` says for each of `dims` and each
-    sample whether its positive came first, on every device.
+    sample whether its positive came first, on every device. With a loss function of the user's `own`, its loss and its metrics are
+    among the metrics, as `own/objective` and `own/NAME`.
     """
     plain = dataclasses.replace(objective.contrastive, dims=(), weights=())
 
     def eval_step(params: Any, batch: Batch) -> tuple[dict[str, Mean], Bool[Array, "J B"]]:
         embeddings = by_role(encoder.encode(encode_chunk, params, batch.texts, batch.text_count), batch.negative_mask)
         _, metrics = objectives.total(embeddings, samples_of(batch), Objective(contrastive=plain))
+        if own:
+            loss, found = own(embeddings, samples_of(batch), None)
+            count = batch.sample_mask.sum()
+            metrics |= {OWN + name: mean for name, mean in {"objective": Mean(loss * count, count), **found}.items()}
         return metrics, sharding.shard(objectives.ranked_first(embeddings, samples_of(batch), dims), sharding.P(None, None))
 
     return eval_step

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from f2llm_jax.data.pipeline import Pipeline
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.objectives import Mean
-from f2llm_jax.training.step import EvalStep
+from f2llm_jax.training.step import OWN, EvalStep
 
 LOSSES = ("in_batch", "hard")
 
@@ -24,7 +24,8 @@ def validate(
     `validation/loss` and `validation/accuracy` are means over sources; `.../source/NAME`, `.../kind/KIND` and, of accuracy,
     `.../language/CODE` (over that language's rows of all sources) and `.../dim/D` (mean over sources) take them apart. A loss is the sum
     of `validation/in_batch`, which exists for retrieval only, and `validation/hard`, which are taken apart alike (F2LLM `utils.py`).
-    What an accuracy counts is said in `objectives.ranked_first`.
+    What an accuracy counts is said in `objectives.ranked_first`. Metrics of an objective of the user's are
+    `validation/NAME`, means over all rows.
 
     Args:
       eval_step: from `make_eval_step` with these `dims`, jitted.
@@ -40,12 +41,14 @@ def validate(
     losses: dict[str, dict[str, float]] = {loss: {} for loss in LOSSES}
     firsts: dict[str, Bool[np.ndarray, "J rows"]] = {}
     languages: dict[str, list[str]] = {}
+    own: list[Mapping[str, Mean]] = []
     for name, pipeline in held_out.items():
         steps = range(min(batches, pipeline.plan.steps_per_epoch))
         metrics, first = zip(*jax.device_get([eval_step(params, data.batch) for data in pipeline.steps(0, len(steps))]), strict=True)
         for loss in LOSSES:
             if loss != "in_batch" or kinds[name] == "retrieval":
                 losses[loss][name] = _mean_over_batches([batch[loss] for batch in metrics])
+        own += metrics
         of_rows = [pipeline.languages(step) for step in steps]
         firsts[name] = np.concatenate([found[:, : len(rows)] for found, rows in zip(first, of_rows, strict=True)], axis=1)
         languages[name] = [language for rows in of_rows for language in rows]
@@ -59,7 +62,16 @@ def validate(
         **parts,
         "validation/loss": _mean(total.values()),
         **accuracies(firsts, languages, kinds, dims),
+        **_own(own),
     }
+
+
+def _own(batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics of an objective of the user's over all held-out rows, as `validation/NAME`."""
+    names = [name for name in batches[0] if name.startswith(OWN)]
+    sums = {name: np.sum([[batch[name].sum, batch[name].count] for batch in batches], axis=0) for name in names}
+    means = {f"validation/{name.removeprefix(OWN)}": float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
+    return {name: mean for name, mean in means.items() if np.isfinite(mean)}  # JSON knows no NaN
 
 
 def accuracies(

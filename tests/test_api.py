@@ -1,0 +1,163 @@
+"""The Python API: one text or many, objectives and metrics of one's own, callbacks, and no trace left in the process."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_data
+import tiny
+
+from f2llm_jax import api, objectives
+from f2llm_jax.errors import UserError
+from f2llm_jax.objectives import ContrastiveConfig, Objective, mean_of
+from f2llm_jax.release import hf_folder
+from f2llm_jax.weights.embedding_config import DEFAULT_PROMPTS
+
+# TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("api")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    hf_folder.export(tiny.origin(folder / "tiny"), folder / "base", hf_folder.Form())
+    return str(folder / "base")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return small_data.write(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(base):
+    return api.load(base)
+
+
+def test_importing_the_package_is_light():
+    heavy = "import sys, f2llm_jax; assert not {'jax', 'numpy', 'tensorflow_datasets'} & set(sys.modules); assert f2llm_jax.api.load"
+    assert subprocess.run([sys.executable, "-c", heavy]).returncode == 0
+
+
+def test_a_string_is_one_text(encoder):
+    one, several = encoder.encode("the cat"), encoder.encode(["the cat", "a dog", ""])
+    assert one.shape == (encoder.width,) and several.shape == (3, encoder.width) and one.dtype == np.float32
+    np.testing.assert_allclose(one, several[0], atol=1e-6)
+    assert encoder.encode([]).shape == (0, encoder.width)
+    assert encoder.encode(("the cat",)).shape == (1, encoder.width)
+
+
+def test_vectors_are_those_of_sentence_transformers(base, encoder):
+    """Normalised, with the release's prompts, truncated and normalised again."""
+    model = pytest.importorskip("sentence_transformers").SentenceTransformer(base, device="cpu")
+    texts = [*tiny.TEXTS, "a" * 400]
+    for prompt in ("query", "document"):
+        np.testing.assert_allclose(encoder.encode(texts, prompt=prompt), model.encode(texts, prompt_name=prompt), atol=2e-5)
+    np.testing.assert_allclose(encoder.encode(texts, dim=16), model.encode(texts, truncate_dim=16, normalize_embeddings=True), atol=2e-5)
+    np.testing.assert_array_equal(encoder.encode("a", prompt="query"), encoder.encode("a", prompt=DEFAULT_PROMPTS["query"]))
+
+
+def test_raw_vectors_on_request(encoder):
+    raw = encoder.encode(["the cat", "a dog"], normalize=False)
+    assert not np.allclose(np.linalg.norm(raw, axis=1), 1)
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), encoder.encode(["the cat", "a dog"]), atol=1e-6)
+    assert encoder.encode("the cat", dim=8, normalize=False).shape == (8,)
+
+
+@pytest.mark.parametrize("dim", [0, -1, 65])
+def test_a_width_that_the_model_does_not_have_is_refused(encoder, dim):
+    with pytest.raises(UserError, match=f"dim={dim} must be from 1 to the model's 64 dimensions"):
+        encoder.encode("a", dim=dim)
+
+
+def test_one_text_in_place_of_a_list_is_refused_further_down(encoder):
+    """The class that the commands use takes a list; a string there was one text a letter."""
+    with pytest.raises(TypeError, match="one string"):
+        encoder._encoder.encode("hello")
+
+
+def test_an_epoch_has_every_row_once(data):
+    seen = {}
+    for step in api.batches(data, 16):
+        seen.setdefault(step.plan.source, []).extend(step.plan.rows.tolist())
+        assert step.batch.text_count == len(step.batch.sample_mask) * (2 + step.batch.negative_mask.shape[1])
+    assert {source: sorted(rows) for source, rows in seen.items()} == {
+        source: list(range(info.rows["train"])) for source, info in data.sources.items()
+    }
+    assert {step.plan.source for step in api.batches(str(data.folder), 16, sources=["pairs"])} == {"pairs"}
+
+
+def settings(base, data, **more):
+    fields = {"init": base, "data.folder": data.folder, "steps": STEPS, "batch.size": 16, "batch.microbatch_rows": 8, "remat": "none"}
+    return (
+        fields
+        | {"data.weights": "labels=0,topics=0", "eval.batches": 2, "optimizer.learning_rate": 1e-3, "mesh.fsdp": 1, "mesh.data": -1}
+        | more
+    )
+
+
+def triplet(margin, embeddings, samples, teacher):
+    """Each positive nearer than the hardest other passage by a margin; counts how often it is."""
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    cosines = unit(embeddings.query) @ unit(embeddings.passage).T
+    own = jnp.diagonal(cosines)
+    rival = (samples.passage_ids[:, None] != samples.passage_ids[None, :]) & (samples.sample_mask > 0)[None, :]
+    hardest = jnp.max(jnp.where(rival, cosines, -1.0), axis=1)
+    loss = mean_of(jax.nn.relu(margin - own + hardest), samples.sample_mask)
+    return loss.value, {"triplet": loss, "far_enough": mean_of(own > hardest + margin, samples.sample_mask)}
+
+
+def test_an_objective_and_metrics_of_ones_own(base, data, folder, quick_compilation):
+    """On eight devices, by plain jax.numpy; its metrics come back by name, of training and of held-out rows."""
+    seen = []
+    record = api.train(
+        settings(base, data),
+        folder / "own",
+        objective=functools.partial(triplet, 0.2),
+        callbacks=[lambda step, values: seen.append((step, values))],
+    )
+    assert list(record.values("triplet")) == list(range(1, STEPS + 1)) == list(record.values("far_enough"))
+    assert record.values("loss") == record.values("triplet")
+    held_out = record.values("validation/objective")
+    assert list(held_out) == list(range(STEPS + 1)) and held_out[STEPS] < held_out[0] and held_out == record.values("validation/triplet")
+    assert {step: values["triplet"] for step, values in seen if "triplet" in values} == record.values("triplet")
+    assert not jax.sharding.get_mesh().axis_names  # the process is as it was
+    assert api.load(folder / "own").width == 64
+
+
+def test_the_packages_objective_passed_as_ones_own_trains_the_same(base, data, folder, quick_compilation):
+    fields = settings(base, data, **{"objective.matryoshka": False})
+    same = functools.partial(objectives.total, objective=Objective(contrastive=ContrastiveConfig(mask_false_negatives=True)))
+    plain = api.train(fields, folder / "plain").values("loss")
+    passed = api.train(fields, folder / "passed", objective=lambda e, s, t: same(e, s, teacher=t)).values("loss")
+    np.testing.assert_allclose(list(passed.values()), list(plain.values()), rtol=2e-4)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(base, data, folder, capsys):
+    before = (folder / "plain" / "metrics.jsonl").read_bytes()
+    api.train(settings(base, data, **{"objective.matryoshka": False}), folder / "plain")
+    said = capsys.readouterr().err
+    assert f"finished: all {STEPS} steps are done" in said and "resumes" not in said and "compiling" not in said
+    assert (folder / "plain" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_release_from_python(folder):
+    api.release(folder / "plain", folder / "released", dtype="bfloat16")
+    assert api.load(folder / "released").encode("a").shape == (64,)
+    with pytest.raises(UserError, match="not empty"):
+        api.release(folder / "plain", folder / "released")
+
+
+def test_fields_that_do_not_exist_are_named(base, data, folder):
+    with pytest.raises(UserError, match=r"did you mean config\.optimizer\.learning_rate"):
+        api.train({"init": base, "lr": 1e-3}, folder / "refused")
+    assert not (folder / "refused").exists()
