@@ -3,15 +3,19 @@
 XLA writes an asynchronous collective several times, in computations that start it, go on with it and end it; a reduce-scatter of a
 TPU as an all-reduce in a computation of its own; and what goes between slices as a transfer by the hosts. All are seen through here
 (channel ids tell nothing: reductions share them). The body of a loop counts as often as the loop runs.
+
+The text is XLA's own and promised to nobody; it was read as JAX 0.10 to 0.12 write it.
 """
 
 import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from f2llm_jax.jax_version import warn_if_newer
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
@@ -58,6 +62,7 @@ class Collective:
 
 def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
     """Of the program `text`; `chunks` says how often a loop without a static length runs, from the scope that it stands in."""
+    warn_if_newer(__name__, "collectives may be missed or miscounted")
     computations, entry = _computations(text)
     found: list[Collective] = []
 
@@ -68,7 +73,7 @@ def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
             scope = _NAME.search(line)
             here = scope[1] if scope else phase
             if (match := _COLLECTIVE.search(line)) and not goes_on:
-                found.append(_collective(match, line, name, times, here))
+                found.append(_collective(match, line, name, times, here or _reader_scope(line, lines)))
             elif match := _TRANSFER.search(line):
                 found.append(_transfer(match, line, times, here))
             if loop := _LOOP.search(line):
@@ -80,6 +85,12 @@ def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
 
     visit(entry, 1, "")
     return found
+
+
+def _reader_scope(line: str, lines: Sequence[str]) -> str:
+    """The scope of the first line that reads the result of `line`: from JAX 0.11 on, the gather of an argument has the argument's name."""
+    result = re.compile(rf"[(, ]{re.escape(line.split(' = ')[0].strip())}[,)]")
+    return next((scope[1] for other in lines if result.search(other) and (scope := _NAME.search(other))), "")
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -11,23 +11,18 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.errors import UserError
+from f2llm_jax.model import splash
 
 Kernel = Literal["xla", "splash", "cudnn"]
 XLA_BLOCK = 128  # queries; on a CPU finer ones lose more in small products than they save above the diagonal
-SPLASH_LANES = 128  # the TPU's vector width, of which the kernel takes whole multiples
-# Of queries and of keys. Coarser ones compute more above the diagonal; finer ones move more memory, because the fused backward
-# kernel writes a share of the queries' gradient for each block of keys.
-SPLASH_BLOCK = 256
-SPLASH_RESIDUAL = "attention"
 # A rematerialisation policy: keeps what the fused kernels have for their own backward pass. The TPU's has a name, cuDNN's is what a
 # primitive of JAX returns.
 FUSED_RESIDUALS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(SPLASH_RESIDUAL),
+    jax.checkpoint_policies.save_only_these_names(splash.RESIDUAL),
     lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
 )
 
@@ -41,16 +36,18 @@ def choose(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_d
     Raises:
       ValueError: no such kernel, or it cannot serve this platform, dtype or shape.
     """
-    lanes = row_tokens % SPLASH_LANES == 0 and head_dim % SPLASH_LANES == 0
+    lanes = row_tokens % splash.LANES == 0 and head_dim % splash.LANES == 0
     if wanted == "auto":
-        return "splash" if platform == "tpu" and dtype == jnp.bfloat16 and lanes else "xla"
+        return "splash" if platform == "tpu" and dtype == jnp.bfloat16 and lanes and splash.available() else "xla"
     if wanted not in get_args(Kernel):
         raise UserError(f"there is no attention kernel {wanted!r}; take auto, {', '.join(get_args(Kernel))}")
     if wanted == "splash" and not (platform == "tpu" and lanes):
         raise UserError(
-            f"attention=splash needs a TPU and multiples of {SPLASH_LANES} as row_tokens and head_dim; "
+            f"attention=splash needs a TPU and multiples of {splash.LANES} as row_tokens and head_dim; "
             f"here are {platform!r}, {row_tokens} and {head_dim}: take attention=auto or xla"
         )
+    if wanted == "splash" and not splash.available():
+        raise UserError(f"attention=splash: JAX {jax.__version__} does not have the kernel; take attention=auto or xla")
     if wanted == "cudnn" and not (platform == "gpu" and dtype != jnp.float32):
         raise UserError(f"attention=cudnn needs an NVIDIA GPU and 16 bits, here are {platform!r} and {dtype}: take attention=auto or xla")
     return wanted
@@ -70,7 +67,7 @@ def attention(
     """
     if kernel == "xla":
         return _xla(q, k, v, segment_ids)
-    local = _splash if kernel == "splash" else _cudnn
+    local = splash.splash if kernel == "splash" else _cudnn
     if not sharding.in_mesh():
         return local(q, k, v, segment_ids)
     # Rows and heads do not meet in attention, so each device runs the kernel on its own.
@@ -97,22 +94,6 @@ def _xla(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
 def _visible(segment_ids: Int[Array, "R T"]) -> Bool[Array, "R T T"]:
     position = jnp.arange(segment_ids.shape[1])
     return (position[:, None] >= position[None, :]) & (segment_ids[:, :, None] == segment_ids[:, None, :])
-
-
-def _splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """One device's rows and heads. The kernel does not scale, so the queries come scaled."""
-    T, H, E = q.shape[1:]
-    block = SPLASH_BLOCK if T % SPLASH_BLOCK == 0 else SPLASH_LANES
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
-    )
-    causal = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * H)
-    kernel = splash_attention_kernel.make_splash_mha(
-        causal, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=SPLASH_RESIDUAL
-    )
-    segments = splash_attention_kernel.SegmentIds(segment_ids, segment_ids)
-    q, k, v = (x.swapaxes(1, 2) for x in (q * E**-0.5, k, v))
-    return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
 
 
 def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:

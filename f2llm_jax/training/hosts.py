@@ -16,11 +16,9 @@ import jaxlib
 import ml_collections
 from etils import epath
 
-# JAX detects clusters for `jax.distributed.initialize` only; nothing public tells what it found before it connects.
-from jax._src.clusters import ClusterEnv
-
 import f2llm_jax
 from f2llm_jax.errors import UserError
+from f2llm_jax.training import cluster
 from f2llm_jax.training.startup_check import Processes, startup_check
 
 
@@ -55,7 +53,7 @@ def find_place(coordinator_address: str | None, num_processes: int | None, proce
     given = {"--coordinator_address": coordinator_address, "--num_processes": num_processes, "--process_id": process_id}
     if None in given.values():
         try:
-            found = ClusterEnv.auto_detect_unset_distributed_params(*given.values(), None, None, limit)[:3]
+            found = cluster.detect(coordinator_address, num_processes, process_id, limit)
         except RuntimeError as error:  # the name of process 0's host means nothing yet
             raise HostsError(f"process 0 is not to be found: {error}; is it started, and does the network know its name?") from error
         given = dict(zip(given, found, strict=True))
