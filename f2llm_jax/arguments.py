@@ -2,6 +2,8 @@
 
 import argparse
 
+COMPUTE = ("float32", "bfloat16")
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
@@ -26,3 +28,17 @@ def share(text: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
     return number
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Adds `--distributed`, which `join_hosts` acts on."""
+    shared = "share the texts with the other hosts of a TPU pod, a Slurm or an MPI job; all see the output folder"
+    parser.add_argument("--distributed", action="store_true", help=shared)
+
+
+def join_hosts(flags: argparse.Namespace) -> None:
+    """Makes one JAX of all processes if `--distributed` says so; before anything else of JAX."""
+    if flags.distributed:
+        import jax
+
+        jax.distributed.initialize()

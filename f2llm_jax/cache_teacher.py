@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
 from f2llm_jax.command import command
 from f2llm_jax.progress import Progress
 
@@ -22,15 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dims", type=int, required=True, help="components kept of each vector, at least the student's width")
     parser.add_argument("--max-length", type=int, required=True, help="tokens at which texts are cut: the run's batch.max_length")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="on disk (default float16)")
+    parser.add_argument("--compute", choices=COMPUTE, default=COMPUTE[0], help="compute dtype (default float32)")
+    parser.add_argument("--batch-tokens", type=positive, help="tokens on the devices at once; memory only (default: by device)")
+    add_distributed(parser)
     flags = parser.parse_args(arguments)
+    join_hosts(flags)
     from f2llm_jax.data.local_copy import local_dataset
     from f2llm_jax.files import absolute
+    from f2llm_jax.inference.devices import local_mesh
     from f2llm_jax.inference.teacher import cache_teacher
     from f2llm_jax.weights.models import find_model
 
     dataset, out = local_dataset(flags.data), absolute(flags.out)
     with Progress() as progress:
-        options = {"dims": flags.dims, "max_length": flags.max_length, "dtype": flags.dtype}
+        options = {"dims": flags.dims, "max_length": flags.max_length, "dtype": flags.dtype, "compute": flags.compute}
+        options |= {"mesh": local_mesh(), "chunk_tokens": flags.batch_tokens}
         content = cache_teacher(find_model(flags.model), dataset, out, **options, report=progress.of("encoding", "texts"))
     print(f"cached {content.width} dims of {flags.model} for every text of {flags.data} in {out}")
     return 0

@@ -1,6 +1,7 @@
 """Embeds a text file: `python -m f2llm_jax.embed --model FOLDER --input FILE.txt --output X.npy`.
 
-One text a line in, one normalised float32 vector a row out. Give queries the instruction of their task, documents none.
+One text a line in, one normalised float32 vector a row out. Give queries the instruction of their task, documents none. All devices of
+this host are used, with --distributed those of several. What a killed run has encoded lies in OUTPUT.vectors; the same command resumes.
 """
 
 import argparse
@@ -8,7 +9,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.arguments import positive
+from etils import epath
+
+from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
 from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import new_file
@@ -19,6 +22,7 @@ from f2llm_jax.progress import Progress
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
+    join_hosts(flags)
     shape = _embed(flags)
     print(f"wrote {shape[0]:,} vectors of {shape[1]} dimensions to {flags.output}")
     return 0
@@ -28,8 +32,11 @@ def _embed(flags: argparse.Namespace) -> tuple[int, int]:
     import jax.numpy as jnp
     import numpy as np
 
+    from f2llm_jax.inference.devices import all_here, is_first, local_mesh
     from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
+    from f2llm_jax.inference.vector_cache import CachedEncoder
     from f2llm_jax.text import query_prompt
+    from f2llm_jax.weights.digest import model_digest
     from f2llm_jax.weights.models import find_model
 
     texts = _read_lines(flags.input)
@@ -37,13 +44,18 @@ def _embed(flags: argparse.Namespace) -> tuple[int, int]:
     dim = flags.dim or origin.width
     if dim > origin.width:
         raise UserError(f"--dim {dim} exceeds the {origin.width} dimensions of {flags.model}")
-    encoder = load_encoder(origin, dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
+    encoder = load_encoder(origin, mesh=local_mesh(), dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
+    cache = epath.Path(f"{flags.output}.vectors")
     prompt = flags.prompt or query_prompt(flags.instruction)
     with Progress() as progress:
-        embeddings = encoder.encode(texts, prompt, report=progress.of("embedding", "texts"))
-    vectors = truncate_and_normalize(embeddings, dim)
-    with new_file(flags.output) as file:  # an open file, because np.save gives a path without .npy that ending
-        np.save(file, vectors)
+        cached = CachedEncoder(encoder, cache, model=model_digest(origin))
+        vectors = truncate_and_normalize(cached.encode(texts, prompt, dim, progress.of("embedding", "texts")), dim)
+    if is_first():
+        with new_file(flags.output) as file:  # an open file, because np.save gives a path without .npy that ending
+            np.save(file, vectors)
+    all_here("written")
+    if is_first():
+        cache.rmtree()
     return vectors.shape
 
 
@@ -68,8 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", default="", help="put this before every text as it is")
     prompts.add_argument("--instruction", default="", help='describe the task of queries; they become "Instruct: ...\\nQuery: text"')
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
+    parser.add_argument("--dtype", choices=COMPUTE, default=COMPUTE[0], help="compute dtype (default float32)")
     parser.add_argument("--batch-tokens", type=positive, help="tokens on the device at once; memory only (default: by device)")
+    add_distributed(parser)
     return parser
 
 

@@ -1,8 +1,8 @@
 """MTEB: `python -m f2llm_jax.evaluate --model M --benchmark NAME | --tasks TASK ... | --manifest FILE --out DIR`.
 
 Tasks are mteb's own or, from a manifest, your files measured by mteb (its form: f2llm_jax/evaluation/local_tasks.py). Results stand in
-mteb's layout under DIR/results, vectors in DIR/vectors; a killed evaluation goes on when the same command is given again. Several
-hosts share the work by taking some of the tasks each, into one DIR that all see.
+mteb's layout under DIR/results, vectors in DIR/vectors; a killed evaluation goes on when the same command is given again. Several hosts
+(--distributed) encode a share of the texts each, into one DIR that all see.
 
 `--held-out` alone: what training logs beside its held-out losses, again, from a workdir or one of its checkpoints.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from f2llm_jax.arguments import positive
+from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
 from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.widths import FULL, parse_dims
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.held_out:
         _print_held_out(flags)
         return 0
+    join_hosts(flags)
     scores = _evaluate(flags)
     _print(scores)
     print(f"results in mteb's layout: {flags.out}/results")
@@ -98,8 +99,9 @@ def _mesh(sizes: Sequence[int] | None) -> "jax.sharding.Mesh | None":
     import jax
 
     from f2llm_jax import sharding
+    from f2llm_jax.inference.devices import local_mesh
 
-    return sharding.make_mesh(*sizes, devices=jax.local_devices()) if sizes else None
+    return sharding.make_mesh(*sizes, devices=jax.local_devices()) if sizes else local_mesh()
 
 
 def _widths(dims: Sequence[str], origin: "ModelSource") -> list[int]:
@@ -137,10 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dims", type=parse_dims, default=FULL, help='widths, as in "8,32,128,full" (default full); one pass serves all')
     parser.add_argument("--instructions", help="JSON file {task, type or 'query': instruction}, before the published model's")
     parser.add_argument("--name", help="owner/name on the leaderboard (default: from the model)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default float32)")
+    parser.add_argument("--dtype", choices=COMPUTE, default=COMPUTE[0], help="compute dtype (default float32)")
     parser.add_argument("--max-length", type=positive, help="tokens at which texts are cut (default: the model's own limit)")
-    parser.add_argument("--mesh", type=_sizes, help="data,fsdp,tensor over this host's devices, as in 1,-1,1 (default: one device)")
+    parser.add_argument("--mesh", type=_sizes, help="data,fsdp,tensor over this host's devices, as in 1,-1,1 (default: fsdp over all)")
     parser.add_argument("--batch-tokens", type=positive, help="tokens on the device at once; memory only (default: by device)")
+    add_distributed(parser)
     return parser
 
 

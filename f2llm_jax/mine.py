@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from f2llm_jax.arguments import add_distributed, join_hosts
 from f2llm_jax.command import command
 from f2llm_jax.mining import builders, inputs
 from f2llm_jax.mining.selection import Rules
@@ -23,10 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if not flags.model and flags.build not in set(builders.INSTRUCTIONS) - set(builders.MINED):
         parser.error("--model is required, except with --build classification or clustering")
-    if flags.distributed:
-        import jax
-
-        jax.distributed.initialize()
+    join_hosts(flags)
     summary = _mine(flags)
     for name, count in summary["total"].items():
         print(f"{name}: {count:,}")
@@ -71,11 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--build", choices=builders.INSTRUCTIONS, help="inputs are labelled files of this form")
     parser.add_argument("--instruction", help='given to queries that carry none; "" for none (default: none for raw files)')
     parser.add_argument("--qrels", default="train", help="split of BEIR folders (default train)")
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="share the work with the other hosts of a TPU pod, a Slurm or an MPI job; one --cache for all",
-    )
+    add_distributed(parser)
     rules = parser.add_argument_group("rules", 'thresholds are cosines; "none" switches one off')
     rules.add_argument("--nearest", type=_number(int, 1), default=100, metavar="K", help="documents considered a query (default 100)")
     rules.add_argument(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts
 from f2llm_jax.command import command
 from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.files import write_json
@@ -25,24 +26,40 @@ Results = dict[str, dict[str, dict[str, "Recall"]]]  # by model, file, width
 @command("recall")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    flags = _parser().parse_args(arguments)
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    if flags.distributed and not flags.cache:
+        parser.error("--distributed needs --cache: a folder that all hosts see")
+    join_hosts(flags)
     from f2llm_jax.evaluation import retrieval
 
     files = [retrieval.read_pairs(path) for path in flags.pairs]
-    results = {name: _evaluate(name, files, flags.dims) for name in flags.model}
+    results = {name: _evaluate(name, files, flags) for name in flags.model}
+    from f2llm_jax.inference.devices import is_first
+
+    if not is_first():
+        return 0
     if flags.json:
         write_json(flags.json, _plain(results))
     _print(files, results, flags.dims)
     return 0
 
 
-def _evaluate(name: str, files: Sequence["Pairs"], dims: Sequence[str]) -> dict[str, dict[str, "Recall"]]:
+def _evaluate(name: str, files: Sequence["Pairs"], flags: argparse.Namespace) -> dict[str, dict[str, "Recall"]]:
+    import jax.numpy as jnp
+
     from f2llm_jax.evaluation import retrieval
+    from f2llm_jax.inference.devices import local_mesh
     from f2llm_jax.inference.encode import load_encoder
+    from f2llm_jax.inference.vector_cache import CachedEncoder
+    from f2llm_jax.weights.digest import model_digest
     from f2llm_jax.weights.models import find_model
 
-    encoder = load_encoder(find_model(name))
-    widths = {dim: encoder.width if dim == FULL else int(dim) for dim in dims}
+    origin = find_model(name)
+    encoder = load_encoder(origin, mesh=local_mesh(), dtype=jnp.dtype(flags.dtype))
+    if flags.cache:
+        encoder = CachedEncoder(encoder, flags.cache, model=model_digest(origin))
+    widths = {dim: encoder.width if dim == FULL else int(dim) for dim in flags.dims}
     results = {}
     for pairs in files:
         with Progress() as progress:
@@ -103,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", required=True, nargs="+", help="parquet files")
     parser.add_argument("--dims", type=parse_dims, default=FULL, help='widths to cut to, as in "32,full" (default: full)')
     parser.add_argument("--json", type=pathlib.Path, help="also write every figure, by language, to this file")
+    parser.add_argument("--dtype", choices=COMPUTE, default=COMPUTE[0], help="compute dtype (default float32)")
+    parser.add_argument("--cache", help="folder of vectors, to share or to delete at will (default: none are kept)")
+    add_distributed(parser)
     return parser
 
 

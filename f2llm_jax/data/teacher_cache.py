@@ -34,11 +34,12 @@ class CachedVectors:
     model: str  # digest of its weights, shape and tokenizer
     width: int  # W, components kept of each raw vector
     dtype: str  # as stored
+    compute: str  # dtype that the teacher computed in
     max_length: int  # tokens at which texts are truncated
     data: str  # `Dataset.digest`
 
     def store(self, folder: epath.PathLike) -> VectorStore:
-        made_by = {"model": self.model, "max_length": self.max_length, "data": self.data, "vectors": "raw"}
+        made_by = {"model": self.model, "max_length": self.max_length, "data": self.data, "compute": self.compute, "vectors": "raw"}
         return VectorStore(folder, made_by, self.width, self.dtype)
 
 

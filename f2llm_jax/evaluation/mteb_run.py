@@ -8,6 +8,8 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,6 +19,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.instructions import near
 from f2llm_jax.evaluation.mteb_encoder import Conditions, MtebEncoder, meta_code
 from f2llm_jax.files import write_text
+from f2llm_jax.inference.devices import all_here, is_first
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.progress import Progress
 
@@ -82,7 +85,7 @@ def run_tasks(
     """
     import mteb
 
-    results = mteb.ResultCache(str(out))
+    results = mteb.ResultCache(_results_folder(out))
     write_text(epath.Path(out) / "model_meta.py", meta_code(meta))
     scores = []
     total = len(tasks) * len(dims)
@@ -94,6 +97,18 @@ def run_tasks(
                 scores.append(Score(task.metadata.name, task.metadata.type, dim, _evaluate(at_dim, task, results)))
                 progress.show("evaluating", len(scores), total, "tasks", f"{task.metadata.name} at {dim}")
     return scores
+
+
+def _results_folder(out: epath.PathLike) -> str:
+    """`out` for the first process; for others a copy of what is there: all compute the same in the same order, one of them writes."""
+    if is_first():
+        folder = str(out)
+    else:
+        folder = tempfile.mkdtemp(prefix="f2llm_jax-results-")
+        if (theirs := epath.Path(out) / "results").exists():
+            shutil.copytree(theirs, f"{folder}/results")
+    all_here("results read")
+    return folder
 
 
 def _evaluate(encoder: MtebEncoder, task, results) -> float:

@@ -3,12 +3,13 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.data.teacher_cache import CachedVectors, TeacherCacheError
+from f2llm_jax.inference.devices import all_here, is_first
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.locks import lock
 from f2llm_jax.progress import ProgressCallback, silent
@@ -25,7 +26,9 @@ def cache_teacher(
     dims: int,
     max_length: int,
     dtype: str,
+    compute: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    chunk_tokens: int | None = None,
     report: ProgressCallback = silent,
 ) -> CachedVectors:
     """Writes the cache `out`, or what an interrupted run left of it to do; shards are dealt out over the processes.
@@ -37,7 +40,8 @@ def cache_teacher(
       dims: first components kept of each raw vector.
       max_length: tokens at which texts are cut, as the training run will.
       dtype: "float16" or "float32" on disk.
-      mesh: of the encoder.
+      compute: dtype that the teacher computes in.
+      mesh, chunk_tokens: of the encoder.
       report: called with texts done and texts in all, over this process's share.
 
     Raises:
@@ -55,12 +59,15 @@ def cache_teacher(
         model=model_digest(origin),
         width=dims,
         dtype=dtype,
+        compute=compute,
         max_length=max_length,
         data=dataset.digest,
     )
-    with lock(out) if jax.process_index() == 0 else contextlib.nullcontext():
+    with lock(out) if is_first() else contextlib.nullcontext():
         store = teacher_cache.begin(out, content)
-        encoder = TextEncoder(origin.config, origin.load(mesh), tokenizer, max_length, mesh=mesh)
+        encoder = TextEncoder(
+            origin.config, origin.load(mesh), tokenizer, max_length, dtype=jnp.dtype(compute), mesh=mesh, chunk_tokens=chunk_tokens
+        )
         mine = teacher_cache.shards(dataset)[jax.process_index() :: jax.process_count()]
         done, total = 0, sum(shard.stop - shard.start for shard in mine)
         for shard in mine:
@@ -69,8 +76,7 @@ def cache_teacher(
                 store.write(shard.name, encoder.encode_ids([truncate(i, max_length, dataset.eos_id) for i in ids])[:, :dims])
             done += shard.stop - shard.start
             report(done, total)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("teacher cache: written")
-        if jax.process_index() == 0:
+        all_here("teacher vectors written")
+        if is_first():
             teacher_cache.finish(out, dataset)
     return content

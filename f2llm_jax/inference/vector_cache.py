@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import Float
 
 from f2llm_jax.files import read_array, write_array
+from f2llm_jax.inference.devices import all_here, is_mine
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.progress import ProgressCallback
 from f2llm_jax.vectors import VectorStore, unique_name
@@ -40,12 +41,18 @@ class VectorCache:
         self._store = VectorStore(root, made_by, width, "float32")
         self._files: list[np.ndarray] = []
         self._place: dict[bytes, tuple[int, int]] = {}  # file and row of each key
+        self._opened: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Opens what other processes have added."""
         for keys in sorted(self._store.folder.glob("*.keys")) if self._store.folder.exists() else ():
-            self._open(keys.name.removesuffix(".keys"))
+            if (name := keys.name.removesuffix(".keys")) not in self._opened:
+                self._open(name)
 
     def missing(self, texts: Sequence[str]) -> list[str]:
-        """The texts, each once, that have no vector yet."""
-        return list({key: text for text in texts if (key := _key(text)) not in self._place}.values())
+        """The texts, each once, that have no vector yet and are this process's share."""
+        return list({key: text for text in texts if (key := _key(text)) not in self._place and is_mine(key)}.values())
 
     def read(self, texts: Sequence[str], dim: int) -> Float[np.ndarray, "S K"]:
         """The first `dim` components of each text's vector, float32."""
@@ -75,6 +82,7 @@ class VectorCache:
         keys = read_array(self._keys(name), salt=self._store.path(name).name)
         self._place |= {key.tobytes(): (len(self._files), i) for i, key in enumerate(keys)}
         self._files.append(self._store.read(name, len(keys)))
+        self._opened.add(name)
 
 
 class CachedEncoder:
@@ -95,7 +103,8 @@ class CachedEncoder:
     def encode(self, texts: Sequence[str], prompt: str = "", dim: int | None = None, report: ProgressCallback | None = None) -> np.ndarray:
         """The first `dim` components (all if None) of the raw embeddings of `prompt + text`, float32 `[S, K]`, in the order given.
 
-        What is missing is encoded once, longest texts first, and written block by block; `report` counts only that.
+        What is missing is encoded once, longest texts first, and written block by block; `report` counts only that. Several processes
+        call this alike, each encodes its share, and all wait for all.
         """
         cache = self._cache(prompt)
         missing, done = sorted(cache.missing(texts), key=len, reverse=True), 0
@@ -105,6 +114,8 @@ class CachedEncoder:
             self.encoded += len(vectors)
             if report:
                 report(done, len(missing))
+        all_here("texts encoded")
+        cache.refresh()
         return cache.read(texts, dim or self.width)
 
     def _cache(self, prompt: str) -> VectorCache:

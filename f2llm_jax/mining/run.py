@@ -14,6 +14,7 @@ from etils import epath
 from f2llm_jax import sharding
 from f2llm_jax.files import check_apart, read_json
 from f2llm_jax.folders import INCOMPLETE, check_new_folder, check_whole, new_folder
+from f2llm_jax.inference.devices import all_here, local_mesh
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.locks import lock
 from f2llm_jax.mining import writing
@@ -21,7 +22,7 @@ from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, make_pool
 from f2llm_jax.mining.rows import mined
-from f2llm_jax.mining.search import ProgressCallback, Searched, all_here, search
+from f2llm_jax.mining.search import ProgressCallback, Searched, search
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.mining.vectors import ShardedVectors, made_by
 from f2llm_jax.weights.models import LoadableModel
@@ -82,7 +83,7 @@ def mine(
     limit = encoding.max_length or origin.text_limit
 
     def load():
-        return load_encoder(origin, max_length=limit, dtype=jnp.dtype(encoding.compute), mesh=mesh if mesh.size > 1 else None)
+        return load_encoder(origin, max_length=limit, dtype=jnp.dtype(encoding.compute), mesh=local_mesh())
 
     store = ShardedVectors(cache / "vectors", made_by(origin, limit, encoding.compute), origin.config.hidden_size, encoding.stored, load)
     made_of = _digest(rules, pools, store)

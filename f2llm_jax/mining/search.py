@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from f2llm_jax.files import read_arrays, write_arrays
+from f2llm_jax.inference.devices import all_here
 from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.nearest import BLOCK_DOCUMENTS, NONE, nearest
 from f2llm_jax.mining.pool import Pool
@@ -131,9 +131,3 @@ def _rectangle(lists: Sequence[np.ndarray]) -> np.ndarray:
     for row, values in zip(rows, lists, strict=True):
         row[: len(values)] = values
     return rows
-
-
-def all_here(name: str) -> None:
-    """Until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"mining: {name}")
