@@ -8,5 +8,9 @@ class UserError(ValueError):
     """
 
 
+class DivergedError(UserError):
+    """A run whose losses, gradients or parameters are not finite; the message names the update and the remedy."""
+
+
 class Preempted(Exception):
     """The run stopped on request with its state saved; the message says where. The same command resumes."""

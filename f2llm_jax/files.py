@@ -114,9 +114,7 @@ def write_json(path: epath.PathLike, content: Any, *, sealed: bool = False) -> N
       content: a mapping if it is sealed.
       sealed: add the key `CHECKSUM`, which `read_json` compares and removes.
     """
-    content = plain(content)
-    if sealed:
-        content = {**content, CHECKSUM: _seal(content)}
+    content = seal(content) if sealed else plain(content)
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -135,9 +133,25 @@ def read_json(path: epath.PathLike, *, sealed: bool = False, kind: type = object
         raise FileError(f"{path} is not readable as JSON ({error})") from error
     if not isinstance(content, dict if sealed else kind):
         raise FileError(f"{path} holds a JSON {type(content).__name__}, not what this command writes there")
-    if sealed and content.pop(CHECKSUM, None) != _seal(content):
+    return unseal(content, path) if sealed else content
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` as JSON can hold it, with a checksum over all of it."""
+    held = plain(content)
+    return {**held, CHECKSUM: _checksum(held)}
+
+
+def unseal(content: Mapping[str, Any], path: epath.PathLike) -> dict[str, Any]:
+    """What was sealed, without its checksum; `path` is where it was read.
+
+    Raises:
+      FileError: it was changed since.
+    """
+    held = {key: value for key, value in content.items() if key != CHECKSUM}
+    if content.get(CHECKSUM) != _checksum(held):
         raise FileError(f"{path} is damaged: it was changed after it was written, or by hand; restore it or make it anew")
-    return content
+    return held
 
 
 def plain(content: Any) -> Any:
@@ -149,7 +163,7 @@ def plain(content: Any) -> Any:
     return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _seal(content: Mapping[str, Any]) -> str:
+def _checksum(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 

@@ -18,16 +18,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the configured training."""
     flags = parse_flags(_parser(), arguments)
     from f2llm_jax.training import hosts
+    from f2llm_jax.training.resuming import Resume
     from f2llm_jax.training.run import run  # after flag parsing: --help needs no JAX
 
     logging.getLogger("absl").setLevel(logging.WARNING)
     place = hosts.find_place(flags.coordinator_address, flags.num_processes, flags.process_id, flags.initialization_timeout)
-    run(flags.config, flags.workdir, place, flags.initialization_timeout)
+    resume = Resume(flags.resume_from, flags.resume_with_changes)
+    run(flags.config, flags.workdir, place, flags.initialization_timeout, resume=resume)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="main", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="folder of checkpoints and metrics, local or gs://")
+    parser.add_argument(
+        "--resume_from", type=count, metavar="STEP", help="checkpoint to resume from; later ones are deleted (default: the last)"
+    )
+    parser.add_argument(
+        "--resume_with_changes",
+        action="store_true",
+        help="resume although data, order, objective or teacher have changed; config.json keeps what",
+    )
     processes = parser.add_argument_group("several processes, where they do not find one another as on TPU pods, GKE and under Slurm")
     processes.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
     processes.add_argument("--num_processes", type=positive, metavar="N", help="how many train together")

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # The main job, end to end, with the commands a user would type: corpus, prepare, stage 1, stage 2, prune, distil, release, check.
-# Usage: launch/demo.sh [FOLDER]   (default runs/demo; it is made anew)
+# Usage: launch/demo.sh [FOLDER]   (default runs/demo; an older demo there is replaced, anything else is not)
 set -euo pipefail
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 folder="${1:-runs/demo}"
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
-rm -rf "$folder"
-mkdir -p "$folder"
+marker="$folder/.made_by_f2llm_jax_demo"
+if [[ -e "$folder" && ! -e "$marker" && -n "$(ls -A -- "$folder")" ]]; then
+  echo "${0##*/}: $folder is not empty and no demo; choose another folder" >&2
+  exit 2
+fi
+rm -rf -- "$folder"
+mkdir -p -- "$folder"
+touch -- "$marker"
 
 say "Corpus: CLDR names in more than 200 languages, docstrings and code"
 python -m f2llm_jax.demo_data --out "$folder/corpus"

@@ -13,7 +13,11 @@ workdir="$1"
 shift
 max_crashes="${MAX_CRASHES:-5}"
 pause="${RESTART_SECONDS:-10}" # before a restart: the network forgets the old connections
-state="${XDG_RUNTIME_DIR:-/tmp}/f2llm_jax-$(id -u)-$(printf '%s' "$workdir" | cksum | cut -d' ' -f1)"
+# A folder that nobody else can write to. The lock of a WORKDIR holds this script's process id, which means nothing once it is free.
+locks="${XDG_RUNTIME_DIR:-$HOME/.cache}/f2llm_jax"
+mkdir -p "$locks"
+chmod 700 "$locks"
+lock="$locks/$(printf '%s' "$workdir" | cksum | cut -d' ' -f1).lock"
 
 say() { printf 'keep_running: %s %s\n' "$(date -u +%FT%TZ)" "$*" >&2; }
 
@@ -27,9 +31,10 @@ newest_checkpoint() {
   sed -n 's|^\(.*/\)\{0,1\}\([0-9][0-9]*\)/\{0,1\}$|\2|p' <<<"$list" | sort -n | tail -n 1
 }
 
-exec 9>"$state.lock"
+exec 9>>"$lock"
 flock --nonblock 9 || { say "already runs on this host"; exit 0; }
-echo "$$" >"$state.pid"
+echo "$$" >"$lock"
+trap ': >"$lock"' EXIT
 
 child="" asked=""
 trap 'asked=yes; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
@@ -48,7 +53,7 @@ while [[ -z "$asked" ]]; do
     say "gives up: exit code $code, $crashes times without a checkpoint newer than ${now:-none}"
     exit "$code"
   fi
-  [[ -n "$asked" ]] || { say "exit code $code, newest checkpoint ${now:-none}; again in $pause s"; sleep "$pause" & wait $! || true; }
+  [[ -n "$asked" ]] || { say "exit code $code, newest checkpoint ${now:-none}; again in $pause s"; sleep "$pause" 9>&- & wait $! || true; }
 done
 say "stopped on request"
 exit 75

@@ -66,8 +66,9 @@ create() {
 }
 
 install() {
-  local archive="${TMPDIR:-/tmp}/f2llm_jax.tar.gz"
+  local archive=build/f2llm_jax.tar.gz
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  [[ -n "$dry" ]] || mkdir -p build
   git diff --quiet HEAD || echo "note: changes that are not committed are not copied" >&2
   do_it git archive --format=tar.gz --output="$archive" HEAD
   do_it gcloud compute tpus queued-resources scp "$archive" "$TPU_NAME:" "${every[@]}"
@@ -85,12 +86,15 @@ run() {
 }
 
 stop() {
-  local state_files
-  state_files="\"\${XDG_RUNTIME_DIR:-/tmp}\"/f2llm_jax-\$(id -u)-*.pid"
-  on_every_host "for file in $state_files; do [ ! -e \"\$file\" ] || kill -TERM \"\$(cat \"\$file\")\" || true; done"
+  # Only a lock that is held names a process that is ours.
+  local locks="\"\${XDG_RUNTIME_DIR:-\$HOME/.cache}\"/f2llm_jax/*.lock"
+  on_every_host "for lock in $locks; do [ ! -e \"\$lock\" ] || flock --nonblock \"\$lock\" true || kill -TERM \"\$(cat \"\$lock\")\" || true; done"
 }
 
-logs() { on_every_host "hostname && tail -n ${1:-20} $log"; }
+logs() {
+  [[ "${1:-20}" =~ ^[0-9]+$ ]] || fail "logs takes a number of lines, not '$1'"
+  on_every_host "hostname && tail -n ${1:-20} $log"
+}
 
 copy() {
   [[ -n "${1:-}" ]] || fail "copy needs a folder"

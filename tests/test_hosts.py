@@ -1,4 +1,4 @@
-"""Several processes as one run: the roll call, the same losses, a stop that all make at one step. Processes are real, joined by gloo."""
+"""Several processes as one run: the startup check, the same losses, a stop of all at one step. Processes are real, joined by gloo."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from small_runs import ROOT, TRAIN, environment, losses, train_command
 
 import f2llm_jax
 from f2llm_jax.configs import stage2
-from f2llm_jax.errors import Preempted
+from f2llm_jax.errors import DivergedError, Preempted
 from f2llm_jax.training import hosts
 from f2llm_jax.training.host_log import HostLog
-from f2llm_jax.training.metrics import DivergedError
+from f2llm_jax.training.resuming import AS_IT_WAS
 from f2llm_jax.training.startup_check import Processes, StartupError, startup_check
 from f2llm_jax.weights.checkpoint_reader import find_checkpoint
 
-FACTS = {"f2llm_jax": "1.0 with sources abc", "--config.batch.size": "24"}
+SETTINGS = {"f2llm_jax": "1.0 with sources abc", "--config.batch.size": "24"}
 
 
 def free_port():
@@ -36,20 +36,20 @@ def free_port():
 
 @contextlib.contextmanager
 def calling(count, limit, facts, names=()):
-    """Calls the roll of `count` processes in a thread each, of those that have facts; yields their outcomes, then waits for all."""
-    roll, outcomes = Processes("localhost", free_port(), count, names), {}
+    """Checks `count` processes in a thread each, those that have settings; yields their outcomes, then waits for all."""
+    processes, outcomes = Processes("localhost", free_port(), count, names), {}
 
     def call(index):
         begun = time.monotonic()
         try:
-            startup_check(roll, index, facts[index], limit)
+            startup_check(processes, index, facts[index], limit)
             problem = ""
         except StartupError as error:
             problem = str(error)
         outcomes[index] = problem, time.monotonic() - begun
 
     threads = {index: threading.Thread(target=call, args=[index], daemon=True) for index in facts}
-    yield roll, outcomes, threads
+    yield processes, outcomes, threads
     for thread in threads.values():
         thread.join(timeout=limit + 10)
 
@@ -64,11 +64,11 @@ def call_all(count, limit, facts, names=()):
 
 
 def test_all_there_and_alike():
-    assert set(call_all(5, 20, dict.fromkeys(range(5), FACTS)).values()) == {""}
+    assert set(call_all(5, 20, dict.fromkeys(range(5), SETTINGS)).values()) == {""}
 
 
 def test_the_missing_are_named_by_all_who_came_within_the_limit():
-    present = dict.fromkeys((0, 1, 3), FACTS)
+    present = dict.fromkeys((0, 1, 3), SETTINGS)
     with calling(5, 3, present, names=[f"pod-{i}" for i in range(5)]) as (_, outcomes, threads):
         threads[3].start()
         time.sleep(1)  # the limit counts from the first to start
@@ -81,28 +81,28 @@ def test_the_missing_are_named_by_all_who_came_within_the_limit():
 
 
 def test_process_0_missing():
-    (problem,) = call_all(2, 1, {1: FACTS}).values()
+    (problem,) = call_all(2, 1, {1: SETTINGS}).values()
     assert "process 0 of 2 did not answer at localhost:" in problem and "within 1 s" in problem
 
 
 def test_who_differs_is_named_with_what_differs():
-    other, older = FACTS | {"--config.batch.size": "32"}, FACTS | {"f2llm_jax": "1.0 with sources def"}
-    problems = call_all(5, 20, {0: FACTS, 1: FACTS, 2: other, 3: FACTS, 4: older})
+    other, older = SETTINGS | {"--config.batch.size": "32"}, SETTINGS | {"f2llm_jax": "1.0 with sources def"}
+    problems = call_all(5, 20, {0: SETTINGS, 1: SETTINGS, 2: other, 3: SETTINGS, 4: older})
     here = socket.gethostname()
     assert len(set(problems.values())) == 1
     assert f"process 2 ({here}) differs from process 0 ({here}): --config.batch.size is 32, not 24" in problems[0]
     assert f"process 4 ({here}) differs from process 0 ({here}): f2llm_jax is 1.0 with sources def, not" in problems[0]
-    odd_one = call_all(3, 20, {0: other, 1: FACTS, 2: FACTS})[2]  # the many are right
+    odd_one = call_all(3, 20, {0: other, 1: SETTINGS, 2: SETTINGS})[2]  # the many are right
     assert "process 0" in odd_one.split(" differs from ")[0] and "process 1" not in odd_one.split(" differs from ")[0]
 
 
 def test_another_number_of_processes_and_one_number_twice():
-    roll = Processes("localhost", free_port(), 2)
+    processes = Processes("localhost", free_port(), 2)
     problems = []
 
     def call(index, count):
         with pytest.raises(StartupError) as caught:
-            startup_check(Processes(roll.host, roll.port, count), index, FACTS, 20)
+            startup_check(Processes(processes.host, processes.port, count), index, SETTINGS, 20)
         problems.append(str(caught.value))
 
     for pair, expected in (([(0, 2), (3, 4)], "number of processes is 4, not 2"), ([(0, 3), (1, 3), (1, 3)], "claim the same number")):
@@ -116,20 +116,74 @@ def test_another_number_of_processes_and_one_number_twice():
 
 
 def test_who_starts_over_is_taken_and_strangers_are_not():
-    with calling(3, 20, dict.fromkeys(range(3), FACTS)) as (roll, outcomes, threads):
+    with calling(3, 20, dict.fromkeys(range(3), SETTINGS)) as (processes, outcomes, threads):
         threads[0].start()
         for line in (b"GET / HTTP/1.1\r\n\r\n", b"", b'{"index": 1}\n'):
             while True:
-                with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", roll.port)) as stranger:
+                with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", processes.port)) as stranger:
                     stranger.sendall(line)
                     break
-        killed = {"index": 1, "host": "killed", "facts": {"number of processes": "3"}, "left": 20}
-        with socket.create_connection(("localhost", roll.port)) as connection:
+        killed = {"token": "", "index": 1, "host": "killed", "settings": {"number of processes": "3"}, "left": 20}
+        with socket.create_connection(("localhost", processes.port)) as connection:
             connection.sendall(json.dumps(killed).encode() + b"\n")
             time.sleep(0.5)
         threads[1].start()
         threads[2].start()
     assert {problem for problem, _ in outcomes.values()} == {""}
+
+
+def attack_lines():
+    good = {"token": "", "index": 1, "host": "h", "settings": {"number of processes": "2"}, "left": 20}
+    yield from (good | {"token": token} for token in ("x", None, 3, ["a"]))
+    yield from (good | {"index": index} for index in (-1, True, "1", 1.5, None, [1], 2**40))
+    yield from (good | {"host": host} for host in (None, 3, ["h"]))
+    yield from (good | {"settings": settings} for settings in (None, [], "x", {"a": 1}, {"a": ["b"]}))
+    yield from (good | {"left": left} for left in (None, "1", float("nan"), float("inf"), -1, True))
+    yield from ([], "x", 1, None)
+
+
+def reach(processes):
+    """A connection to process 0, once it listens."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("localhost", processes.port))
+
+
+def drip(connection):
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b"a")
+            time.sleep(0.1)
+
+
+def test_lines_of_strangers_change_nothing():
+    """Wrong tokens and types, deep JSON, endless lines, silence, a byte now and then: the check ends well, and in time."""
+    begun = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        processes, outcomes, threads = stack.enter_context(calling(2, 20, dict.fromkeys(range(2), SETTINGS)))
+        threads[0].start()
+        silent = [stack.enter_context(reach(processes)) for _ in range(20)]
+        threading.Thread(target=drip, args=[silent[0]], daemon=True).start()
+        broken = (b"[" * 2**19, b'{"a":' * 2**17, b"\xff\xfe", b"", b"x" * 2**21)
+        for line in (*(json.dumps(content).encode() for content in attack_lines()), *broken):
+            connection = stack.enter_context(reach(processes))
+            with contextlib.suppress(OSError):
+                connection.sendall(line + b"\n")
+        threads[1].start()
+        threads[1].join(timeout=30)
+    assert {problem for problem, _ in outcomes.values()} == {""}
+    assert time.monotonic() - begun < 15
+
+
+def test_dripping_and_silent_strangers_do_not_move_the_deadline():
+    with contextlib.ExitStack() as stack:
+        processes, outcomes, threads = stack.enter_context(calling(2, 3, {0: SETTINGS}))
+        threads[0].start()
+        strangers = [stack.enter_context(reach(processes)) for _ in range(6)]
+        threading.Thread(target=drip, args=[strangers[0]], daemon=True).start()
+        threads[0].join(timeout=30)
+    problem, seconds = outcomes[0]
+    assert "process 1 of 2 did not answer" in problem and seconds < 5
 
 
 def test_places(monkeypatch):
@@ -151,7 +205,7 @@ def test_places(monkeypatch):
 
 def test_facts_tell_code_and_every_field(monkeypatch, tmp_path):
     config = stage2.get_config("runlocal")
-    facts = hosts.facts_of(config, tmp_path)
+    facts = hosts.settings_of(config, tmp_path, AS_IT_WAS)
     assert facts["--config.batch.negatives.clustering"] == "3" and facts["--workdir"] == str(tmp_path)
     with config.unlocked():
         config.batch.negatives.clustering = 4
@@ -159,7 +213,7 @@ def test_facts_tell_code_and_every_field(monkeypatch, tmp_path):
     with (tmp_path / "copy" / "data" / "plan.py").open("a") as file:
         file.write("\n")
     monkeypatch.setattr(f2llm_jax, "__file__", str(tmp_path / "copy" / "__init__.py"))
-    changed = hosts.facts_of(config, tmp_path)
+    changed = hosts.settings_of(config, tmp_path, AS_IT_WAS)
     assert {name for name in facts if facts[name] != changed[name]} == {"--config.batch.negatives.clustering", "f2llm_jax"}
 
 
@@ -183,9 +237,12 @@ def test_every_end_is_logged_and_a_refused_run_leaves_nothing(tmp_path):
         "resumes at step 7",
         "done",
         "stopped after update 8",
-        "ended by",
+        "ended by DivergedError: update 9",
     ]
-    assert lines[5].startswith("Traceback") and lines[-1].endswith("DivergedError: update 9")
+    with pytest.raises(ZeroDivisionError), HostLog(workdir, 3):
+        raise ZeroDivisionError("a bug")
+    lines = (workdir / "logs" / "host-3.log").read_text().splitlines()
+    assert lines[6].startswith("Traceback") and lines[-1].endswith("ZeroDivisionError: a bug")
 
 
 def start(folder, data, workdir, *flags, devices=1, python=TRAIN, root=ROOT):
@@ -224,7 +281,7 @@ def test_a_process_alone_says_who_is_missing(folder, tmp_path):
     codes, printed = end(*begun, timeout=60)
     assert codes == [1, 1]
     for index in (0, 1):
-        assert f"main: error: roll call: process {1 - index} of 2 did not answer" in printed[index], printed[index]
+        assert f"main: error: startup check: process {1 - index} of 2 did not answer" in printed[index], printed[index]
         assert "within 3 s" in printed[index] and "Traceback" not in printed[index]
     assert not (tmp_path / "run").exists()
 

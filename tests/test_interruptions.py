@@ -14,9 +14,10 @@ from small_runs import OVERRIDES, assert_same_weights
 
 from f2llm_jax.batch import Batch
 from f2llm_jax.configs import stage2
+from f2llm_jax.errors import DivergedError
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.objectives import Mean, Objective
-from f2llm_jax.training.metrics import DivergedError, Recorder, StepWork
+from f2llm_jax.training.metrics import Recorder, StepWork
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.run import run
 from f2llm_jax.training.step import TrainState, make_train_step

@@ -241,11 +241,12 @@ def test_sigterm_goes_to_training_and_a_second_loop_leaves_it_alone(tmp_path):
         timeout=60,
     )
     assert second.returncode == 0 and "already runs" in second.stderr
-    (noted,) = tmp_path.glob("f2llm_jax-*.pid")
+    (noted,) = tmp_path.glob("f2llm_jax/*.lock")
     assert int(noted.read_text()) == process.pid
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=60)[1]
     assert process.returncode == 75 and "stopped on request" in printed
+    assert noted.read_text() == ""  # nobody's process id is left for `tpu_vm.sh stop`
     assert (tmp_path / "starts").read_text().split() == ["wait"]
 
 

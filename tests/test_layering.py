@@ -32,6 +32,7 @@ FLOORS = {
     "inference": {"data", "errors", "files", "locks", "model", "progress", "sharding", "text", "vectors", "weights"},
     "training": {
         "batch",
+        "command",
         "data",
         "errors",
         "files",

@@ -10,8 +10,11 @@ import pytest
 import small_data
 from small_runs import OVERRIDES, STEPS, TRAIN, assert_same_weights, environment, losses, metrics, train_command
 
+from f2llm_jax import files
 from f2llm_jax.configs import stage2
 from f2llm_jax.errors import UserError
+from f2llm_jax.training.provenance import ResumeError
+from f2llm_jax.training.resuming import AS_IT_WAS, Resume
 from f2llm_jax.training.run import run
 from f2llm_jax.training.start import StartError
 from f2llm_jax.weights.checkpoint_reader import find_checkpoint
@@ -54,10 +57,10 @@ def undisturbed(folder, data):
 def in_process():
     """`run` here, on this process's eight devices, with `OVERRIDES` and more."""
 
-    def call(data, workdir, **more):
+    def call(data, workdir, resume=AS_IT_WAS, **more):
         config = stage2.get_config("runlocal")
         config.update_from_flattened_dict({**OVERRIDES, "data.folder": str(data), **more})
-        run(config, workdir)
+        run(config, workdir, resume=resume)
 
     return call
 
@@ -154,16 +157,18 @@ def test_a_finished_run_run_again_changes_nothing(data, undisturbed, in_process,
 def of_another_tokenizer(data, folder):
     """The dataset as another tokenizer with as many ids would have made it."""
     shutil.copytree(data, folder)
-    facts = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(facts | {"tokenizer_fingerprint": "0" * 64}))
+    content = files.read_json(folder / "dataset.json", sealed=True)
+    files.write_json(folder / "dataset.json", content | {"tokenizer_fingerprint": "0" * 64}, sealed=True)
     return folder
 
 
 def test_a_checkpoint_of_another_size_is_refused(data, undisturbed, in_process, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
-    with pytest.raises(UserError, match=r"another model than this configuration's \(.*hidden_size 128 and not 320") as refused:
+    with pytest.raises(ResumeError, match=r"size: 'toy' before, '80m' now"):
         in_process(data, workdir, size="80m")
+    with pytest.raises(UserError, match=r"another model than this configuration's \(.*hidden_size 128 and not 320") as refused:
+        in_process(data, workdir, size="80m", resume=Resume(with_changes=True))
     assert "\n" not in str(refused.value)
 
 
@@ -195,6 +200,6 @@ def test_a_refused_run_leaves_the_workdir_as_it_was(data, undisturbed, in_proces
     """Else its configuration and tokenizer would be of another model than its checkpoints."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
-    with pytest.raises(UserError):
+    with pytest.raises(ResumeError):
         in_process(data, workdir, size="80m")
     assert (workdir / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()

@@ -15,7 +15,7 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.files import FileError, absolute
+from f2llm_jax.files import FileError, absolute, seal
 from f2llm_jax.folders import new_folder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.progress import Progress
@@ -71,7 +71,7 @@ def _description(config: DecoderConfig, metadata: dict[str, Any]) -> Iterator[ep
     context.array.saving.array_metadata_store = None
     with tempfile.TemporaryDirectory() as folder:
         with ocp.training.Checkpointer(epath.Path(folder) / "checkpoints", context=context) as checkpoints:
-            checkpoints.save_checkpointables(0, {"params": stand_in}, custom_metadata=metadata)
+            checkpoints.save_checkpointables(0, {"params": stand_in}, custom_metadata=seal(metadata))
         yield epath.Path(folder) / STEP
 
 

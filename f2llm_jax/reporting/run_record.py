@@ -1,11 +1,14 @@
 """What a run recorded beside its checkpoints, as far as it is there: read for the model card and for the report."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
+
+from f2llm_jax.files import read_json
 
 Line = Mapping[str, Any]
 
@@ -65,10 +68,15 @@ def read_record(workdir: epath.PathLike, step: int | None = None) -> RunRecord:
 
 
 def _object(path: epath.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path, sealed=True) if path.exists() else {}
 
 
 def _lines(path: epath.Path, step: int | None) -> list[Line]:
-    """A last line that a killed run did not finish is left out."""
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    return [line for line in lines if step is None or line["step"] <= step]
+    """A line that is broken, as the last one of a killed run, is left out."""
+    found = []
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            content = json.loads(line)
+            if step is None or content["step"] <= step:
+                found.append(content)
+    return found

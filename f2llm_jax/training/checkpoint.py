@@ -7,7 +7,6 @@ order of data follows from the step, so nothing of the input pipeline is stored.
 
 import dataclasses
 import difflib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,16 +14,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from f2llm_jax.errors import UserError
-from f2llm_jax.files import absolute
+from f2llm_jax.errors import DivergedError, UserError
+from f2llm_jax.files import absolute, plain, seal
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.training.step import TrainState
 from f2llm_jax.weights import chunks
-from f2llm_jax.weights.checkpoint_reader import flatten, load_arrays, unflatten
+from f2llm_jax.weights.checkpoint_check import checkpoint_damage, good_steps
+from f2llm_jax.weights.checkpoint_reader import flatten, load_arrays, read_metadata, unflatten
 
 SCORE = "score"
+
+# Orbax has no option for a codec of its own. A CRC-32C behind each chunk is compared by tensorstore whenever the chunk is read.
+_orbax_metadata = tensorstore_utils._build_zarr3_metadata
+
+
+def _with_checksums(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    metadata = _orbax_metadata(*args, **kwargs)
+    metadata["codecs"][0]["configuration"]["codecs"].append({"name": "crc32c"})
+    return metadata
+
+
+tensorstore_utils._build_zarr3_metadata = _with_checksums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,35 +162,71 @@ def score(name: str, found: Mapping[str, float]) -> dict[str, float] | None:
 def save(
     checkpoints: ocp.training.Checkpointer, step: int, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None
 ) -> None:
-    """Starts saving `state`, with its `score`; its arrays are copied off the device before this returns and may be donated then."""
+    """Starts saving `state`, with its `score`; its arrays are copied off the device before this returns and may be donated then.
+
+    Raises:
+      DivergedError: a parameter or moment is not finite; nothing is saved.
+    """
+    if not _all_finite((state.params, state.opt_state)):
+        kept = f"checkpoint {checkpoints.latest.step} is unharmed" if checkpoints.latest else "there is no checkpoint"
+        raise DivergedError(f"after update {step} a parameter is not finite, so it is not saved; {kept}: resume with a lower learning rate")
     trees = {"params": flatten(state.params), "optimizer": flatten(state.opt_state)}
     trees = {part: chunks.reshaped(tree, stored_shapes(tree)) for part, tree in trees.items()}
-    checkpoints.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata, metrics=metrics)
+    checkpoints.save_checkpointables_async(step, trees, force=True, custom_metadata=seal(metadata), metrics=metrics)
 
 
-def check_same_run(checkpoints: ocp.training.Checkpointer, fingerprint: str, model: DecoderConfig) -> None:
-    """Raises a UserError if the latest checkpoint is of a tokenizer of another `fingerprint`, or of a model of another shape."""
-    metadata = checkpoints.checkpointables_metadata(checkpoints.latest).custom_metadata
-    asked, saved = json.loads(json.dumps(dataclasses.asdict(model))), metadata["decoder"]
+@jax.jit
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def recorded(checkpoints: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
+    """What the run handed on with the checkpoint of `step`.
+
+    Raises:
+      UserError: there is no such checkpoint, or its metadata is damaged.
+    """
+    steps = [found.step for found in checkpoints.checkpoints]
+    if step not in steps:
+        raise UserError(f"{checkpoints.directory} holds no complete checkpoint of step {step}; there are: {steps or 'none'}")
+    return read_metadata(checkpoints, step)
+
+
+def check_same_model(checkpoints: ocp.training.Checkpointer, metadata: Mapping[str, Any], model: DecoderConfig) -> None:
+    """Raises a UserError if the checkpoint with this metadata is of a model of another shape."""
+    asked, saved = plain(dataclasses.asdict(model)), metadata["decoder"]
     if different := [f"{name} {saved[name]} and not {asked[name]}" for name in asked if name in saved and saved[name] != asked[name]]:
         raise UserError(
             f"{checkpoints.directory} holds a run of another model than this configuration's ({', '.join(different)}); "
             "use another --workdir, or pass the size or init that it was started with"
         )
-    if metadata["tokenizer_fingerprint"] != fingerprint:
-        raise UserError(
-            f"{checkpoints.directory} was trained with another tokenizer than the data was prepared with; "
-            "use another --workdir, or prepare the data with WORKDIR/tokenizer"
-        )
+
+
+def drop_after(checkpoints: ocp.training.Checkpointer, step: int) -> None:
+    """Deletes the checkpoints of later steps."""
+    for found in list(checkpoints.checkpoints):
+        if found.step > step:
+            checkpoints.delete(found.step)
 
 
 def restore(checkpoints: ocp.training.Checkpointer, step: int, abstract: TrainState) -> TrainState:
     """The state saved at `step`, placed as `abstract` (shapes, dtypes, shardings) says.
 
     Raises:
-      UserError: the checkpoint is of another model or optimizer.
+      UserError: the checkpoint is of another model or optimizer, or damaged; the message names an older one that is not.
     """
-    loaded = load_arrays(checkpoints, step, {"params": flatten(abstract.params), "optimizer": flatten(abstract.opt_state)})
+    targets = {"params": flatten(abstract.params), "optimizer": flatten(abstract.opt_state)}
+    try:
+        loaded = load_arrays(checkpoints, step, targets)
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and tensorstore have a class for each way in which a file can be wrong
+        workdir = epath.Path(checkpoints.directory).parent
+        if problem := checkpoint_damage(workdir / "checkpoints" / str(step)):
+            good = good_steps(workdir, step)
+            remedy = f"resume from the one of step {good[0]} with --resume_from {good[0]}" if good else "no older one is undamaged"
+            raise UserError(f"{workdir}/checkpoints/{step} is damaged ({problem}); {remedy}") from error
+        raise
     return TrainState(
         step=_like(abstract.step, step),
         params=unflatten(abstract.params, loaded["params"]),

@@ -6,8 +6,8 @@ from types import TracebackType
 
 from etils import epath
 
-from f2llm_jax.errors import Preempted
-from f2llm_jax.files import is_remote
+from f2llm_jax.errors import Preempted, UserError
+from f2llm_jax.files import is_remote, naming, write_text
 
 
 class HostLog:
@@ -28,6 +28,8 @@ class HostLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None or isinstance(error, Preempted):
             self.say(str(error or "done"))
+        elif isinstance(error, UserError):
+            self.say(f"ended by {kind.__name__}: {error}")
         else:
             self.say("ended by\n" + "".join(traceback.format_exception(kind, error, trace)).rstrip())
         self.store()
@@ -46,9 +48,9 @@ class HostLog:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if self._remote:
             if self._before is None:
-                self._before = self._file.read_text() if self._file.exists() else ""
-            self._file.write_text(self._before + "".join(self._lines))
+                self._before = self._file.read_bytes().decode(errors="replace") if self._file.exists() else ""
+            write_text(self._file, self._before + "".join(self._lines))
             return
-        with self._file.open("a") as file:
+        with naming(self._file), self._file.open("a") as file:
             file.write("".join(self._lines))
         self._lines.clear()

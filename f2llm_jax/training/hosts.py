@@ -19,7 +19,8 @@ from etils import epath
 import f2llm_jax
 from f2llm_jax.errors import UserError
 from f2llm_jax.training import cluster
-from f2llm_jax.training.startup_check import Processes, startup_check
+from f2llm_jax.training.resuming import Resume
+from f2llm_jax.training.startup_check import Processes, run_token, startup_check
 
 
 class HostsError(UserError):
@@ -71,12 +72,12 @@ def find_place(coordinator_address: str | None, num_processes: int | None, proce
     return place
 
 
-def join(place: Place, facts: Mapping[str, str], limit: int) -> None:
-    """Calls the roll (at the port below the coordinator's) and joins the processes to one JAX; nothing for one process.
+def join(place: Place, settings: Mapping[str, str], limit: int) -> None:
+    """Runs the startup check (at the port below the coordinator's) and joins the processes to one JAX; nothing for one process.
 
     Args:
       place: of this process.
-      facts: what all must have in common, by name.
+      settings: what all must have in common, by name.
       limit: seconds from the start of the first process on.
 
     Raises:
@@ -87,15 +88,17 @@ def join(place: Place, facts: Mapping[str, str], limit: int) -> None:
     host, _, port = place.coordinator_address.rpartition(":")
     known = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")  # GKE names the pods of a slice
     names = known if len(known) == place.num_processes else ()
-    startup_check(Processes(host.strip("[]"), int(port) - 1, place.num_processes, names), place.process_id, facts, limit)
+    processes = Processes(host.strip("[]"), int(port) - 1, place.num_processes, names)
+    startup_check(processes, place.process_id, settings, limit, run_token(settings["--workdir"]))
     jax.distributed.initialize(place.coordinator_address, place.num_processes, place.process_id, initialization_timeout=limit)
 
 
-def facts_of(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, str]:
+def settings_of(config: ml_collections.ConfigDict, workdir: epath.Path, resume: Resume) -> dict[str, str]:
     """What all processes of a run must have in common, by name: code, JAX, every field of the configuration, the workdir."""
     code = f"{f2llm_jax.__version__} with sources {source_digest()}"
     versions = {"f2llm_jax": code, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    return versions | {"--workdir": str(workdir)} | _fields(config.to_dict(), "--config")
+    flags = {"--workdir": str(workdir), "--resume_from": str(resume.step), "--resume_with_changes": str(resume.with_changes)}
+    return versions | flags | _fields(config.to_dict(), "--config")
 
 
 def source_digest() -> str:

@@ -18,8 +18,8 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote
+from f2llm_jax.errors import DivergedError
+from f2llm_jax.files import is_remote, naming, write_text
 from f2llm_jax.model.flops import PEAK_FLOPS
 from f2llm_jax.objectives import Mean
 from f2llm_jax.training.loggers import Logger
@@ -43,10 +43,6 @@ class StepWork:
     slots: int
     model_flops: float
     input_wait: float
-
-
-class DivergedError(UserError):
-    """Losses or gradients that stay infinite or undefined; the message names the batch and the remedy."""
 
 
 class Recorder:
@@ -98,19 +94,19 @@ class Recorder:
             if self._bar:
                 self._bar.close()
 
-    def step(self, step: int, means: Mapping[str, Mean], facts: Mapping[str, Any], work: StepWork) -> None:
+    def step(self, step: int, means: Mapping[str, Mean], described: Mapping[str, Any], work: StepWork) -> None:
         """Takes step `step` (1-based: the number of updates made) and writes the one before.
 
         Args:
           step: updates made, this one included.
           means: device values; not read now.
-          facts: host values, functions of configuration and data (epoch, source, learning rate).
+          described: host values, functions of configuration and data (epoch, source, learning rate).
           work: what the step took.
         """
         self._write_pending()
         now = time.perf_counter()
         self._recent.append((now, work))
-        self._pending = (step, dict(means), dict(facts), {"input_wait_seconds": work.input_wait, **self._rates()})
+        self._pending = (step, dict(means), dict(described), {"input_wait_seconds": work.input_wait, **self._rates()})
 
     def flush(self) -> None:
         """Writes the step that is still held back, and makes files whole on an object store.
@@ -125,20 +121,20 @@ class Recorder:
     def _write_pending(self) -> None:
         if self._pending is None:
             return
-        (step, means, facts, timing), self._pending = self._pending, None
+        (step, means, described, timing), self._pending = self._pending, None
         values = {name: float(mean.value) for name, mean in jax.device_get(means).items() if mean.count > 0}
         self._skipped = self._skipped + 1 if values["skipped"] else 0
         # JSON knows no NaN; that a step was skipped is said where it was.
         values = {name: value for name, value in values.items() if math.isfinite(value) and (name != "skipped" or value)}
-        self.write(step, {**facts, **values})
-        if means_of_sources := self._source_means.add(step, {**facts, **values}):
+        self.write(step, {**described, **values})
+        if means_of_sources := self._source_means.add(step, {**described, **values}):
             self.write(step, means_of_sources)
         self._time(step, timing)
         self._show(step, values, timing)
         if self._skipped > self._max_skipped:
             raise DivergedError(
-                f"update {step} on a batch of source {facts.get('source')!r} (epoch {facts.get('epoch')}) and {self._max_skipped} before "
-                "it had no finite loss and gradient and were skipped; the last checkpoint is unharmed: lower the learning rate, or "
+                f"update {step} on a batch of source {described.get('source')!r} (epoch {described.get('epoch')}) and {self._max_skipped} "
+                "before it had no finite loss and gradient and were skipped; the last checkpoint is unharmed: lower the learning rate, or "
                 "train in float32 to find the cause"
             )
 
@@ -150,9 +146,12 @@ class Recorder:
 
     def validation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """Writes what `validate` found after update `step`, and how long it took."""
-        self.write(step, values)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.write(step, finite)
         self._time(step, {"validation_seconds": seconds})
         self.say(f"step {step}/{self._total}  held-out loss {values['validation/loss']:.4f}, accuracy {values['validation/accuracy']:.4f}")
+        if missing := sorted(values.keys() - finite.keys()):
+            self.say(f"step {step}/{self._total}  not finite, so not in metrics.jsonl: {', '.join(missing[:5])}")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a line of metrics."""
@@ -198,14 +197,12 @@ class _Lines:
     """A file of JSON lines that grows: line by line on a disk; on an object store, which cannot append, whole at each `store`."""
 
     def __init__(self, file: epath.Path, start: int):
-        """Drops the lines after step `start`, and a last line that was cut short."""
+        """Drops the lines after step `start`, and those that are broken, as a last one that was cut short."""
         self._file, self._remote = file, is_remote(file)
-        kept = _until(file.read_text(), start) if file.exists() else []
+        kept = _until(file.read_bytes().decode(errors="replace"), start) if file.exists() else []
         self._lines = kept if self._remote else []
         if file.exists() and not self._remote:  # an object is written whole or not at all
-            beside = file.with_name(file.name + ".partial")
-            beside.write_text("".join(kept))
-            beside.replace(file)
+            write_text(file, "".join(kept))
 
     def kept(self) -> list[dict[str, Any]]:
         """The lines that were there and stay."""
@@ -213,24 +210,25 @@ class _Lines:
         return [json.loads(line) for line in text.splitlines()]
 
     def append(self, values: Mapping[str, Any]) -> None:
-        line = json.dumps(values) + "\n"
+        line = json.dumps(values, allow_nan=False) + "\n"
         if self._remote:
             self._lines.append(line)
             return
-        with self._file.open("a") as file:
+        with naming(self._file), self._file.open("a") as file:
             file.write(line)
 
     def store(self) -> None:
         if self._remote:
-            self._file.write_text("".join(self._lines))
+            write_text(self._file, "".join(self._lines))
 
 
 def _until(text: str, step: int) -> list[str]:
+    """The lines of steps up to `step`, without those that are broken."""
     kept = []
     for line in text.splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
+        except (ValueError, KeyError, TypeError):
+            continue
     return kept

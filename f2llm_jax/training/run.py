@@ -3,6 +3,8 @@
 Re-running the same command resumes: the order of data is a function of the step, so a resumed run sees the very next batch.
 """
 
+import contextlib
+import dataclasses
 import os
 import socket
 import sys
@@ -22,16 +24,17 @@ from f2llm_jax.data.records import COMPLETE, Dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import Preempted, UserError
 from f2llm_jax.files import absolute
+from f2llm_jax.locks import lock
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.objectives import LossFunction
-from f2llm_jax.training import automatic, checkpoint, hosts, loggers, program, start
-from f2llm_jax.training.facts import write_facts
+from f2llm_jax.training import automatic, checkpoint, hosts, loggers, program, resuming, start
 from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import Recorder, StepWork
 from f2llm_jax.training.preemption import StopRequest
 from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.prompts import trained_prompts
+from f2llm_jax.training.provenance import Provenance, write_provenance
 from f2llm_jax.training.validation import validate
 from f2llm_jax.weights import checkpoint_reader
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
@@ -44,6 +47,7 @@ def run(
     limit: int = 300,
     own: LossFunction | None = None,
     callbacks: Sequence[loggers.Logger] = (),
+    resume: resuming.Resume = resuming.AS_IT_WAS,
 ) -> None:
     """Trains as `config` says (see configs/common.py for every field) and leaves checkpoints, metrics and logs in `workdir`.
 
@@ -54,25 +58,29 @@ def run(
       limit: seconds within which all of them must have started.
       own: objective of the user's in place of `config.objective`.
       callbacks: called on the first host with each line of metrics, besides `config.loggers`.
+      resume: from which checkpoint, and whether as another run than it was.
 
     Raises:
       UserError: something in the configuration, the data or the starting weights does not fit; before the first step.
+      LockedError: another process writes the workdir.
+      ResumeError: the workdir holds another run.
       StartupError: processes are missing, or run other code or another configuration.
       DivergedError: too many steps in a row had no finite loss and gradient.
       Preempted: SIGTERM came; the state is saved.
     """
     workdir = absolute(workdir)
-    with HostLog(workdir, place.process_id) as log:
+    first = place.process_id == 0
+    with lock(workdir) if first else contextlib.nullcontext(), HostLog(workdir, place.process_id) as log:
         log.say(f"started: process {place.process_id} of {place.num_processes} on {socket.gethostname()}, pid {os.getpid()}")
-        if place.process_id == 0 and place.num_processes > 1:
-            _data_folder(config, workdir)  # made by one, while the others wait at the roll call
+        if first and place.num_processes > 1:
+            _data_folder(config, workdir)  # made by one, while the others wait at the startup check
         for folder, last in ((config.data.folder, COMPLETE), (config.teacher_cache, teacher_cache.COMPLETE)):
             if folder:
                 local_copy(folder, config.data.copy_to, last=last, progress=True)  # each host for itself, before they wait for each other
-        hosts.join(place, hosts.facts_of(config, workdir), limit)
+        hosts.join(place, hosts.settings_of(config, workdir, resume), limit)
         mesh = sharding.make_mesh(**config.mesh)
         with jax.set_mesh(mesh):
-            _train(config, workdir, log, mesh, own, callbacks)
+            _train(config, workdir, log, mesh, own, callbacks, resume)
 
 
 def _train(
@@ -82,6 +90,7 @@ def _train(
     mesh: jax.sharding.Mesh,
     own: LossFunction | None,
     callbacks: Sequence[loggers.Logger],
+    resume: resuming.Resume,
 ) -> None:
     loggers.check(config.loggers)
     program.keep_compiled(workdir / "compiled", mesh.devices.flat[0].platform)
@@ -118,16 +127,21 @@ def _train(
 
     # State: from this run, else from the given weights, else random
     kept = checkpoint.CheckpointConfig(**config.checkpoint)
+    scoring = bool(held_out) and config.eval.every > 0 and config.eval.batches > 0
+    if kept.best and not scoring:
+        raise UserError("config.checkpoint.best needs validations: config.eval.every and config.eval.batches above 0, and held-out rows")
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", kept, ends)
-    if checkpoints.latest is not None:
-        checkpoint.check_same_run(checkpoints, dataset.tokenizer_fingerprint, model.config)
-        _say(log, f"reading checkpoint {checkpoints.latest.step}")
-        state = checkpoint.restore(checkpoints, checkpoints.latest.step, program.abstract_state(model.config, steps.optimizer, mesh))
+    provenance = Provenance.of(config, dataset, resuming.teacher_digest(teacher and teacher.digest, cached), hosts.source_digest(), own)
+    point = resuming.find(checkpoints, resume, provenance, total, model.config)
+    if point is not None:
+        _say(log, f"reading checkpoint {point.step}")
+        state = checkpoint.restore(checkpoints, point.step, program.abstract_state(model.config, steps.optimizer, mesh))
+        checkpoint.drop_after(checkpoints, point.step)
     else:
         _say(log, f"placing weights {model.description}")
         state = program.fresh_state(model.load(mesh), steps.optimizer)
-    if jax.process_index() == 0:
-        write_facts(workdir, config, dataset)  # only now: a run that is refused leaves the workdir as it was
+    if jax.process_index() == 0:  # only now: a run that is refused leaves the workdir as it was
+        write_provenance(workdir, provenance, dataset, point)
     teacher_params = None if teacher is None else jax.tree.map(lambda x: x.astype(config.dtype), teacher.load(mesh))
     embedding = EmbeddingConfig(
         matryoshka_dims=steps.dims,
@@ -136,11 +150,11 @@ def _train(
         prompts=trained_prompts(dataset),
         tokenizer_fingerprint=dataset.tokenizer_fingerprint,
     )
-    metadata = checkpoint_reader.metadata(model.config, embedding)
+    metadata = checkpoint_reader.metadata(model.config, embedding) | {"provenance": dataclasses.asdict(provenance)}
 
     # Loop: validate and save before the batch is drawn, so that a resumed run repeats neither
     first = int(state.step)
-    again = checkpoints.latest is not None
+    again = point is not None
     with (
         checkpoints,
         StopRequest() as stop,
@@ -158,7 +172,7 @@ def _train(
         for step in range(first, total + 1):
             done, found = step == total, {}
             resumed = step == first and again
-            validating = not resumed and (done or step in ends or step % config.eval.every == 0)
+            validating = scoring and not resumed and (done or step in ends or step % config.eval.every == 0)
             saving = not resumed and (step in ends or kept.due(step, total))
             stopping = not done and stop.before(step)
             saving |= (validating and bool(kept.best)) or (stopping and not resumed)
@@ -181,9 +195,9 @@ def _train(
             if step == first:
                 recorder.say("compiling the training step; the bar moves once that is done")
             state, means = steps.train_step(state, teacher_params, data.batch)
-            facts = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
+            described = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
             needed = training_flops(model.config, Work(data.tokens, data.squares))
-            recorder.step(step + 1, means, facts, StepWork(data.tokens, data.padded_tokens, needed, waited))
+            recorder.step(step + 1, means, described, StepWork(data.tokens, data.padded_tokens, needed, waited))
     if stopping:
         raise Preempted(f"stopped on request after update {step} of {total}, which is saved; the same command resumes")
 

@@ -13,6 +13,7 @@ from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.low_rank import factorised
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
 from f2llm_jax.weights.checkpoint_reader import find_checkpoint
+from f2llm_jax.weights.digest import model_digest
 from f2llm_jax.weights.models import LoadableModel, find_model
 
 TOY_VOCAB_MULTIPLE = 64  # toy sizes take the tokenizer's vocabulary, rounded up so that it splits over devices
@@ -29,6 +30,7 @@ class StartingPoint:
     config: DecoderConfig
     description: str
     load: Callable[[jax.sharding.Mesh | None], nnx.State]
+    digest: Callable[[], str] = str  # of weights, shape and tokenizer; reads all weights
 
 
 def student(
@@ -93,7 +95,7 @@ def teacher(name: str, student_config: DecoderConfig, dataset: Dataset, *, share
             "token ids; distil from a model of the student's family, or clear config.teacher"
         )
     _check_vocabulary(origin.config, name, dataset)
-    return StartingPoint(origin.config, f"from {name}", origin.load)
+    return StartingPoint(origin.config, f"from {name}", origin.load, lambda: model_digest(origin))
 
 
 def _is_size(config: DecoderConfig, size: str) -> bool:

@@ -2,13 +2,20 @@
 
 `jax.distributed.initialize` waits for the missing and then aborts without a word on who they are, so this asks first, over TCP
 of its own: process 0 listens, every other sends a line of JSON (who it is, what it runs) and gets one back (nothing, or the
-problem). All get the same answer, so all go on or all stop.
+problem). All get the same answer, so all continue or all stop.
+
+Whoever else connects changes nothing: a line counts only with the run's token, in bounded length and of the right types, and all
+connections share one deadline.
 """
 
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
+import math
+import os
+import selectors
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +26,9 @@ from f2llm_jax.errors import UserError
 GRACE = 5.0  # seconds beyond the limit in which process 0 may still tell the outcome; also for sending one line
 RETRY = 0.2  # seconds between two attempts to reach process 0
 LONGEST_LINE = 2**20  # bytes of an answer
+MOST_CONNECTIONS = 4096  # open at once; the longest silent is closed for a new one
 NAMED = 5  # differences named of a host
+TOKEN_VARIABLE = "F2LLM_JAX_TOKEN"  # a secret of the user's instead of one that follows from the workdir
 
 
 class StartupError(UserError):
@@ -28,19 +37,12 @@ class StartupError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Who is called.
+    """Who is called."""
 
-    Attributes:
-      host: of process 0, a name or an address.
-      port: that process 0 listens on.
-      count: number of processes.
-      names: host name of each process, where they are known before it answers; else empty.
-    """
-
-    host: str
-    port: int
+    host: str  # of process 0, a name or an address
+    port: int  # that process 0 listens on
     count: int
-    names: Sequence[str] = ()
+    names: Sequence[str] = ()  # host name of each process, where they are known before it answers; else empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,99 +51,184 @@ class _Answer:
 
     index: int
     host: str
-    facts: Mapping[str, str]
+    settings: Mapping[str, str]
     connection: socket.socket | None = None
 
     def __str__(self) -> str:
         return f"process {self.index} ({self.host})"
 
 
-def startup_check(roll: Processes, index: int, facts: Mapping[str, str], limit: float) -> None:
+def run_token(workdir: str) -> str:
+    """What the processes of a run know and strangers do not: the user's secret if there is one, else a digest of the workdir's path."""
+    return hashlib.sha256(f"f2llm_jax {os.environ.get(TOKEN_VARIABLE) or workdir}".encode()).hexdigest()
+
+
+def startup_check(processes: Processes, index: int, settings: Mapping[str, str], limit: float, token: str = "") -> None:
     """Returns on every process when all have answered alike.
 
     Args:
-      roll: the same on all.
+      processes: the same on all.
       index: of this process; 0 listens.
-      facts: what all must have in common, by name.
+      settings: what all must have in common, by name.
       limit: seconds from the start of the first process on.
+      token: of the run; who sends another is not of it.
 
     Raises:
       StartupError: within `limit`, on every process that did start.
     """
     deadline = time.monotonic() + limit
-    mine = _Answer(index, socket.gethostname(), {"number of processes": str(roll.count), **facts})
-    problem = _call(roll, mine, deadline, limit) if index == 0 else _answer(roll, mine, deadline, limit)
+    mine = _Answer(index, socket.gethostname(), {"number of processes": str(processes.count), **settings})
+    problem = _Listener(processes, mine, deadline, limit, token).wait() if index == 0 else _answer(processes, mine, deadline, limit, token)
     if problem:
-        raise StartupError(f"roll call: {problem}")
+        raise StartupError(f"startup check: {problem}")
 
 
-def _answer(roll: Processes, mine: _Answer, deadline: float, limit: float) -> str:
+def _answer(processes: Processes, mine: _Answer, deadline: float, limit: float, token: str) -> str:
     """A process other than 0: says what it runs, again if process 0 starts late or over; the problem, "" for none."""
     while (left := deadline - time.monotonic()) > 0:
-        with contextlib.suppress(OSError, ValueError), socket.create_connection((roll.host, roll.port), min(left, GRACE)) as connection:
-            _send(connection, {"index": mine.index, "host": mine.host, "facts": mine.facts, "left": left})
-            connection.settimeout(left + GRACE)
-            return _receive(connection)["problem"]
+        with contextlib.suppress(OSError), socket.create_connection((processes.host, processes.port), min(left, GRACE)) as connection:
+            said = {"token": token, "index": mine.index, "host": mine.host, "settings": mine.settings, "left": left}
+            connection.sendall(_line(said))
+            answer = _receive(connection, deadline + GRACE)
+            if answer and answer.get("token") == token and isinstance(answer.get("problem"), str):
+                return answer["problem"]
         time.sleep(RETRY)
-    return _missing(roll, {mine.index: mine}, [0], limit)
+    return _missing(processes, {mine.index: mine}, [0], limit)
 
 
-def _call(roll: Processes, mine: _Answer, deadline: float, limit: float) -> str:
-    """Process 0: hears all and tells all the problem, "" for none."""
-    with contextlib.ExitStack() as opened, _listen(roll.port) as server:
-        present = {0: mine}
-        while not (problem := _problem(roll, present, limit, overdue=time.monotonic() > deadline)):
-            if len(present) == roll.count:
-                break
-            server.settimeout(max(RETRY, min(1.0, deadline - time.monotonic())))
+class _Listener:
+    """Process 0: hears all and tells all the problem."""
+
+    def __init__(self, processes: Processes, mine: _Answer, deadline: float, limit: float, token: str):
+        self._processes, self._deadline, self._limit, self._token = processes, deadline, limit, token
+        self._present = {0: mine}
+        self._heard: dict[socket.socket, bytearray] = {}  # of those whose line is not complete
+        self._strangers = 0
+        self._problem = ""
+
+    def wait(self) -> str:
+        """The problem, "" for none."""
+        with _listen(self._processes.port) as server, selectors.DefaultSelector() as selector:
+            server.setblocking(False)
+            selector.register(server, selectors.EVENT_READ)
             try:
-                connection = opened.enter_context(server.accept()[0])
-                connection.settimeout(GRACE)
-                said = _receive(connection)
-                answer = _Answer(said["index"], said["host"], said["facts"], connection)
-                deadline = min(deadline, time.monotonic() + said["left"])
-            except (OSError, ValueError, KeyError, TypeError):  # nobody yet, or something else that knocks at ports
-                continue
-            present[answer.index if answer.index not in present else -1] = answer
-        for answer in present.values():
-            if answer.connection:
-                with contextlib.suppress(OSError):
-                    _send(answer.connection, {"problem": problem})
-    return problem
+                while not self._done():
+                    for key, _ in selector.select(min(1.0, max(0.0, self._deadline - time.monotonic()))):
+                        self._accept(server, selector) if key.fileobj is server else self._read(key.fileobj, selector)
+                return self._problem
+            finally:
+                self._tell()
+
+    def _done(self) -> bool:
+        for answer in list(self._present.values()):
+            if answer.connection and _gone(answer.connection):
+                answer.connection.close()
+                del self._present[answer.index]
+        if self._problem:
+            return True
+        absent = sorted(set(range(self._processes.count)) - self._present.keys())
+        if not absent or max(self._present) >= self._processes.count:
+            self._problem = _differences(self._present)
+            return True
+        if time.monotonic() <= self._deadline:
+            return False
+        self._problem = _missing(self._processes, self._present, absent, self._limit)
+        if self._strangers:
+            self._problem += f" ({self._strangers} connections were of other runs, with another --workdir, or of no run)"
+        return True
+
+    def _accept(self, server: socket.socket, selector: selectors.BaseSelector) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            connection.setblocking(False)
+            selector.register(connection, selectors.EVENT_READ)
+            self._heard[connection] = bytearray()
+            if len(self._heard) > MOST_CONNECTIONS:
+                self._refuse(next(iter(self._heard)), selector)
+
+    def _read(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
+        heard = self._heard[connection]
+        try:
+            more = connection.recv(2**16)
+        except BlockingIOError:
+            return
+        except OSError:
+            more = b""
+        heard += more
+        if not more or len(heard) > LONGEST_LINE:
+            self._refuse(connection, selector)
+        elif b"\n" in heard:
+            said = _parse(bytes(heard).partition(b"\n")[0])
+            if said is None or said.get("token") != self._token or (answer := _understood(said, connection)) is None:
+                self._refuse(connection, selector)
+                return
+            selector.unregister(connection)
+            del self._heard[connection]
+            self._take(answer, said["left"])
+
+    def _take(self, answer: _Answer, left: float) -> None:
+        self._deadline = min(self._deadline, time.monotonic() + left)
+        before = self._present.get(answer.index)
+        if before and not (before.connection and _gone(before.connection)):
+            self._problem = f"{before} and {answer} claim the same number; give each process its own"
+            self._present[-1] = answer  # to be told
+        else:
+            if before and before.connection:
+                before.connection.close()
+            self._present[answer.index] = answer  # new, or started over
+
+    def _refuse(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
+        self._strangers += 1
+        selector.unregister(connection)
+        del self._heard[connection]
+        connection.close()
+
+    def _tell(self) -> None:
+        for connection in self._heard:
+            connection.close()
+        until = time.monotonic() + GRACE
+        for connection in [answer.connection for answer in self._present.values() if answer.connection]:
+            with contextlib.suppress(OSError), connection:
+                connection.settimeout(max(0.1, until - time.monotonic()))
+                connection.sendall(_line({"token": self._token, "problem": self._problem}))
 
 
-def _problem(roll: Processes, present: dict[int, _Answer], limit: float, *, overdue: bool) -> str:
-    """What is wrong so far, "" for nothing; who has gone meanwhile is no longer `present`."""
-    for index in [index for index, answer in present.items() if answer.connection and _gone(answer.connection)]:
-        del present[index]
-    if twice := present.get(-1):
-        if twice.index in present:
-            return f"{present[twice.index]} and {twice} claim the same number; give each process its own"
-        present[twice.index] = present.pop(-1)  # started over
-    absent = sorted(set(range(roll.count)) - present.keys())
-    if not absent or max(present) >= roll.count:
-        return _differences(present)
-    return _missing(roll, present, absent, limit) if overdue else ""
+def _understood(said: Mapping[str, Any], connection: socket.socket) -> _Answer | None:
+    """The answer in a line, if its fields are of the right types."""
+    index, host, settings, left = (said.get(name) for name in ("index", "host", "settings", "left"))
+    right = (
+        isinstance(index, int)
+        and not isinstance(index, bool)
+        and 0 <= index < 2**31
+        and isinstance(host, str)
+        and isinstance(settings, dict)
+        and all(isinstance(value, str) for value in settings.values())
+        and isinstance(left, int | float)
+        and not isinstance(left, bool)
+        and math.isfinite(left)
+        and left >= 0
+    )
+    return _Answer(index, host, settings, connection) if right else None
 
 
-def _missing(roll: Processes, present: Mapping[int, _Answer], absent: Sequence[int], limit: float) -> str:
-    names = [f"process {i} ({roll.names[i]})" if roll.names else f"process {i}" for i in absent]
+def _missing(processes: Processes, present: Mapping[int, _Answer], absent: Sequence[int], limit: float) -> str:
+    names = [f"process {i} ({processes.names[i]})" if processes.names else f"process {i}" for i in absent]
     return (
-        f"{', '.join(names)} of {roll.count} did not answer at {roll.host}:{roll.port} within {limit:g} s; there was "
+        f"{', '.join(names)} of {processes.count} did not answer at {processes.host}:{processes.port} within {limit:g} s; there was "
         f"{', '.join(map(str, present.values()))}. Look at what the missing printed, and start all with the same command"
     )
 
 
 def _differences(present: Mapping[int, _Answer]) -> str:
     """Who differs from the most common answer (process 0's among equals) and in what; "" if nobody does."""
-    kinds = collections.Counter(json.dumps(answer.facts, sort_keys=True) for answer in present.values())
+    kinds = collections.Counter(json.dumps(answer.settings, sort_keys=True) for answer in present.values())
     usual = json.loads(max(kinds, key=kinds.get))
-    reference = next(answer for answer in present.values() if answer.facts == usual)
+    reference = next(answer for answer in present.values() if answer.settings == usual)
     lines = []
     for answer in present.values():
-        wrong = [name for name in sorted(usual.keys() | answer.facts.keys()) if usual.get(name) != answer.facts.get(name)]
+        wrong = [name for name in sorted(usual.keys() | answer.settings.keys()) if usual.get(name) != answer.settings.get(name)]
         if wrong:
-            listed = "; ".join(f"{name} is {answer.facts.get(name)}, not {usual.get(name)}" for name in wrong[:NAMED])
+            listed = "; ".join(f"{name} is {answer.settings.get(name)}, not {usual.get(name)}" for name in wrong[:NAMED])
             more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
             lines.append(f"{answer} differs from {reference}: {listed}{more}")
     return "\n  ".join([*lines, "give all hosts the same code, packages and command"]) if lines else ""
@@ -152,27 +239,38 @@ def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
-        raise StartupError(f"roll call: process 0 cannot listen at port {port} ({error}); is another run on this host?") from error
+        raise StartupError(f"startup check: process 0 cannot listen at port {port} ({error}); is another run on this host?") from error
 
 
 def _gone(connection: socket.socket) -> bool:
     """Whether the other side has closed; it sends nothing while it waits."""
-    connection.setblocking(False)
     try:
+        connection.setblocking(False)
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
     except OSError:
         return True
-    finally:
-        connection.settimeout(GRACE)
 
 
-def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
-def _receive(connection: socket.socket) -> dict[str, Any]:
-    """Raises a ValueError if it is not one line of JSON."""
-    with connection.makefile("rb") as lines:
-        return json.loads(lines.readline(LONGEST_LINE))
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _receive(connection: socket.socket, deadline: float) -> dict[str, Any] | None:
+    """One line of JSON, None if none came until the deadline."""
+    heard = bytearray()
+    while b"\n" not in heard and len(heard) <= LONGEST_LINE and (left := deadline - time.monotonic()) > 0:
+        connection.settimeout(left)
+        if not (more := connection.recv(2**16)):
+            break
+        heard += more
+    return _parse(bytes(heard).partition(b"\n")[0])

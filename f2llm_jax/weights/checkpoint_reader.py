@@ -17,7 +17,7 @@ from jaxtyping import Float
 from orbax.checkpoint import v1 as ocp
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import absolute, is_remote
+from f2llm_jax.files import absolute, is_remote, unseal
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.weights import chunks
@@ -63,14 +63,14 @@ class SavedModel:
         ]
         if wrong:
             raise UserError(f"{folder} is of another architecture than its metadata says:\n  " + "\n  ".join(wrong))
-        yield StoredParameters(stored, parameter_shapes(self.config))
+        yield StoredParameters(folder, stored, parameter_shapes(self.config))
 
 
 class StoredParameters:
     """The parameters of an opened checkpoint, decoded as they are asked for."""
 
-    def __init__(self, arrays: dict[Entry, ts.TensorStore], shapes: dict[Entry, Shape]):
-        self._arrays, self._shapes = arrays, shapes
+    def __init__(self, folder: epath.Path, arrays: dict[Entry, ts.TensorStore], shapes: dict[Entry, Shape]):
+        self._folder, self._arrays, self._shapes = folder, arrays, shapes
 
     def unit(self, entry: Entry) -> int:
         """Layers or rows of a stored chunk, which can only be decoded whole."""
@@ -80,7 +80,11 @@ class StoredParameters:
         """Our parameter's `[start:stop]` along its first axis, float32."""
         rows = self._rows(entry)
         first = start // rows
-        block = self._arrays[entry][first : -(-stop // rows)].read().result()
+        try:
+            block = self._arrays[entry][first : -(-stop // rows)].read().result()
+        except (ValueError, OSError) as error:  # what tensorstore raises for a chunk whose CRC-32C differs
+            name = "/".join(entry.path)
+            raise UserError(f"{self._folder}/{name} is damaged ({str(error).splitlines()[0]}); use another checkpoint") from error
         whole = block.reshape(-1, *self._shapes[entry][1:])
         return whole[start - first * rows : stop - first * rows]
 
@@ -118,8 +122,15 @@ def load_arrays(
 
 def array_spec(folder: epath.Path, entry: Entry) -> dict[str, Any]:
     """How tensorstore finds a parameter in a checkpoint's `params` folder: as Orbax lays it out, zarr 3 in OCDBT."""
-    base = f"{folder}/" if is_remote(folder) else f"file://{folder}/"
-    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{'/'.join(entry.path)}/"}}
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": file_store(folder), "path": f"{'/'.join(entry.path)}/"}}
+
+
+def file_store(folder: epath.Path) -> dict[str, str]:
+    """A folder as tensorstore wants it; a URL would need every `%`, `?` and `#` of its name quoted."""
+    if not is_remote(folder):
+        return {"driver": "file", "path": f"{folder}/"}
+    bucket, _, path = str(folder).removeprefix("gs://").partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
 def _open_array(folder: epath.Path, entry: Entry) -> ts.TensorStore:
@@ -145,7 +156,7 @@ def find_checkpoint(path: epath.PathLike) -> SavedModel:
         step = max(steps, default=None) if step is None else step
         if step not in steps:
             raise UserError(f"{path}: no complete checkpoint{'' if step is None else f' of step {step}'}; there are: {steps or 'none'}")
-        stored = checkpoints.checkpointables_metadata(step).custom_metadata
+        stored = read_metadata(checkpoints, step)
     try:
         config, embedding = DecoderConfig(**stored["decoder"]), EmbeddingConfig.from_metadata(stored)
     except (KeyError, TypeError) as error:
@@ -156,6 +167,22 @@ def find_checkpoint(path: epath.PathLike) -> SavedModel:
 def metadata(config: DecoderConfig, embedding: EmbeddingConfig) -> dict[str, Any]:
     """What a checkpoint carries next to its arrays."""
     return {"decoder": dataclasses.asdict(config), **embedding.to_metadata()}
+
+
+def read_metadata(checkpoints: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
+    """What a run, an import or a pruning said of the checkpoint of `step`.
+
+    Raises:
+      UserError: it cannot be read, or has changed since.
+    """
+    path = epath.Path(checkpoints.directory) / str(step)
+    try:
+        metadata = checkpoints.checkpointables_metadata(step).custom_metadata
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path}: its metadata cannot be read ({error}); use another checkpoint, or make it anew") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} was not written by this project: it has no metadata of its own")
+    return unseal(metadata, path / "_CHECKPOINT_METADATA")
 
 
 def steps_of(workdir: epath.PathLike) -> list[int]:

@@ -112,8 +112,17 @@ def _checkpoint(name: str, path: epath.Path, truncation: Truncation) -> Loadable
         config=config,
         open_params=truncation.open(saved.config, saved.open_params),
         load=lambda mesh: truncation.state(saved.config, saved.load(mesh)),
-        tokenizer=load_tokenizer(saved.run_folder / "tokenizer"),
+        tokenizer=_tokenizer_of(saved),
         embedding=dataclasses.replace(saved.embedding, depths=depths),
         run_folder=saved.run_folder,
         step=saved.step,
     )
+
+
+def _tokenizer_of(saved: checkpoint_reader.SavedModel) -> Tokenizer:
+    """The tokenizer in the workdir, known to be the one that the checkpoint was trained with."""
+    folder = saved.run_folder / "tokenizer"
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != saved.embedding.tokenizer_fingerprint:
+        raise UserError(f"{folder} is not the tokenizer that {saved.run_folder} was trained with; restore it")
+    return tokenizer

@@ -44,27 +44,42 @@ json() { # its arguments as a JSON list of strings, which is YAML too
   printf '[%s]' "$text"
 }
 
+string() { # its argument as a JSON string
+  local text
+  [[ "$1" != *[[:cntrl:]]* ]] || fail "a setting holds a line break or another control character: $1"
+  text="$(json "$1")"
+  text="${text#[}"
+  printf '%s' "${text%]}"
+}
+
+numbers() { # fails unless the settings of these names are numbers
+  local name
+  for name in "$@"; do [[ "${!name:-0}" =~ ^[0-9]+$ ]] || fail "$name=${!name} is no number"; done
+}
+
 manifest() {
   need NAME IMAGE ACCELERATOR TOPOLOGY HOSTS
+  numbers HOSTS SLICES MAX_RESTARTS GRACE_SECONDS CHIPS
   local line
   training "$@"
-  local selector="cloud.google.com/gke-tpu-accelerator: \"$ACCELERATOR\", cloud.google.com/gke-tpu-topology: \"$TOPOLOGY\"" tolerations="[]"
+  local selector tolerations="[]"
+  selector="cloud.google.com/gke-tpu-accelerator: $(string "$ACCELERATOR"), cloud.google.com/gke-tpu-topology: $(string "$TOPOLOGY")"
   if [[ "${SPOT:-no}" == yes ]]; then
     selector+=", cloud.google.com/gke-spot: \"true\""
     tolerations='[{key: cloud.google.com/gke-spot, operator: Equal, value: "true", effect: NoSchedule}]'
   fi
   local text
   text="$(<"$here/jobset.yaml")"
-  text="${text//@NAME@/$NAME}"
-  text="${text//@NAMESPACE@/${NAMESPACE:-default}}"
+  text="${text//@NAME@/"$(string "$NAME")"}"
+  text="${text//@NAMESPACE@/"$(string "${NAMESPACE:-default}")"}"
   text="${text//@MAX_RESTARTS@/${MAX_RESTARTS:-20}}"
   text="${text//@SLICES@/${SLICES:-1}}"
   text="${text//@HOSTS@/$HOSTS}"
   text="${text//@GRACE_SECONDS@/${GRACE_SECONDS:-600}}"
-  text="${text//@SERVICE_ACCOUNT@/${SERVICE_ACCOUNT:-default}}"
+  text="${text//@SERVICE_ACCOUNT@/"$(string "${SERVICE_ACCOUNT:-default}")"}"
   text="${text//@NODE_SELECTOR@/"{$selector}"}"
   text="${text//@TOLERATIONS@/"$tolerations"}"
-  text="${text//@IMAGE@/$IMAGE}"
+  text="${text//@IMAGE@/"$(string "$IMAGE")"}"
   text="${text//@CHIPS@/${CHIPS:-4}}"
   local words
   words="$(json "${line[@]}")"
@@ -79,6 +94,7 @@ apply() {
 
 logs() {
   need NAME
+  [[ "${1:-20}" =~ ^[0-9]+$ ]] || fail "logs takes a number of lines, not '$1'"
   do_it kubectl logs --namespace="${NAMESPACE:-default}" --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail="${1:-20}" \
     --max-log-requests=1024
 }
@@ -92,7 +108,7 @@ xpk_create() {
   need NAME IMAGE CLUSTER PROJECT ZONE TPU_TYPE
   local line
   training "$@"
-  # XPK restarts on 42 and 127 to 255 only; 75 is "saved, go on", 1 may be a host that came late to the roll call.
+  # XPK restarts on 42 and 127 to 255 only; 75 is "saved, go on", 1 may be a host that came late to the startup check.
   do_it xpk workload create --workload="$NAME" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
     --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" --max-restarts="${MAX_RESTARTS:-20}" \
     --restart-on-exit-codes=1,75 --termination-grace-period-seconds="${GRACE_SECONDS:-600}" --command="$(show "${line[@]}")"

@@ -1,0 +1,163 @@
+"""What a run is: its configuration, data, teacher and code. Each checkpoint records it, and a run resumes only what it is.
+
+`config.json` tells the configuration of the run's last part and, under "history", what was changed at which step.
+"""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from f2llm_jax.data.records import COMPLETE, Dataset
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import plain, read_json, write_json
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+HISTORY = "history"
+# Fields (or groups of them) that change neither the order of the data nor what is trained; names of data and teacher may change as
+# long as their contents do not. The learning rate and the number of updates are changed on purpose. All are told and recorded.
+MAY_CHANGE = (
+    "log_every",
+    "max_skipped_steps",
+    "steps",
+    "epochs",
+    "optimizer.learning_rate",
+    "optimizer.min_learning_rate",
+    "remat",
+    "attention",
+    "mesh",
+    "batch.microbatch_rows",
+    "data.folder",
+    "data.copy_to",
+    "data.threads",
+    "data.ahead",
+    "data.embedded_stage",
+    "teacher",
+    "teacher_cache",
+    "eval",
+    "checkpoint",
+    "profile",
+    "loggers",
+    "code",
+)
+
+
+class ResumeError(UserError):
+    """A checkpoint of another run than the one asked for; the message names every difference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What the updates of a run are a function of."""
+
+    config: Mapping[str, Any]  # nested, as JSON holds it
+    data: str  # `Dataset.digest`
+    tokenizer: str  # `Dataset.tokenizer_fingerprint`
+    teacher: str  # digest of the teacher's weights, shape and tokenizer; "" for none
+    code: str  # digest of the sources of this package
+    own: str  # name of an objective of the user's; "" for none
+
+    @classmethod
+    def of(
+        cls, config: ml_collections.ConfigDict, dataset: Dataset, teacher: str, code: str, own: Callable[..., object] | None
+    ) -> "Provenance":
+        return cls(
+            plain(config.to_dict()),
+            dataset.digest,
+            dataset.tokenizer_fingerprint,
+            teacher,
+            code,
+            getattr(own, "__qualname__", "") if own else "",
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted name, and the digests."""
+        digests = {
+            "content of the data": self.data,
+            "tokenizer": self.tokenizer,
+            "content of the teacher": self.teacher,
+            "code": self.code,
+            "own objective": self.own,
+        }
+        return digests | _flat(self.config)
+
+    def changes(self, recorded: Mapping[str, Any] | None, workdir: epath.Path) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ from those in a checkpoint's metadata, old and new; a field that older code did not have is none.
+
+        Raises:
+          ResumeError: the checkpoint records none.
+        """
+        if recorded is None:
+            raise ResumeError(f"{workdir} was not trained here; start from it with --config.init={workdir} and another --workdir")
+        before, now = Provenance(**recorded).flat(), self.flat()
+        return {name: (before[name], now.get(name)) for name in before if before[name] != now.get(name)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint of this run, and what has changed since it was saved: old and new by name."""
+
+    step: int
+    changes: dict[str, tuple[Any, Any]]
+
+
+def check_changes(changes: Mapping[str, tuple[Any, Any]], workdir: epath.Path, allowed: bool) -> None:
+    """Raises a ResumeError for changes of the order of data or of what is trained, unless they are `allowed`."""
+    refused = {name: change for name, change in changes.items() if not _may_change(name)}
+    if refused and not allowed:
+        raise ResumeError(
+            f"{workdir} is another run:\n  {tell(refused)}\nuse another --workdir, take the changes back, or pass --resume_with_changes"
+        )
+
+
+def tell(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """A line a change."""
+    return "\n  ".join(f"{name}: {before!r} before, {now!r} now" for name, (before, now) in sorted(changes.items()))
+
+
+def write_provenance(workdir: epath.Path, provenance: Provenance, dataset: Dataset, resumed: ResumePoint | None) -> None:
+    """`config.json` with the history of its changes, `dataset.json`, `environment.json` and `tokenizer/`."""
+    file = workdir / "config.json"
+    history = read_json(file, sealed=True).get(HISTORY, []) if resumed and file.exists() else []
+    if resumed and resumed.changes:
+        changes = {name: {"before": before, "now": now} for name, (before, now) in sorted(resumed.changes.items())}
+        history = [*history, {"step": resumed.step, "changes": changes}]
+    write_json(file, {**provenance.config, HISTORY: history}, sealed=True)
+    write_json(workdir / "dataset.json", read_json(epath.Path(dataset.folder) / COMPLETE, sealed=True), sealed=True)
+    write_json(workdir / "environment.json", environment(), sealed=True)
+    dataset.tokenizer().save(workdir / "tokenizer")
+
+
+def environment() -> dict[str, str | int | None]:
+    """Versions, devices, and the commit of this project if it runs from a checkout."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    devices = {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "hosts": jax.process_count()}
+    return {"python": platform.python_version(), **versions, **devices, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    here = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _may_change(name: str) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in MAY_CHANGE)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix.removesuffix("."): value}
+    return {name: leaf for key, inner in value.items() for name, leaf in _flat(inner, f"{prefix}{key}.").items()}
