@@ -17,10 +17,13 @@ EPOCHS = {"80m": 4, "160m": 3, "330m": 3, "0.6b": 2, "1.7b": 2, "4b": 2, "8b": 2
 # The slice that compile_check finds each size to fit in with room to spare, and how many packed rows at once (launch/README.md).
 SLICE = {"80m": "v5e:2x4", "160m": "v5e:2x4", "330m": "v5e:2x4", "0.6b": "v5e:2x4", "1.7b": "v5e:4x4"}
 SLICE |= {"4b": "v5e:8x8", "8b": "v6e:8x8", "14b": "v5p:4x4x4"}
-# Ways of the mesh's fsdp axis; -1 for all devices. XLA makes an all-reduce of each layer's gather if those are 64, and sums gradients
+# Size of the mesh's fsdp axis; -1 for all devices. XLA makes an all-reduce of each layer's gather if those are 64, and sums gradients
 # whole instead of scattering them if they are all of v5e:4x4.
 FSDP = {"1.7b": 8, "4b": 16, "8b": 16, "14b": 16}
 MICROBATCH_ROWS = {"80m": 288, "160m": 288, "330m": 128, "0.6b": 64, "1.7b": 64, "4b": 128, "8b": 256, "14b": 576}
+
+# At once for the rows that are left of a step when no full group is (rounded to what the mesh allows).
+CHUNK_ROWS = {"80m": 32, "160m": 32, "330m": 16, "0.6b": 8, "1.7b": 16, "4b": 64, "8b": 64, "14b": 64}
 
 
 def parse_arg(arg: str | None, **defaults: str | bool) -> ml_collections.ConfigDict:
@@ -56,7 +59,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.epochs = EPOCHS[size]
     config.steps = 0  # updates; 0 means `epochs` epochs
     config.dtype = "bfloat16"  # compute dtype; parameters and optimizer state are float32
-    config.remat = "dots"  # what the backward pass recomputes, of least to most: none, dots or full
+    config.remat = "dots"  # what the backward pass recomputes, of least to most: none, dots, attention or full
     config.attention = "auto"  # kernel: xla, splash (TPU), cudnn (GPU), or the best that serves the devices
     config.max_skipped_steps = 20  # in a row, without a finite loss and gradient, before the run gives up
     config.log_every = 20  # steps over which losses are averaged by source; between progress lines where there is no terminal
@@ -83,6 +86,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.batch.row_tokens = 1024  # tokens of a packed row
     config.batch.row_texts = 128  # most texts in a packed row
     config.batch.microbatch_rows = MICROBATCH_ROWS[size]  # packed rows on the devices at once, over all of them; memory only
+    config.batch.chunk_rows = CHUNK_ROWS[size]  # at once for what is left of a step: fewer empty rows; 0 for microbatch_rows
     config.batch.negatives = ml_collections.ConfigDict({"retrieval": 7, "clustering": 9, "classification": 1})  # drawn of those stored
     config.batch.negatives_per_sample = "batch"  # one draw of negative columns a "batch" (published) or a "row"
     config.batch.single_negative = "random"  # where one is drawn of several; "first" for always negative_1 (published)
@@ -131,7 +135,7 @@ def _runlocal(config: ml_collections.ConfigDict, stage: int) -> ml_collections.C
     config.data.embedded_stage = stage
     config.dtype = "float32"
     config.epochs = 1
-    config.batch.update({"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96})
+    config.batch.update({"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96, "chunk_rows": 16})
     config.batch.negatives.update({"retrieval": 1, "clustering": 3})  # a small model learns more from more samples
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 20, "warmup_share": 1.0, "min_learning_rate": 1e-5})
     config.eval.update({"every": 100, "batches": 2})

@@ -22,13 +22,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed JAX would
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles and prints."""
     flags = parse_flags(_parser(), arguments)
-    from f2llm_jax.compilation import check, table  # after flag parsing: --help needs no JAX
+    from f2llm_jax.compilation import check, report  # after flag parsing: --help needs no JAX
 
     request = check.Request(flags.config, flags.topology, flags.slices, flags.teacher, flags.tokens_per_text)
     found = check.search(request, lambda line: print(line, file=sys.stderr, flush=True)) if flags.search else check.check(request)
     if flags.json:
-        table.write_json(found, flags.json)
-    print(table.describe(found))
+        report.write_json(found, flags.json)
+    print(report.describe(found))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", required=True, help="slice to compile for: v5e:2x4, v6e:4x4, v5p:4x4x4, tpu7x:2x2x1, ...")
     parser.add_argument("--slices", type=positive, default=1, help="number of such slices, over which mesh.data is split (default 1)")
     parser.add_argument("--teacher", default="", metavar="SIZE", help="size of the online teacher (default: none)")
-    parser.add_argument("--tokens_per_text", type=positive, default=128, help="mean length of a text, for the chunks of a step (128)")
+    parser.add_argument("--tokens_per_text", type=int, default=0, help="length of every text (default: stored lengths of several sources)")
     parser.add_argument("--search", action="store_true", help="find the largest batch.microbatch_rows that fits, by doubling")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON, too")
     return parser

@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from f2llm_jax.batch import Batch, PackedTexts
+from f2llm_jax.batch import Batch
 from f2llm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -47,14 +47,15 @@ GATHERED_SPECS = {
     "D": P(None, reduced=set(BATCH)),
     "E": P(None, reduced=set(AXES)),  # of heads, which are split over tensor
 }
-# Activations: R rows of T positions, P = R * T; B samples.
+# Activations: R rows of T tokens, P = R * T positions; B samples.
 ROWS_T = P(BATCH, None)
 ROWS_TD = P(BATCH, None, None)
-ROWS_THE = P(BATCH, None, "tensor", None)
+ROWS_HTE = P(BATCH, "tensor", None, None)
+HEADS_PE = P("tensor", BATCH, None)
+HEADS_RTE = P("tensor", BATCH, None, None)
 POSITIONS = P(BATCH)
 POSITIONS_D = P(BATCH, None)
 POSITIONS_F = P(BATCH, "tensor")
-POSITIONS_HE = P(BATCH, "tensor", None)
 TABLE_IDS = P("data")  # ids of all positions that meet one copy of the embedding table
 TABLE_ROWS = P("data", ("fsdp", "tensor"))  # their rows, still in columns as the table is
 TABLE_ROWS_GATHERED = P("data", "fsdp")  # the same gathered over tensor; what is left is one all-to-all
@@ -163,13 +164,16 @@ def to_global(array: np.ndarray, mesh: jax.sharding.Mesh, value: P) -> jax.Array
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, value), lambda index: array[index])
 
 
-SAMPLE_FIELDS = ("sample_mask", "negative_mask", "passage_ids", "negative_ids", "teacher")  # of a Batch, split over samples
+def batch_specs(batch: Batch) -> Batch:
+    """The spec of each array of a batch: rows of each chunk, and samples, are split over `BATCH`."""
+    of_samples = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)) if x.ndim else P(), (batch.samples, batch.teacher))
+    texts = jax.tree.map(lambda x: CHUNKS_RT if x.ndim else P(), batch.texts)
+    return Batch(texts, *of_samples)
 
 
 def batch_to_devices(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
-    """A host batch as global arrays: rows of each chunk and samples split over `BATCH`."""
+    """A host batch as global arrays."""
     if mesh is None:
         return jax.device_put(batch)
-    samples = {name: P(BATCH, *[None] * (getattr(batch, name).ndim - 1)) for name in SAMPLE_FIELDS if getattr(batch, name) is not None}
-    specs = Batch(PackedTexts(*[CHUNKS_RT] * 5, chunks=P()), in_batch_weight=P(), **samples)
-    return jax.tree.map(lambda array, value: to_global(np.asarray(array), mesh, value), batch, specs)
+    batch = jax.tree.map(np.asarray, batch)
+    return jax.tree.map(lambda array, spec: to_global(array, mesh, spec), batch, batch_specs(batch))

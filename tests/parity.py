@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from f2llm_jax import sharding
-from f2llm_jax.batch import Batch
+from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode
@@ -56,7 +56,7 @@ class Kit:
 
     def with_teacher(self, batch: Batch, vectors: Callable[[Any], jax.Array]) -> Batch:
         """The batch with the vectors of its texts, `[B, 2 + N, W]`, as a cache of them would bring them."""
-        roles = by_role(jnp.asarray(np.asarray(vectors(batch.texts))), np.asarray(batch.negative_mask))
+        roles = by_role(jnp.asarray(np.asarray(vectors(batch.texts))), np.asarray(batch.samples.negative_mask))
         stacked = jnp.concatenate([roles.query[:, None], roles.passage[:, None], roles.negatives], axis=1)
         return dataclasses.replace(batch, teacher=sharding.shard(stacked, sharding.P(sharding.BATCH, None, None)))
 
@@ -75,7 +75,7 @@ class Kit:
         packed = lay_out(packing, self.shape, lambda wanted: [np.array(texts[t], np.int32) for t in wanted], chunks=most)
         passage_ids, negative_ids = np.arange(B, dtype=np.int32), np.arange(B, B + B * N, dtype=np.int32).reshape(B, N)
         retrieval = np.float32(raw["task"] == "retrieval")
-        batch = Batch(packed, sample_mask, negative_mask, retrieval, passage_ids, negative_ids)
+        batch = Batch(packed, Samples(sample_mask, negative_mask, retrieval, passage_ids, negative_ids))
         return sharding.batch_to_devices(batch, self.mesh)
 
     def embedding_error(self, role: str) -> float:

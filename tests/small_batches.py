@@ -14,21 +14,22 @@ from f2llm_jax.model.encoder import chunk_encoder
 B, N = 6, 2
 TEXTS = B * (2 + N)
 SHAPE = RowShape(chunk_rows=2, row_tokens=16, row_texts=16)
+SHAPES = {"one by one": SHAPE, "three at once, then a tail": RowShape(chunk_rows=1, row_tokens=16, row_texts=16, at_once=3)}
 CHUNKS = 5
-# Chunks in use -> (long texts, their length, length of the others).
+# Chunks of two rows in use -> (long texts, their length, length of the others).
 LENGTHS = {1: (4, 3, 1), 2: (5, 8, 1), 5: (5, 16, 4)}
 
 
-def packed(chunks):
-    """A batch that fills `chunks` of the `CHUNKS` there is room for; text 3 is absent."""
+def packed(chunks, shape=SHAPE):
+    """A batch that fills `chunks` of the `CHUNKS` of two rows there is room for; text 3 is absent."""
     rng = np.random.default_rng(chunks)
     long, longest, shortest = LENGTHS[chunks]
     lengths = rng.permutation([longest] * long + [shortest] * (TEXTS - 1 - long))
     lengths = np.insert(lengths, 3, 0)
-    packing = SHAPE.pack(lengths)
-    assert -(-packing.rows // SHAPE.chunk_rows) == chunks
+    packing = shape.pack(lengths)
+    assert -(-packing.rows // 2) == chunks
     ids = [rng.integers(0, tiny.CONFIG.vocab_size, length).astype(np.int32) for length in lengths]
-    return lay_out(packing, SHAPE, lambda wanted: [ids[i] for i in wanted], chunks=CHUNKS)
+    return lay_out(packing, shape, lambda wanted: [ids[i] for i in wanted], chunks=2 * CHUNKS // shape.chunk_rows)
 
 
 def encode_chunk(dtype=jnp.float32, remat="full", layers=()):

@@ -89,7 +89,7 @@ def test_an_epoch_has_every_row_once(data):
     seen = {}
     for step in api.batches(data, 16):
         seen.setdefault(step.plan.source, []).extend(step.plan.rows.tolist())
-        assert step.batch.text_count == len(step.batch.sample_mask) * (2 + step.batch.negative_mask.shape[1])
+        assert step.batch.text_count == len(step.batch.samples.sample_mask) * (2 + step.batch.samples.negative_mask.shape[1])
     assert {source: sorted(rows) for source, rows in seen.items()} == {
         source: list(range(info.rows["train"])) for source, info in data.sources.items()
     }

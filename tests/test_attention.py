@@ -36,12 +36,14 @@ def segment_ids():
 def values_and_gradients(kernel, dtype, mesh=None):
     """Of attention to a random direction, for real positions; numpy fp32."""
     rng = np.random.default_rng(0)
-    q, k, v, direction = (rng.normal(size=(R, T, heads, E)).astype(np.float32) for heads in (H, K, K, H))
+    q, k, v, direction = (rng.normal(size=(heads, R, T, E)).astype(np.float32) for heads in (H, K, K, H))
+    direction = direction.swapaxes(0, 1)
     ids = segment_ids()
-    direction *= (ids > 0)[:, :, None, None]
+    direction = direction * (ids > 0)[:, None, :, None]
     arrays = [jnp.asarray(jnp.asarray(x, jnp.bfloat16), dtype) for x in (q, k, v, direction)]  # bfloat16 has all of these values
     if mesh:
-        arrays = [sharding.shard(x, sharding.ROWS_THE) for x in arrays]
+        specs = [sharding.HEADS_RTE] * 3 + [sharding.ROWS_HTE]
+        arrays = [sharding.shard(x, spec) for x, spec in zip(arrays, specs, strict=True)]
         ids = sharding.shard(jnp.asarray(ids), sharding.ROWS_T)
 
     @functools.partial(jax.jit, static_argnums=5)
@@ -80,7 +82,7 @@ def test_cudnn_lowers_for_a_gpu_that_is_not_here(monkeypatch):
     """To its two kernels, causal, each once although layers are recomputed; that their library is installed is all that is left out."""
     for check in ("check_cudnn_version", "check_compute_capability", "is_cuda_compute_capability_equal"):
         monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: 0)
-    q, k = (jax.ShapeDtypeStruct((R, T, heads, E), jnp.bfloat16) for heads in (H, K))
+    q, k = (jax.ShapeDtypeStruct((heads, R, T, E), jnp.bfloat16) for heads in (H, K))
 
     @functools.partial(jax.checkpoint, policy=REMAT_POLICIES["dots"])
     def attend(q, k, v):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from small_batches import CHUNKS, LENGTHS, TEXTS, B, N, encode_chunk, packed
+from small_batches import CHUNKS, LENGTHS, SHAPES, TEXTS, B, N, encode_chunk, packed
 
 from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import PackedTexts
@@ -62,9 +62,10 @@ def at_once():
 
 @pytest.mark.parametrize("chunks", LENGTHS)
 @pytest.mark.parametrize("term", OBJECTIVES)
-def test_gradients_are_those_of_one_chunk(params, in_chunks, at_once, term, chunks):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_those_of_one_chunk(params, in_chunks, at_once, shape, term, chunks):
     weights = jnp.asarray([float(term == t) for t in OBJECTIVES])
-    texts = packed(chunks)
+    texts = packed(chunks, SHAPES[shape])
     (got_loss, got_embeddings), got = in_chunks(params, texts, weights)
     (want_loss, want_embeddings), want = at_once(params, texts, weights)
     np.testing.assert_allclose(got_loss, want_loss, rtol=2e-6)
@@ -79,7 +80,7 @@ def test_gradients_are_those_of_one_chunk(params, in_chunks, at_once, term, chun
 def test_one_program_serves_any_number_of_chunks(params, in_chunks):
     for chunks in LENGTHS:
         in_chunks(params, packed(chunks), jnp.ones(len(OBJECTIVES)))
-    assert in_chunks._cache_size() == 1
+    assert in_chunks._cache_size() <= len(SHAPES)
 
 
 def test_chunks_that_are_not_in_use_are_not_read(params, in_chunks):
@@ -94,20 +95,22 @@ def test_chunks_that_are_not_in_use_are_not_read(params, in_chunks):
         np.testing.assert_array_equal(got, want)
 
 
-def test_encoding_alone_gives_the_same_embeddings(params, in_chunks):
-    texts = packed(5)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_encoding_alone_gives_the_same_embeddings(params, in_chunks, shape):
+    texts = packed(5, SHAPES[shape])
     (_, want), _ = in_chunks(params, texts, jnp.ones(len(OBJECTIVES)))
     got = jax.jit(lambda params, texts: encode(encode_chunk(), params, texts, TEXTS))(params, texts)
     assert got.shape == (TEXTS, 64) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("grouped", [1, 3])
 @pytest.mark.parametrize("depths", [(), (1, 2, 3)])
-def test_gradients_come_back_where_the_parameters_are(depths):
+def test_gradients_come_back_where_the_parameters_are(depths, grouped):
     """On types alone: under a mesh every gradient has its parameter's sharding, so nothing is gathered to be kept."""
     mesh = sharding.make_mesh(2, 2, 2)
     _, abstract = abstract_decoder(tiny.CONFIG, mesh)
-    texts = abstract_texts(mesh, rows=4, slots=16)
+    texts = abstract_texts(mesh, rows=4, row_texts=16, at_once=grouped)
     with jax.set_mesh(mesh):
         step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(layers=depths), p, t, TEXTS)  # noqa: E731
         _, gradients = jax.eval_shape(step, abstract, texts)
@@ -115,13 +118,14 @@ def test_gradients_come_back_where_the_parameters_are(depths):
         assert gradient.sharding.spec == parameter.sharding.spec
 
 
-def test_gradients_are_summed_over_data_once():
+@pytest.mark.parametrize("grouped", [1, 3])
+def test_gradients_are_summed_over_data_once(grouped):
     """The compiled program: in its loops no sum crosses the `data` axis, after them one does; hidden states stay where they are."""
     mesh = sharding.make_mesh(2, 2, 2)
     hidden_states = 12 * 16 * tiny.CONFIG.hidden_size  # of the rows of a chunk
     with jax.set_mesh(mesh):
         step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(), p, t, TEXTS)  # noqa: E731
-        lowered = jax.jit(step).lower(abstract_decoder(tiny.CONFIG, mesh)[1], abstract_texts(mesh, rows=12, slots=3))
+        lowered = jax.jit(step).lower(abstract_decoder(tiny.CONFIG, mesh)[1], abstract_texts(mesh, rows=12, row_texts=3, at_once=grouped))
     crossing, computation = [], ""
     for line in lowered.compile().as_text().splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -138,11 +142,11 @@ def spans_data(group):
     return len({int(device) // 4 for device in group.split(",")}) == 2
 
 
-def abstract_texts(mesh, rows, slots):
+def abstract_texts(mesh, rows, row_texts, at_once):
     """Types of the texts of a step, 16 tokens a row."""
 
     def row(length):
         return jax.ShapeDtypeStruct((CHUNKS, rows, length), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.CHUNKS_RT))
 
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.P()))
-    return PackedTexts(row(16), row(16), row(16), row(slots), row(slots), count)
+    return PackedTexts(row(16), row(16), row(16), row(row_texts), row(row_texts), count, at_once)

@@ -66,7 +66,7 @@ def test_timings_know_model_flops_and_mfu(tmp_path, monkeypatch):
     means = {"skipped": metrics.Mean(np.float32(0), np.float32(1))}
     with metrics.Recorder(tmp_path, 0, 9, 1, 2) as recorder:
         for step in (1, 2, 3):
-            recorder.step(step, means, {}, metrics.StepWork(tokens=10, slots=20, model_flops=4e9, input_wait=0.0))
+            recorder.step(step, means, {}, metrics.StepWork(tokens=10, padded_tokens=20, model_flops=4e9, input_wait=0.0))
     last = json.loads((tmp_path / "timings.jsonl").read_text().splitlines()[-1])
     assert last["tokens_per_second"] == 10 and last["token_efficiency"] == 0.5 and last["model_flops_per_second"] == 4e9
     assert last["mfu"] == 4 / jax.device_count()

@@ -12,7 +12,7 @@ import tiny
 from small_batches import B, N, encode_chunk, packed
 from small_runs import OVERRIDES, assert_same_weights
 
-from f2llm_jax.batch import Batch
+from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.configs import stage2
 from f2llm_jax.errors import DivergedError
 from f2llm_jax.model.decoder import init_decoder
@@ -51,7 +51,7 @@ def test_a_step_without_finite_gradients_changes_nothing(train_step, broken):
         params["norm"].set_value(params["norm"].get_value().at[0].set(jnp.inf))
     state = TrainState(jnp.int32(3), params, make_optimizer(OPTIMIZER).init(params))
     ids = jnp.arange(B), jnp.arange(B, B + B * N).reshape(B, N)
-    batch = Batch(packed(2), jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids)
+    batch = Batch(packed(2), Samples(jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids))
     after, metrics = train_step(state, None, jax.device_put(batch))
     assert float(metrics["skipped"].value) == float(broken) and int(after.step) == 4
     for old, new in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True):

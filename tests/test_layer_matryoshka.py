@@ -8,7 +8,7 @@ import tiny
 from small_batches import TEXTS, B, N, packed, shallow
 
 from f2llm_jax import sharding
-from f2llm_jax.batch import Batch
+from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode, layer_matryoshka
 from f2llm_jax.objectives import ContrastiveConfig, Objective
@@ -39,7 +39,7 @@ def test_each_depth_is_the_shallower_model(params):
 
 def test_the_loss_is_the_mean_over_depths(params):
     ids = jnp.arange(B), jnp.arange(B, B + B * N).reshape(B, N)
-    batch = Batch(packed(2), jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids)
+    batch = Batch(packed(2), Samples(jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids))
     objective = Objective(contrastive=ContrastiveConfig(dims=(8, 64)))
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, total_steps=9)
 
@@ -55,7 +55,7 @@ def test_the_loss_is_the_mean_over_depths(params):
 
 def test_on_a_mesh_a_step_is_that_of_one_device():
     ids = np.arange(B, dtype=np.int32), np.arange(B, B + B * N, dtype=np.int32).reshape(B, N)
-    batch = Batch(packed(2), np.ones(B, np.float32), np.ones((B, N), np.float32), np.float32(1), *ids)
+    batch = Batch(packed(2), Samples(np.ones(B, np.float32), np.ones((B, N), np.float32), np.float32(1), *ids))
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, total_steps=9)
     step = make_train_step(encoder(tiny.CONFIG, DEPTHS), Objective(contrastive=ContrastiveConfig(dims=(8, 64))), optimizer)
 

@@ -24,7 +24,7 @@ FLOORS = {
     "text": {"errors", "files", "hf_settings"},
     "batch": set(),
     "sharding": {"batch", "errors"},
-    "objectives": {"errors", "sharding"},
+    "objectives": {"batch", "errors", "sharding"},
     "model": {"batch", "errors", "jax_version", "sharding"},
     "weights": {"errors", "files", "folders", "hf_settings", "model", "sharding", "text"},
     "data": {"batch", "command", "errors", "files", "sharding", "text", "vectors"},

@@ -12,7 +12,7 @@ import tiny
 from small_batches import TEXTS, B, N, encode_chunk, packed, shallow
 
 from f2llm_jax import convert, sharding
-from f2llm_jax.batch import Batch
+from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model import low_rank
@@ -109,7 +109,7 @@ def test_a_step_draws_its_rank_and_trains_all_depths_together(params):
     config = dataclasses.replace(tiny.CONFIG, hidden_size=128, table_rank=96)
     weights = low_rank.factorised(init_decoder(dataclasses.replace(config, table_rank=0), 0), 96)
     ids = jnp.arange(B), jnp.arange(B, B + B * N).reshape(B, N)
-    batch = Batch(jax.device_put(packed(2)), jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids)
+    batch = Batch(jax.device_put(packed(2)), Samples(jnp.ones(B).at[3].set(0), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids))
     objective = Objective(contrastive=ContrastiveConfig(dims=(8, 128)))
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, total_steps=99, weight_decay=0.0)
 

@@ -22,7 +22,7 @@ from f2llm_jax.data.pipeline import BatchConfig, Pipeline, draw_negatives
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective
-from f2llm_jax.training.step import by_role, samples_of
+from f2llm_jax.training.step import by_role
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -66,7 +66,7 @@ def gradients_of(vocab_size):
     @jax.jit
     def gradients(params, batch, texts):
         def loss(embeddings):
-            return objectives.total(by_role(embeddings, batch.negative_mask), samples_of(batch), OBJECTIVE)
+            return objectives.total(by_role(embeddings, batch.samples.negative_mask), batch.samples, OBJECTIVE)
 
         (total, _), found = value_and_grad(loss, encode_chunk, params, texts, batch.text_count)
         return total, found
@@ -108,7 +108,8 @@ def test_pairs_alone_train_by_what_is_in_the_batch(pairs):
     pipeline = Pipeline(pairs, "train", CONFIG, 0, None)
     batch = pipeline.step(0).batch
     assert pairs.sources["pairs"].kind == "retrieval" and pairs.sources["pairs"].negatives == 0
-    assert batch.negative_mask.shape == (CONFIG.size, 1) and not batch.negative_mask.any() and batch.in_batch_weight == 1
+    samples = batch.samples
+    assert samples.negative_mask.shape == (CONFIG.size, 1) and not samples.negative_mask.any() and samples.in_batch_weight == 1
     assert_packed_is_padded(pairs, "pairs")
     gradients, params = gradients_of(pairs.vocab_size)
     optimizer = optax.adam(3e-3)

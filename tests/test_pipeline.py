@@ -56,11 +56,11 @@ def test_slots_hold_the_raw_texts_of_their_sample(dataset, tokenizer, per):
         plan, batch = data.plan, data.batch
         table, found = small_data.raw(plan.source), texts_of(batch)
         B, N = CONFIG.size, pipeline.plan.max_negatives
-        assert N == 5 and batch.negative_mask.shape == (B, N)
+        assert N == 5 and batch.samples.negative_mask.shape == (B, N)
         b, n = plan.columns.shape
-        assert np.asarray(batch.sample_mask).tolist() == [1] * b + [0] * (B - b)
-        assert np.asarray(batch.negative_mask).tolist() == [[1] * n + [0] * (N - n)] * b + [[0] * N] * (B - b)
-        assert batch.in_batch_weight == (plan.source == "pairs")
+        assert np.asarray(batch.samples.sample_mask).tolist() == [1] * b + [0] * (B - b)
+        assert np.asarray(batch.samples.negative_mask).tolist() == [[1] * n + [0] * (N - n)] * b + [[0] * N] * (B - b)
+        assert batch.samples.in_batch_weight == (plan.source == "pairs")
         assert data.tokens == sum(map(len, found.values()))
         assert data.padded_tokens == int(batch.texts.chunks) * CONFIG.microbatch_rows * CONFIG.row_tokens
         assert set(found) == {*range(b), *range(B, B + b), *(2 * B + i * N + j for i in range(b) for j in range(n))}
@@ -118,15 +118,15 @@ def test_eight_devices_hold_what_one_does(dataset):
         same(many.step(step), one.step(step))
     batch = many.step(0).batch
     assert batch.texts.token_ids.addressable_shards[0].data.shape[1:] == (2, 64)
-    assert batch.sample_mask.addressable_shards[0].data.shape == (6,)
+    assert batch.samples.sample_mask.addressable_shards[0].data.shape == (6,)
     assert len(batch.texts.chunks.sharding.device_set) == 8
 
 
 def test_a_batch_that_does_not_split_is_filled_up_with_absent_samples(dataset):
     config = BatchConfig(**vars(CONFIG) | {"size": 21})
     data = Pipeline(dataset, "train", config, seed=0, mesh=sharding.make_mesh(2, 2, 2), sources=["pairs"]).step(0)
-    assert np.asarray(data.batch.sample_mask).tolist() == [1] * 21 + [0] * 3
-    assert not np.asarray(data.batch.negative_mask)[21:].any()
+    assert np.asarray(data.batch.samples.sample_mask).tolist() == [1] * 21 + [0] * 3
+    assert not np.asarray(data.batch.samples.negative_mask)[21:].any()
     assert not {21, 24 + 21} & set(texts_of(data.batch))
 
 

@@ -47,9 +47,9 @@ def texts_of(batch, decode):
         last = packed.last[tuple(place)]
         ids = packed.token_ids[chunk, row, last - packed.positions[chunk, row, last] : last + 1]
         found[int(packed.text[tuple(place)])] = decode(ids[:-1].tolist())
-    B, N = batch.negative_mask.shape
-    negatives = lambda b: [found[2 * B + b * N + n] for n in range(N) if batch.negative_mask[b, n]]  # noqa: E731
-    return bool(batch.in_batch_weight), [(found[b], found[B + b], negatives(b)) for b in range(B) if batch.sample_mask[b]]
+    B, N = batch.samples.negative_mask.shape
+    negatives = lambda b: [found[2 * B + b * N + n] for n in range(N) if batch.samples.negative_mask[b, n]]  # noqa: E731
+    return bool(batch.samples.in_batch_weight), [(found[b], found[B + b], negatives(b)) for b in range(B) if batch.samples.sample_mask[b]]
 
 
 def an_epoch(dataset, epoch=0, split="train", order="published", **batch):

@@ -63,7 +63,7 @@ def test_a_batch_carries_its_vectors(tmp_path, origin, dataset, small_shards):
     alone, spread = (Pipeline(dataset, "train", config, 0, m, teacher=cache).step(0).batch for m in (None, mesh))
     np.testing.assert_array_equal(alone.teacher, spread.teacher)
     texts, S = alone.texts, alone.text_count
-    samples = alone.sample_mask.shape[0]
+    samples = alone.samples.sample_mask.shape[0]
     seen = 0
     for c, m, x in zip(*np.nonzero(np.asarray(texts.text) < S), strict=True):
         text, segment = int(texts.text[c, m, x]), np.asarray(texts.segment_ids[c, m]) == x + 1
@@ -73,7 +73,7 @@ def test_a_batch_carries_its_vectors(tmp_path, origin, dataset, small_shards):
         np.testing.assert_allclose(alone.teacher[b, slot], want, atol=2e-5)
         seen += 1
     assert seen > samples
-    absent = np.asarray(alone.negative_mask) == 0
+    absent = np.asarray(alone.samples.negative_mask) == 0
     assert (np.asarray(alone.teacher)[:, 2:][absent] == 0).all()
 
 

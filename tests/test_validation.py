@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from f2llm_jax import evaluate, sharding
+from f2llm_jax.batch import Samples
 from f2llm_jax.configs import stage2
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.evaluation.held_out import as_in_training
 from f2llm_jax.inference.encode import load_encoder
-from f2llm_jax.objectives import Embeddings, Samples, ranked_first
+from f2llm_jax.objectives import Embeddings, ranked_first
 from f2llm_jax.release import hf_folder
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.run import run
@@ -125,10 +126,10 @@ def test_numbers_are_those_of_the_saved_checkpoint(dataset, trained):
             vectors = np.zeros((len(texts), encoder.width), np.float32)
             present = [i for i, ids in enumerate(texts) if len(ids)]
             vectors[present] = encoder.encode_ids([texts[i] for i in present])
-            b, n = batch.negative_mask.shape
+            b, n = batch.samples.negative_mask.shape
             embeddings = Embeddings(vectors[:b], vectors[b : 2 * b], vectors[2 * b :].reshape(b, n, -1))
-            fields = (batch.sample_mask, batch.negative_mask, batch.in_batch_weight, batch.passage_ids, batch.negative_ids)
-            firsts.append(ranked(embeddings, Samples(*map(np.asarray, fields)), (64, 128))[:, np.asarray(batch.sample_mask) > 0])
+            samples = jax.tree.map(np.asarray, batch.samples)
+            firsts.append(ranked(embeddings, samples, (64, 128))[:, samples.sample_mask > 0])
             for language, first in zip(pipeline.languages(step), firsts[-1][-1], strict=True):
                 by_language[language].append(first)
         right[name] = np.concatenate(firsts, axis=1).mean(axis=1)

@@ -6,23 +6,26 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-from jax.sharding import NamedSharding
+import numpy as np
 
 from f2llm_jax import sharding
-from f2llm_jax.batch import Batch, PackedTexts
+from f2llm_jax.batch import Batch
+from f2llm_jax.compilation.arguments import Arguments, abstract_arguments
 from f2llm_jax.compilation.collectives import Collective, collectives
 from f2llm_jax.compilation.cost import Cost, trace
+from f2llm_jax.compilation.estimate import estimated_cycles
+from f2llm_jax.compilation.lengths import group_trips, steps_of
+from f2llm_jax.compilation.report import CompiledStepReport, Moved
 from f2llm_jax.compilation.topology import CHIPS, GIB, Chip, slice_devices
+from f2llm_jax.data.pipeline import BatchConfig
 from f2llm_jax.data.plan import NEGATIVES
 from f2llm_jax.errors import UserError
-from f2llm_jax.model.decoder import abstract_decoder
-from f2llm_jax.model.flops import Work, training_flops
+from f2llm_jax.model.flops import training_flops
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
 from f2llm_jax.training import program
 from f2llm_jax.training.step import TrainState
@@ -37,128 +40,48 @@ class DoesNotFitError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile.
+    """What to compile."""
 
-    Attributes:
-      config: of the run.
-      topology: a slice by name, "v5p:4x4x4".
-      slices: how many of them.
-      teacher: size of the online teacher; empty for none.
-      tokens_per_text: mean length of a text, which decides how many chunks a step has; memory does not depend on it.
-    """
-
-    config: ml_collections.ConfigDict
-    topology: str
-    slices: int = 1
-    teacher: str = ""
-    tokens_per_text: int = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Moved:
-    """The collectives of one kind in one phase of the step.
-
-    Attributes:
-      phase: named scope.
-      kind: as XLA calls it.
-      times: how often one runs in a step.
-      received: bytes that a device receives a step.
-      crosses_slices: devices of several slices take part.
-    """
-
-    phase: str
-    kind: str
-    times: int
-    received: float
-    crosses_slices: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class CompiledStepReport:
-    """What was found. Bytes and seconds are of one device and one step, FLOPs of all devices.
-
-    FLOPs of the model are those of a step whose rows are full, one text each; compiled ones are without the teacher's.
-
-    Attributes:
-      size: of the student.
-      teacher: size of the teacher, or empty.
-      topology: the slice.
-      slices: their number.
-      devices: all together.
-      device_kind: JAX's name of them.
-      mesh: (data, fsdp, tensor).
-      attention: kernel.
-      remat: policy.
-      microbatch_rows: over all devices.
-      chunks: in a step.
-      hbm: bytes by kind.
-      hbm_capacity: bytes.
-      collectives: by phase and kind.
-      compiled_flops: of the student's step.
-      model_flops: that it needs.
-      teacher_flops: of the teacher's part.
-      seconds: lower bounds by what they are bounds of.
-      mfu: at most.
-      compile_seconds: on this machine.
-    """
-
-    size: str
-    teacher: str
-    topology: str
-    slices: int
-    devices: int
-    device_kind: str
-    mesh: tuple[int, ...]
-    attention: str
-    remat: str
-    microbatch_rows: int
-    chunks: int
-    hbm: Mapping[str, int]
-    hbm_capacity: int
-    collectives: tuple[Moved, ...]
-    compiled_flops: float
-    model_flops: float
-    teacher_flops: float
-    seconds: Mapping[str, float]
-    mfu: float
-    compile_seconds: float
-
-    @property
-    def hbm_used(self) -> int:
-        """Bytes of one device."""
-        return sum(self.hbm.values())
-
-    @property
-    def flops_ratio(self) -> float:
-        """Compiled to needed."""
-        return self.compiled_flops / self.model_flops
+    config: ml_collections.ConfigDict  # of the run
+    topology: str  # a slice by name, "v5p:4x4x4"
+    slices: int = 1  # how many of them
+    teacher: str = ""  # size of the online teacher; empty for none
+    tokens_per_text: int = 0  # length of every text; 0 for the stored lengths. Memory does not depend on it
 
 
 def check(request: Request) -> CompiledStepReport:
-    """Compiles and counts.
+    """Compiles and counts, for retrieval steps.
 
     Raises:
       TopologyError: there is no such slice, or no compiler for it.
       DoesNotFitError: the program needs more memory than a device has.
-      ValueError: the configuration does not fit the slice.
+      UserError: the configuration does not fit the slice.
     """
     config, model = request.config, SIZES[request.config.size]
     devices = slice_devices(request.topology, request.slices)
+    chip = CHIPS[devices[0].device_kind]
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     teacher = SIZES[request.teacher] if request.teacher else None
+    batch = BatchConfig(**config.batch.to_dict())
+    shape, negatives = batch.rows(sharding.batch_shards(mesh)), {**NEGATIVES, **(batch.negatives or {})}
+    drawn = steps_of(shape, batch.size * (2 + negatives["retrieval"]), batch.max_length, request.tokens_per_text)
     with jax.set_mesh(mesh):
-        steps = program.build(config, model, TOTAL_STEPS, devices[0].platform, teacher)
+        steps = program.build(config, model, TOTAL_STEPS, devices[0].platform, teacher, device_kind=chip.kind)
         arguments = abstract_arguments(config, model, steps, teacher, mesh)
-        chunks = _chunks(request)
-        cost, teacher_cost = costs(config, model, steps, arguments, chunks, teacher)
+        counted = {chunks: costs(config, model, steps, arguments, chunks, teacher) for chunks in {step.chunks for step in drawn}}
         begun = time.perf_counter()
         compiled = _compile(steps, arguments)
         compile_seconds = time.perf_counter() - begun
-    chip = CHIPS[devices[0].device_kind]
-    moved = _summary(collectives(compiled.as_text(), lambda scope: chunks - ("teacher" not in scope)), len(devices) // request.slices)
-    tokens = chunks * config.batch.microbatch_rows * config.batch.row_tokens
-    needed = training_flops(model, Work(tokens, tokens * config.batch.row_tokens))
+    cost, teacher_cost = (sum((counted[step.chunks][i] for step in drawn), Cost()) * (1 / len(drawn)) for i in (0, 1))
+    text = compiled.as_text()
+
+    def trips(scope: str) -> float:
+        return float(np.mean([group_trips(step.chunks, shape.at_once, scope) for step in drawn]))
+
+    moved = _summary(collectives(text, trips), len(devices) // request.slices)
+    needed = float(np.mean([training_flops(model, step.work) for step in drawn]))
     seconds = _bounds(cost + teacher_cost, moved, chip, len(devices))
+    estimated = estimated_cycles(text, trips) / chip.clock
     return CompiledStepReport(
         size=config.size,
         teacher=request.teacher,
@@ -169,8 +92,10 @@ def check(request: Request) -> CompiledStepReport:
         mesh=tuple(mesh.shape.values()),
         attention=steps.kernel,
         remat=config.remat,
-        microbatch_rows=config.batch.microbatch_rows,
-        chunks=chunks,
+        microbatch_rows=batch.microbatch_rows,
+        chunk_rows=shape.chunk_rows,
+        rows=float(np.mean([step.rows for step in drawn])),
+        real_share=sum(step.work.tokens for step in drawn) / sum(step.computed for step in drawn),
         hbm=_memory(compiled, arguments),
         hbm_capacity=int(chip.hbm),
         collectives=tuple(moved),
@@ -178,64 +103,10 @@ def check(request: Request) -> CompiledStepReport:
         model_flops=needed,
         teacher_flops=teacher_cost.flops,
         seconds=seconds,
-        mfu=needed / (max(seconds.values()) * len(devices) * chip.flops),
+        estimated_seconds=estimated,
+        mfu=needed / (max(estimated, *seconds.values()) * len(devices) * chip.flops),
         compile_seconds=compile_seconds,
     )
-
-
-Arguments = tuple[TrainState, Any, Batch]  # of the step: shapes and shardings of state, teacher's parameters and batch
-
-
-def abstract_arguments(
-    config: ml_collections.ConfigDict, model: DecoderConfig, steps: program.Program, teacher: DecoderConfig | None, mesh: jax.sharding.Mesh
-) -> Arguments:
-    """What the step of `config` is called with on `mesh`.
-
-    Raises:
-      ValueError: its rows cannot be split over the mesh.
-    """
-    state = program.abstract_state(model, steps.optimizer, mesh)
-    frozen = None
-    if teacher:
-        _, params = abstract_decoder(teacher, mesh)
-        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype), sharding=x.sharding), params)
-    return state, frozen, abstract_batch(config.batch, mesh)
-
-
-def abstract_batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
-    """The shapes of a step's batch, as `Pipeline` gives it to the devices of `mesh`.
-
-    Raises:
-      ValueError: its rows cannot be split over the mesh.
-    """
-    ways = sharding.batch_shards(mesh)
-    M, T, X = config.microbatch_rows, config.row_tokens, config.row_texts
-    if M % ways:
-        raise UserError(f"batch.microbatch_rows={M} must be a multiple of the {ways} ways that rows are split over")
-    B, N = -(-config.size // ways) * ways, max({**NEGATIVES, **config.negatives}.values())
-    C = -(-B * (2 + N) // M)
-
-    def array(shape: tuple[int, ...], dtype: jnp.dtype, spec: sharding.P) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    tokens, slots = (array((C, M, width), jnp.int32, sharding.CHUNKS_RT) for width in (T, X))
-    samples = sharding.P(sharding.BATCH)
-    negatives = sharding.P(sharding.BATCH, None)
-    return Batch(
-        PackedTexts(tokens, tokens, tokens, slots, slots, array((), jnp.int32, sharding.P())),
-        sample_mask=array((B,), jnp.float32, samples),
-        negative_mask=array((B, N), jnp.float32, negatives),
-        in_batch_weight=array((), jnp.float32, sharding.P()),
-        passage_ids=array((B,), jnp.int32, samples),
-        negative_ids=array((B, N), jnp.int32, negatives),
-    )
-
-
-def _chunks(request: Request) -> int:
-    """Of a retrieval step with texts of the mean length."""
-    batch = request.config.batch
-    texts = batch.size * (2 + {**NEGATIVES, **batch.negatives}["retrieval"])
-    return max(1, -(-texts * request.tokens_per_text // (batch.microbatch_rows * batch.row_tokens)))
 
 
 def _compile(steps: program.Program, arguments: Arguments) -> jax.stages.Compiled:
@@ -246,8 +117,8 @@ def _compile(steps: program.Program, arguments: Arguments) -> jax.stages.Compile
             raise
         used, used_unit, limit, limit_unit = found.groups()
         raise DoesNotFitError(
-            f"needs {used} {used_unit}iB of memory a device, of which {limit} {limit_unit}iB are there; "
-            "lower batch.microbatch_rows, take remat=full or a larger slice"
+            f"needs {used} {used_unit}iB of memory a device, of which it has {limit} {limit_unit}iB; "
+            "lower batch.microbatch_rows, or take remat=full or a larger slice"
         ) from error
 
 
@@ -294,7 +165,8 @@ def _bytes(tree: Any) -> int:
 
 
 def _summary(found: list[Collective], slice_devices: int) -> list[Moved]:
-    times, received = collections.Counter(), collections.Counter()
+    times: collections.Counter[tuple[str, str, bool]] = collections.Counter()
+    received: collections.Counter[tuple[str, str, bool]] = collections.Counter()
     for one in found:
         phase = one.phase.split("/")[0].removeprefix("transpose(").removeprefix("jvp(").rstrip(")") or "other"
         key = phase, one.kind, len({device // slice_devices for device in one.group}) > 1
@@ -309,32 +181,32 @@ def _bounds(cost: Cost, moved: list[Moved], chip: Chip, devices: int) -> dict[st
     return {
         "matrix products": cost.flops / devices / chip.flops,
         "memory": cost.bytes / devices / chip.hbm_bandwidth,
-        "collectives": inside / chip.ici_bandwidth,
+        "collectives": inside / chip.collective_bandwidth,
         "network": across / chip.dcn_bandwidth,
     }
 
 
 def search(request: Request, report: Callable[[str], None] = lambda line: None) -> CompiledStepReport:
-    """The report of the largest `batch.microbatch_rows` that fits, of those that are a power of two for each of the mesh's ways.
+    """The report of the largest `batch.microbatch_rows` that fits, of those that are a power of two for each shard of the batch.
 
-    `report` is told of each try. At most, one chunk takes a whole step.
+    `report` is told of each try. At most, one group of rows takes a whole step.
 
     Raises:
-      DoesNotFitError: not even one row a way fits.
+      DoesNotFitError: not even one row a shard fits.
     """
     devices = slice_devices(request.topology, request.slices)
-    ways, rows, best = sharding.batch_shards(sharding.make_mesh(**request.config.mesh, devices=devices)), 1, None
+    shards, rows, best = sharding.batch_shards(sharding.make_mesh(**request.config.mesh, devices=devices)), 1, None
     while True:
         config = request.config.copy_and_resolve_references()
-        config.batch.microbatch_rows = ways * rows
+        config.batch.microbatch_rows = shards * rows
         try:
             best = check(dataclasses.replace(request, config=config))
         except DoesNotFitError as error:
-            report(f"{ways * rows} rows: {error}")
+            report(f"{shards * rows} rows: {error}")
             if best is None:
                 raise
             return best
-        report(f"{ways * rows} rows: {best.hbm_used / GIB:.2f} GiB")
-        if best.chunks == 1:
+        report(f"{shards * rows} rows: {best.hbm_used / GIB:.2f} GiB")
+        if best.rows <= shards * rows:
             return best
         rows *= 2

@@ -60,25 +60,24 @@ class Collective:
         return len(self.group)
 
 
-def collectives(text: str, chunks: Callable[[str], int]) -> list[Collective]:
-    """Of the program `text`; `chunks` says how often a loop without a static length runs, from the scope that it stands in."""
+def collectives(text: str, trips: Callable[[str], float]) -> list[Collective]:
+    """Of the program `text`; `trips` says how often a loop without a static length runs, from the scope that it is in."""
     warn_if_newer(__name__, "collectives may be missed or miscounted")
-    computations, entry = _computations(text)
+    lines_of, entry = computations(text)
     found: list[Collective] = []
 
-    def visit(name: str, times: int, phase: str) -> None:
-        lines = computations.get(name, ())
+    def visit(name: str, times: float, phase: str) -> None:
+        lines = lines_of.get(name, [])
         goes_on = name.startswith("async_collective_fusion") or any("AsyncCollectiveDone" in line for line in lines)
         for line in lines:
-            scope = _NAME.search(line)
-            here = scope[1] if scope else phase
+            here = scope_of(line) or phase
             if (match := _COLLECTIVE.search(line)) and not goes_on:
                 found.append(_collective(match, line, name, times, here or _reader_scope(line, lines)))
             elif match := _TRANSFER.search(line):
                 found.append(_transfer(match, line, times, here))
-            if loop := _LOOP.search(line):
-                limits = [int(n) for inner in computations[loop[1]] for n in _LIMIT.findall(inner)]
-                visit(loop[2], times * (limits[0] if limits else chunks(here)), here)
+            if loop := loop_of(line, lines_of):
+                body, length = loop
+                visit(body, times * (trips(here) if length is None else length), here)
             elif calls := _CALLS.search(line):
                 for called in re.findall(r"[\w.\-]+", calls[1]):
                     visit(called, times, here)
@@ -93,7 +92,7 @@ def _reader_scope(line: str, lines: Sequence[str]) -> str:
     return next((scope[1] for other in lines if result.search(other) and (scope := _NAME.search(other))), "")
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation by its name, and the name of the entry."""
     lines: dict[str, list[str]] = collections.defaultdict(list)
     entry = current = ""
@@ -106,7 +105,21 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return lines, entry
 
 
-def _collective(match: re.Match, line: str, computation: str, times: int, scope: str) -> Collective:
+def scope_of(line: str) -> str:
+    """The named scope of an operation, or nothing."""
+    found = _NAME.search(line)
+    return found[1] if found else ""
+
+
+def loop_of(line: str, lines: dict[str, list[str]]) -> tuple[str, int | None] | None:
+    """The computation that a loop repeats and how often; None for what the program decides as it runs."""
+    if not (loop := _LOOP.search(line)):
+        return None
+    limits = [int(n) for inner in lines[loop[1]] for n in _LIMIT.findall(inner)]
+    return loop[2], limits[0] if limits else None
+
+
+def _collective(match: re.Match, line: str, computation: str, times: float, scope: str) -> Collective:
     kind = "reduce-scatter" if "all-reduce-scatter" in computation else match[2]
     arrays = _ARRAY.findall(match[1])
     if "-start(" in line and len(arrays) > 1:  # operands, then results
@@ -115,7 +128,7 @@ def _collective(match: re.Match, line: str, computation: str, times: int, scope:
     return _counted(kind, arrays, _group(line), times, scope, scattered=match[2] == "reduce-scatter")
 
 
-def _transfer(match: re.Match, line: str, times: int, scope: str) -> Collective:
+def _transfer(match: re.Match, line: str, times: float, scope: str) -> Collective:
     """Between the devices at the same place of several slices, which are written as `{1,2}x{0:7}` for two of eight."""
     slices, named = _SLICES.search(line), _TRANSFER_KIND.search(line)
     kind = named[1].lower().replace("_", "-") if named else ""
@@ -126,7 +139,7 @@ def _transfer(match: re.Match, line: str, times: int, scope: str) -> Collective:
     return _counted(kind, _ARRAY.findall(match[1])[:-1], group, times, scope, scattered=kind == "reduce-scatter")  # the last is a context
 
 
-def _counted(kind: str, arrays: list[tuple[str, str]], group: tuple[int, ...], times: int, scope: str, scattered: bool) -> Collective:
+def _counted(kind: str, arrays: list[tuple[str, str]], group: tuple[int, ...], times: float, scope: str, scattered: bool) -> Collective:
     size = sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
     ways = len(group)
     received = {"all-reduce": 2 * (ways - 1) / ways, "collective-permute": 1.0}.get(kind, (ways - 1) / ways)

@@ -76,13 +76,12 @@ def _product(equation: core.JaxprEqn) -> Cost:
 
 
 def _kernel(equation: core.JaxprEqn) -> Cost:
-    """A Pallas attention kernel: its body at each point of its grid that is not above the diagonal."""
+    """A splash attention kernel: its body at each point of its grid whose block of queries and keys is not all above the diagonal."""
     (body,) = _inner(equation)
-    grid = equation.params["grid_mapping"].grid
-    blocks = grid[-1]
-    causal = (blocks + 1) / (2 * blocks)
+    queries, keys = equation.invars[0].aval.shape[-2:]  # blocks of each, from the kernel's list of the blocks that there are
+    needed = sum(-(-(i + 1) * keys // queries) for i in range(queries)) / (queries * keys)
     moved = sum(v.aval.size * v.aval.dtype.itemsize for v in (*equation.invars, *equation.outvars))
-    return Cost(traced_cost(body).flops * math.prod(grid) * causal, float(moved))
+    return Cost(traced_cost(body).flops * math.prod(equation.params["grid_mapping"].grid) * needed, float(moved))
 
 
 def trace(step, *arguments) -> Cost:

@@ -10,7 +10,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.model.flops import PEAK_FLOPS
 
 GIB = 2**30
-# Away from a TPU libtpu asks a cloud's metadata server who we are, warns of what it was not told, and locks the device it has not got.
+# Away from a TPU libtpu asks a cloud's metadata server who we are, warns of missing settings, and locks a device that does not exist.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -19,41 +19,42 @@ ENVIRONMENT = {
 }
 
 
+AXIS_BANDWIDTH = 200e9  # bytes/s; the slower slices get half of it
+
+
 class TopologyError(UserError):
     """There is no such slice, or no compiler for it; the message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device has (vendor's data sheets; of TPU7x a device is half a chip).
+    """What one device has (vendor's data sheets; of TPU7x a device is half a chip)."""
 
-    Attributes:
-      kind: JAX's name of it.
-      hbm: bytes of memory; the compiler keeps a little of it for itself.
-      hbm_bandwidth: bytes/s to and from it.
-      ici_bandwidth: bytes/s that it receives from its neighbours, all links together.
-      dcn_bandwidth: bytes/s that it receives from other slices: its share of its host's network.
-    """
-
-    kind: str
-    hbm: float
-    hbm_bandwidth: float
-    ici_bandwidth: float
-    dcn_bandwidth: float
+    kind: str  # JAX's name of it
+    hbm: float  # bytes of memory; the compiler keeps a little of it for itself
+    hbm_bandwidth: float  # bytes/s to and from it
+    ici_bandwidth: float  # bytes/s that it receives from its neighbours at most, all links together
+    dcn_bandwidth: float  # bytes/s that it receives from other slices: its share of its host's network
+    clock: float  # Hz: the bfloat16 peak over the operations of a cycle of all matrix units (of TPU7x assumed, it is not published)
 
     @property
     def flops(self) -> float:
         """Dense bfloat16 FLOP/s."""
         return PEAK_FLOPS[self.kind]
 
+    @property
+    def collective_bandwidth(self) -> float:
+        """bytes/s that a device receives in a collective over one axis of a slice, which uses the links of that axis only."""
+        return min(self.ici_bandwidth, AXIS_BANDWIDTH)
+
 
 CHIPS = {
     chip.kind: chip
     for chip in (
-        Chip("TPU v5 lite", 16 * GIB, 819e9, 200e9, 3.1e9),
-        Chip("TPU v5", 95 * GIB, 2765e9, 600e9, 6.2e9),
-        Chip("TPU v6 lite", 32 * GIB, 1640e9, 448e9, 6.2e9),
-        Chip("TPU7x", 96 * GIB, 3690e9, 600e9, 6.2e9),
+        Chip("TPU v5 lite", 16 * GIB, 819e9, 200e9, 3.1e9, 1.5e9),
+        Chip("TPU v5", 95 * GIB, 2765e9, 600e9, 6.2e9, 1.75e9),
+        Chip("TPU v6 lite", 32 * GIB, 1640e9, 400e9, 12.5e9, 1.75e9),
+        Chip("TPU7x", 96 * GIB, 3690e9, 300e9, 6.2e9, 2.2e9),
     )
 }
 

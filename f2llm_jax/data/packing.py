@@ -69,9 +69,10 @@ def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -
 class RowShape:
     """Shape of the packed rows."""
 
-    chunk_rows: int  # M, rows that are encoded at once
+    chunk_rows: int  # M
     row_tokens: int  # T
     row_texts: int = 64  # X, the most texts of a row
+    at_once: int = 1  # chunks that are encoded together while as many are left
 
     def pack(self, lengths: Sequence[int] | np.ndarray) -> Packing:
         """`pack` for rows of this shape."""
@@ -97,7 +98,7 @@ def lay_out(
     """
     M, T, X = shape.chunk_rows, shape.row_tokens, shape.row_texts
     used = max(1, -(-packing.rows // M))
-    rows = (used if chunks is None else chunks) * M
+    rows = max(used if chunks is None else chunks, shape.at_once) * M
     token_ids, positions, segment_ids = (np.zeros((rows, T), np.int32) for _ in range(3))
     last, text = np.zeros((rows, X), np.int32), np.full((rows, X), len(packing.lengths), np.int32)
     here = packing.row >= 0
@@ -113,4 +114,4 @@ def lay_out(
     positions.reshape(-1)[flat] = within
     segment_ids.reshape(-1)[flat] = np.repeat(slot + 1, length)
     chunked = (a.reshape(-1, M, a.shape[-1]) for a in (token_ids, positions, segment_ids, last, text))
-    return PackedTexts(*chunked, chunks=np.int32(used))
+    return PackedTexts(*chunked, chunks=np.int32(used), at_once=shape.at_once)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from f2llm_jax import sharding
-from f2llm_jax.batch import Batch
+from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import EVERY_ROW_ONCE, NegativesPer, Plan, PlanSource, SingleNegative, StepPlan, Tail
@@ -26,9 +26,10 @@ class BatchConfig:
 
     size: int  # B, samples a step over all devices; also the pool of in-batch negatives
     row_tokens: int  # T, tokens of a packed row, at least `max_length`
-    microbatch_rows: int  # M, rows that are on the devices at once, over all of them; memory, and nothing else, depends on it
+    microbatch_rows: int  # rows that are on the devices at once, over all of them; memory, and nothing else, depends on it
     max_length: int  # longest text in tokens, EOS included; longer ones are truncated and still end in EOS
     row_texts: int = 64  # X, the most texts of a row
+    chunk_rows: int = 0  # M, rows at once when fewer than `microbatch_rows` are left, about; 0 for as many
     negatives: Mapping[Kind, int] | None = None  # hard negatives drawn by task kind; None for the published 7, 9 and 1
     negatives_per_sample: NegativesPer = "batch"  # these and the next two: see `Plan`
     single_negative: SingleNegative = "random"
@@ -37,6 +38,19 @@ class BatchConfig:
     def __post_init__(self):
         if not 1 <= self.max_length <= self.row_tokens:
             raise UserError(f"max_length={self.max_length} must be between 1 and row_tokens={self.row_tokens}")
+
+    def rows(self, shards: int) -> RowShape:
+        """How texts are packed where rows are split over so many shards.
+
+        Raises:
+          UserError: they cannot be.
+        """
+        M = self.microbatch_rows
+        if M % shards:
+            raise UserError(f"batch.microbatch_rows={M} must be a multiple of the {shards} shards that rows are split over")
+        most = max(self.chunk_rows, shards) if self.chunk_rows else M
+        chunk_rows = max(rows for rows in range(shards, min(most, M) + 1, shards) if M % rows == 0)
+        return RowShape(chunk_rows, self.row_tokens, self.row_texts, M // chunk_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +96,6 @@ class Pipeline:
         self._dataset, self._split, self._config, self._mesh = dataset, split, config, mesh
         self._teacher = teacher
         shards = sharding.batch_shards(mesh)
-        if config.microbatch_rows % shards:
-            raise UserError(f"microbatch_rows={config.microbatch_rows} must be a multiple of the {shards} shards that rows are split over")
         names = sources or list(dataset.sources)
         info = {name: dataset.sources[name] for name in names}
         self.plan = Plan(
@@ -97,7 +109,7 @@ class Pipeline:
             sampling,
         )
         self._samples = -(-config.size // shards) * shards  # B, rounded up so that it splits; the extra samples are masked
-        self._shape = RowShape(config.microbatch_rows, config.row_tokens, config.row_texts)
+        self._shape = config.rows(shards)
         self._eos_id = dataset.eos_id
         # A step opens one source; what it opened stays open for the next step of that source.
         allow_open_files()
@@ -142,14 +154,16 @@ class Pipeline:
         documents = where[B:].reshape(-1)
         batch = Batch(
             texts,
-            sample_mask=(where[:B] >= 0).astype(np.float32),
-            negative_mask=(documents[B:].reshape(B, -1) >= 0).astype(np.float32),
-            in_batch_weight=np.float32(plan.kind == "retrieval"),
-            passage_ids=documents[:B].astype(np.int32),
-            negative_ids=documents[B:].reshape(B, -1).astype(np.int32),
+            Samples(
+                sample_mask=(where[:B] >= 0).astype(np.float32),
+                negative_mask=(documents[B:].reshape(B, -1) >= 0).astype(np.float32),
+                in_batch_weight=np.float32(plan.kind == "retrieval"),
+                passage_ids=documents[:B].astype(np.int32),
+                negative_ids=documents[B:].reshape(B, -1).astype(np.int32),
+            ),
             teacher=None if self._teacher is None else self._teacher_vectors(plan.source, where),
         )
-        padded = int(texts.chunks) * self._config.microbatch_rows * self._config.row_tokens
+        padded = int(texts.chunks) * self._shape.chunk_rows * self._config.row_tokens
         lengths = packing.lengths.astype(np.int64)
         return batch, plan, int(lengths.sum()), int(lengths @ lengths), padded
 

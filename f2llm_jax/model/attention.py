@@ -7,6 +7,7 @@
 `choose` says which one a device takes.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -19,12 +20,16 @@ from f2llm_jax.model import splash
 
 Kernel = Literal["xla", "splash", "cudnn"]
 XLA_BLOCK = 128  # queries; on a CPU finer ones lose more in small products than they save above the diagonal
-# A rematerialisation policy: keeps what the fused kernels have for their own backward pass. The TPU's has a name, cuDNN's is what a
-# primitive of JAX returns.
-FUSED_RESIDUALS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(splash.RESIDUAL),
-    lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
-)
+
+
+def saving_names(*names: str) -> Callable[..., bool]:
+    """A rematerialisation policy that keeps values of these names and what a fused kernel has for its own backward pass.
+
+    The TPU kernel names that itself; cuDNN's is what a primitive of JAX returns.
+    """
+    named = jax.checkpoint_policies.save_only_these_names(splash.RESIDUAL, *names)
+    cudnn = lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper"  # noqa: E731
+    return jax.checkpoint_policies.save_from_both_policies(named, cudnn)
 
 
 def choose(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_dim: int) -> Kernel:
@@ -54,16 +59,17 @@ def choose(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_d
 
 
 def attention(
-    q: Float[Array, "R T H E"],
-    k: Float[Array, "R T K E"],
-    v: Float[Array, "R T K E"],
+    q: Float[Array, "H R T E"],
+    k: Float[Array, "K R T E"],
+    v: Float[Array, "K R T E"],
     segment_ids: Int[Array, "R T"],
     kernel: Kernel = "xla",
-) -> Float[Array, "R T H E"]:
+) -> Float[Array, "R H T E"]:
     """Softmax attention in which a position sees itself and earlier positions of its own segment.
 
     Query head h reads key/value head `h // (H / K)`. Scores are scaled by `E ** -0.5` and the softmax is fp32 whatever
     the dtype of the inputs. Segment 0 is padding: it attends within itself and nobody reads it.
+    Heads come first and leave second because that is how the TPU kernel reads and writes, so nothing is copied around it.
     """
     if kernel == "xla":
         return _xla(q, k, v, segment_ids)
@@ -71,24 +77,25 @@ def attention(
     if not sharding.in_mesh():
         return local(q, k, v, segment_ids)
     # Rows and heads do not meet in attention, so each device runs the kernel on its own.
-    specs = (sharding.ROWS_THE, sharding.ROWS_THE, sharding.ROWS_THE, sharding.ROWS_T)
-    return jax.shard_map(local, in_specs=specs, out_specs=sharding.ROWS_THE, check_vma=False)(q, k, v, segment_ids)
+    specs = (sharding.HEADS_RTE, sharding.HEADS_RTE, sharding.HEADS_RTE, sharding.ROWS_T)
+    return jax.shard_map(local, in_specs=specs, out_specs=sharding.ROWS_HTE, check_vma=False)(q, k, v, segment_ids)
 
 
 def _xla(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    R, T, H, E = q.shape
-    K = k.shape[2]
+    H, R, T, E = q.shape
+    K = k.shape[0]
     # Explicit specs: with H split over `tensor`, splitting H into (K, H/K) keeps the split on K.
-    grouped = q.reshape(R, T, K, H // K, E, out_sharding=sharding.spec(sharding.P(sharding.BATCH, None, "tensor", None, None)))
+    grouped = q.reshape(K, H // K, R, T, E, out_sharding=sharding.spec(sharding.P("tensor", None, sharding.BATCH, None, None)))
     visible = _visible(segment_ids)
     mixed = []
     for start in range(0, T, XLA_BLOCK):
         end = min(start + XLA_BLOCK, T)
-        scores = jnp.einsum("rtkge,rske->rkgts", grouped[:, start:end], k[:, :end], preferred_element_type=jnp.float32) * E**-0.5
+        queries = grouped[..., start:end, :]
+        scores = jnp.einsum("kgrte,krse->rkgts", queries, k[:, :, :end], preferred_element_type=jnp.float32) * E**-0.5
         scores = jnp.where(visible[:, None, None, start:end, :end], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        mixed.append(jnp.einsum("rkgts,rske->rtkge", weights, v[:, :end]))
-    return jnp.concatenate(mixed, axis=1).reshape(R, T, H, E, out_sharding=sharding.spec(sharding.ROWS_THE))
+        mixed.append(jnp.einsum("rkgts,krse->rkgte", weights, v[:, :, :end]))
+    return jnp.concatenate(mixed, axis=3).reshape(R, H, T, E, out_sharding=sharding.spec(sharding.ROWS_HTE))
 
 
 def _visible(segment_ids: Int[Array, "R T"]) -> Bool[Array, "R T T"]:
@@ -99,7 +106,8 @@ def _visible(segment_ids: Int[Array, "R T"]) -> Bool[Array, "R T T"]:
 def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """One device's rows and heads. The mask says all; that it is causal lets the kernel pass over what lies above the diagonal.
 
-    JAX 0.10.2 hands the mask over as a bias, `[R, 1, T, T]` in the queries' dtype, and computes a gradient of it that nobody reads.
+    JAX 0.10.2 passes the mask as a bias, `[R, 1, T, T]` in the queries' dtype, and computes a gradient of it that nobody reads.
     """
+    q, k, v = (jnp.transpose(x, (1, 2, 0, 3)) for x in (q, k, v))
     mask = _visible(segment_ids)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn").swapaxes(1, 2)

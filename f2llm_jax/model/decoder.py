@@ -11,20 +11,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
-from f2llm_jax.model.attention import FUSED_RESIDUALS, Kernel, attention
+from f2llm_jax.model.attention import Kernel, attention, saving_names
 from f2llm_jax.model.sizes import DecoderConfig
 
 INITIALIZER_RANGE = 0.02  # Qwen3 config.json, `initializer_range`
 
-# What the backward pass keeps of a layer. "full" keeps only the layer's input and recomputes the rest; "dots" keeps what weights
-# were multiplied to, and what a fused attention kernel has for its own backward pass.
+# Names of what a layer may keep for its backward pass: the projected heads, the stream between attention and MLP, the MLP's two products.
+HEADS, STREAM, GATES = "heads", "stream", "gates"
+# From most to least memory. "dots" keeps what weights were multiplied to; "attention" computes the MLP's products again, which larger
+# models do faster than they fetch them; "full" keeps only the layer's input. What a fused attention kernel has for its own backward
+# pass is kept by the first three.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, FUSED_RESIDUALS),
+    "dots": saving_names(HEADS, STREAM, GATES),
+    "attention": saving_names(HEADS, STREAM),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -58,18 +63,25 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
     return jnp.einsum("d,...d->...d", scale.astype(x.dtype), normed.astype(x.dtype), out_sharding=out)
 
 
-def rotary_tables(positions: Int[Array, "R T"], head_dim: int, theta: float) -> tuple[Float[Array, "R T 1 E"], Float[Array, "R T 1 E"]]:
+def rotary_tables(positions: Int[Array, "R T"], head_dim: int, theta: float) -> tuple[Float[Array, "P E"], Float[Array, "P E"]]:
     """cos and sin in fp32, laid out as Hugging Face's half-split rotation expects them."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
+    angle = positions.reshape(-1, 1, out_sharding=sharding.spec(sharding.POSITIONS_D)).astype(jnp.float32) * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "R T H E"], cos: Float[Array, "R T 1 E"], sin: Float[Array, "R T 1 E"]) -> Float[Array, "R T H E"]:
-    """Rotary position embedding in the dtype of x."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos.astype(x.dtype) + jnp.concatenate([-second, first], axis=-1) * sin.astype(x.dtype)
+def rotate(x: Float[Array, "H P E"], cos: Float[Array, "P E"], sin: Float[Array, "P E"]) -> Float[Array, "H P E"]:
+    """Rotary position embedding in the dtype of x: `x * cos + (-x2, x1) * sin` for the halves (x1, x2) of the last axis.
+
+    The halves are exchanged by a product with a signed permutation matrix, which is exact; a TPU would split its vector registers.
+    """
+    half = jnp.eye(x.shape[-1] // 2, dtype=x.dtype)
+    none = jnp.zeros_like(half)
+    exchange = jnp.block([[none, half], [-half, none]])
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    exchanged = jnp.einsum("hpe,ef->hpf", x, exchange, precision=precision)
+    return x * cos.astype(x.dtype) + exchanged * sin.astype(x.dtype)
 
 
 class Layer(nnx.Module):
@@ -93,7 +105,7 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "P D"],
-        rotary: tuple[Float[Array, "R T 1 E"], Float[Array, "R T 1 E"]],
+        rotary: tuple[Float[Array, "P E"], Float[Array, "P E"]],
         segment_ids: Int[Array, "R T"],
         eps: float,
         kernel: Kernel = "xla",
@@ -106,31 +118,33 @@ class Layer(nnx.Module):
         """
         normed = rms_norm(x, _at_use(self.attention_norm, x.dtype), eps)
         tap("attention", normed)
-        x = x + self._attend(normed, rotary, segment_ids, eps, kernel)
+        x = checkpoint_name(x + self._attend(normed, rotary, segment_ids, eps, kernel), STREAM)
         normed = rms_norm(x, _at_use(self.mlp_norm, x.dtype), eps)
         tap("mlp", normed)
         return x + self._mlp(normed, tap)
 
-    def _attend(self, x, rotary, segment_ids, eps, kernel):
+    def _attend(self, x: Array, rotary: tuple[Array, Array], segment_ids: Array, eps: float, kernel: Kernel) -> Float[Array, "P D"]:
         with jax.named_scope("attention"):
-            q = rotate(rms_norm(self._heads(x, self.query, segment_ids), _at_use(self.query_norm, x.dtype), eps), *rotary)
-            k = rotate(rms_norm(self._heads(x, self.key, segment_ids), _at_use(self.key_norm, x.dtype), eps), *rotary)
-            v = self._heads(x, self.value, segment_ids)
-            mixed = attention(q, k, v, segment_ids, kernel)
-            mixed = mixed.reshape(x.shape[0], *mixed.shape[2:], out_sharding=sharding.spec(sharding.POSITIONS_HE))
-            return _project("phe,dhe->pd", mixed, self.output, sharding.POSITIONS_D)
+            q = rotate(rms_norm(self._heads(x, self.query), _at_use(self.query_norm, x.dtype), eps), *rotary)
+            k = rotate(rms_norm(self._heads(x, self.key), _at_use(self.key_norm, x.dtype), eps), *rotary)
+            v = self._heads(x, self.value)
+            mixed = attention(*(_rows(heads, segment_ids.shape) for heads in (q, k, v)), segment_ids, kernel)
+            out = _project("rhte,dhe->rtd", mixed, self.output, sharding.ROWS_TD)
+            return out.reshape(x.shape, out_sharding=sharding.spec(sharding.POSITIONS_D))
 
-    def _heads(self, x: Float[Array, "P D"], weight: Parameter, segment_ids: Int[Array, "R T"]) -> Float[Array, "R T H E"]:
-        heads = _project("pd,dhe->phe", x, weight, sharding.POSITIONS_HE)
-        return heads.reshape(*segment_ids.shape, *heads.shape[1:], out_sharding=sharding.spec(sharding.ROWS_THE))
+    def _heads(self, x: Float[Array, "P D"], weight: Parameter) -> Float[Array, "H P E"]:
+        return checkpoint_name(_project("pd,dhe->hpe", x, weight, sharding.HEADS_PE), HEADS)
 
-    def _mlp(self, x, tap):
+    def _mlp(self, x: Float[Array, "P D"], tap: LayerTap) -> Float[Array, "P D"]:
         with jax.named_scope("mlp"):
-            gate = _project("pd,df->pf", x, self.gate, sharding.POSITIONS_F)
-            up = _project("pd,df->pf", x, self.up, sharding.POSITIONS_F)
+            gate, up = (checkpoint_name(_project("pd,df->pf", x, w, sharding.POSITIONS_F), GATES) for w in (self.gate, self.up))
             gated = jax.nn.silu(gate) * up
             tap("down", gated)
             return _project("pf,df->pd", gated, self.down, sharding.POSITIONS_D)
+
+
+def _rows(heads: Float[Array, "H P E"], shape: tuple[int, int]) -> Float[Array, "H R T E"]:
+    return heads.reshape(heads.shape[0], *shape, heads.shape[-1], out_sharding=sharding.spec(sharding.HEADS_RTE))
 
 
 def _project(dims: str, x: Array, weight: Parameter, out: sharding.P) -> Array:

@@ -5,13 +5,13 @@ compares embeddings normalises them, after truncation).
 
 `value_and_grad` is GradCache (arXiv 2101.06983) in one program: embeddings of all chunks first, then the objective on the
 whole batch, then each chunk once more for its share of the gradient. The number of chunks is traced, so memory is that of
-one chunk and nothing is compiled twice; the last chunk keeps what its backward pass needs, so a batch that fits one chunk is
-never recomputed.
+one group of chunks and nothing is compiled twice. Whole groups of `at_once` chunks come first, then the chunks that are left,
+one at a time. The last group keeps what its backward pass needs, so a batch of one group is never recomputed.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ def layer_matryoshka(layers: int) -> tuple[int, ...]:
 
 def encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, text_count: int) -> Float[Array, "S ..."]:
     """Embeddings of all texts, without keeping anything for a backward pass. A text that is nowhere packed gets zeros."""
-    return _together(_encode_apart(encode_chunk, params, texts, texts.chunks, text_count))
+    groups, _ = divmod(texts.chunks, texts.at_once)
+    return _together(_encode_on_shards(encode_chunk, params, texts, groups, text_count))
 
 
 def value_and_grad(
@@ -73,55 +74,93 @@ def value_and_grad(
     Over the mesh's `data` axis gradients are summed once, after the last chunk; over `fsdp` with each chunk, as their shards need.
     """
     params = sharding.unreduced(params)
-    final = texts.chunks - 1
+    groups, _ = divmod(texts.chunks, texts.at_once)
+    last = groups - 1
     with jax.named_scope("encode"):
-        placed = _encode_apart(encode_chunk, params, texts, final, text_count)
-    with jax.named_scope("last_chunk"):
-        pooled, backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, final)), params)
-        embeddings = _together(_place(placed, pooled, texts.text[final]))
+        placed = _encode_on_shards(encode_chunk, params, texts, last, text_count)
+    with jax.named_scope("last_group"):
+        rows, text = _group(texts, last)
+        pooled, backward = jax.vjp(lambda p: _if_any(groups, texts.at_once, lambda p: encode_chunk(p, *rows), p), params)
+        text = jnp.where(groups > 0, text, text_count)
+        embeddings = _together(_place(placed, pooled, text))
 
     with jax.named_scope("objective"):
         (loss, aux), cotangents = jax.value_and_grad(objective, has_aux=True)(embeddings)
 
-    def accumulate(chunk, gradients):
-        _, chunk_backward = jax.vjp(lambda p: encode_chunk(p, *_rows(texts, chunk)), params)
-        (share,) = chunk_backward(_pick(cotangents, texts.text[chunk]))
+    def accumulate(rows: tuple[Array, ...], text: Array, gradients: Any) -> Any:
+        _, chunk_backward = jax.vjp(lambda p: encode_chunk(p, *rows), params)
+        (share,) = chunk_backward(_pick(cotangents, text))
         return jax.tree.map(jnp.add, gradients, share)
 
-    with jax.named_scope("last_chunk"):
-        (gradients,) = backward(_pick(cotangents, texts.text[final]))
+    with jax.named_scope("last_group"):
+        (gradients,) = backward(_pick(cotangents, text))
     with jax.named_scope("gradients"):
-        return (loss, aux), sharding.reduce_over_data(jax.lax.fori_loop(0, final, accumulate, gradients))
+        return (loss, aux), sharding.reduce_over_data(_for_each(texts, last, accumulate, gradients))
 
 
-def _rows(texts: PackedTexts, chunk: Int[Array, ""]) -> tuple[Array, ...]:
-    return texts.token_ids[chunk], texts.positions[chunk], texts.segment_ids[chunk], texts.last[chunk]
+Carry = TypeVar("Carry")
 
 
-def _encode_apart(
-    encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, chunks: Int[Array, ""], text_count: int
+def _for_each(texts: PackedTexts, groups: Int[Array, ""], visit: Callable[[tuple[Array, ...], Array, Carry], Carry], carry: Carry) -> Carry:
+    """`visit(rows, text, carry)` for each of the first `groups` groups of chunks, and for each chunk after the last whole group."""
+    carry = jax.lax.fori_loop(0, groups, lambda i, carry: visit(*_group(texts, i), carry), carry)
+    if texts.at_once == 1:
+        return carry
+    with jax.named_scope("tail"):
+        first = texts.chunks // texts.at_once * texts.at_once
+        return jax.lax.fori_loop(first, texts.chunks, lambda i, carry: visit(*_chunks(texts, i, 1), carry), carry)
+
+
+def _group(texts: PackedTexts, group: Int[Array, ""]) -> tuple[tuple[Array, ...], Int[Array, "M X"]]:
+    return _chunks(texts, group * texts.at_once, texts.at_once)
+
+
+def _chunks(texts: PackedTexts, first: Int[Array, ""], count: int) -> tuple[tuple[Array, ...], Int[Array, "M X"]]:
+    """What `encode_chunk` takes of `count` chunks together, and which texts they hold. Rows stay on their devices."""
+
+    def rows(array: Array) -> Array:
+        together = jax.lax.dynamic_slice_in_dim(array, first, count).swapaxes(0, 1)
+        return together.reshape(-1, array.shape[-1], out_sharding=sharding.spec(sharding.ROWS_T))
+
+    arrays = texts.token_ids, texts.positions, texts.segment_ids, texts.last
+    return tuple(rows(array) for array in arrays), rows(texts.text)
+
+
+def _if_any(groups: Int[Array, ""] | int, at_once: int, encode: Callable[[Any], Array], params: Any) -> Float[Array, "M X ..."]:
+    """`encode(params)` if there is a whole group, else zeros at no cost."""
+    if at_once == 1:  # the first chunk is a group
+        return encode(params)
+    pooled = jax.eval_shape(encode, params)
+
+    def zeros(params: Any) -> Array:
+        return sharding.shard(jnp.zeros(pooled.shape, pooled.dtype), _on_shards(pooled.ndim))
+
+    if isinstance(groups, int):  # where operations are counted (compilation/cost.py)
+        return encode(params) if groups else zeros(params)
+    return jax.lax.cond(groups > 0, encode, zeros, params)
+
+
+def _encode_on_shards(
+    encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, groups: Int[Array, ""], text_count: int
 ) -> Float[Array, "A S ..."]:
-    """Of the first `chunks` chunks, each embedding with the one of A batch ways that made it, zeros with the others."""
-    pooled = jax.eval_shape(encode_chunk, params, *_rows(texts, jnp.int32(0)))
+    """Of the first `groups` groups and of the tail, each embedding on the one of A batch shards that made it, zeros on the others."""
+    rows, _ = _chunks(texts, jnp.int32(0), 1)
+    pooled = jax.eval_shape(encode_chunk, params, *rows)
     shape = (sharding.batch_shards(sharding.mesh_in_use()), text_count, *pooled.shape[2:])
-    nothing = sharding.shard(jnp.zeros(shape, pooled.dtype), _by_way(len(shape)))
-
-    def step(chunk, placed):
-        return _place(placed, encode_chunk(params, *_rows(texts, chunk)), texts.text[chunk])
-
-    return jax.lax.fori_loop(0, chunks, step, nothing)
+    nothing = sharding.shard(jnp.zeros(shape, pooled.dtype), _on_shards(len(shape)))
+    return _for_each(texts, groups, lambda rows, text, placed: _place(placed, encode_chunk(params, *rows), text), nothing)
 
 
 def _place(placed: Float[Array, "A S ..."], pooled: Float[Array, "M X ..."], text: Int[Array, "M X"]) -> Float[Array, "A S ..."]:
     """Writes a chunk's embeddings to their texts' rows, where they are: nothing moves."""
 
-    def here(placed, pooled, text):
+    def here(placed: Array, pooled: Array, text: Array) -> Array:
         return placed.at[0, text].set(pooled, mode="drop")
 
     if not sharding.in_mesh():
         return here(placed, pooled, text)
-    whole, rows = _by_way(placed.ndim), _by_way(pooled.ndim)
-    return jax.shard_map(here, in_specs=(whole, rows, _by_way(2)), out_specs=whole)(placed, pooled, text)
+    whole, rows = _on_shards(placed.ndim), _on_shards(pooled.ndim)
+    return jax.shard_map(here, in_specs=(whole, rows, _on_shards(2)), out_specs=whole)(placed, pooled, text)
 
 
 def _together(placed: Float[Array, "A S ..."]) -> Float[Array, "S ..."]:
@@ -129,10 +168,10 @@ def _together(placed: Float[Array, "A S ..."]) -> Float[Array, "S ..."]:
     return jnp.sum(placed, axis=0)
 
 
-def _by_way(ndim: int) -> sharding.P:
+def _on_shards(ndim: int) -> sharding.P:
     return sharding.P(sharding.BATCH, *[None] * (ndim - 1))
 
 
 def _pick(cotangents: Float[Array, "S ..."], text: Int[Array, "M X"]) -> Float[Array, "M X ..."]:
-    """The transpose of `_place`: each slot's cotangent, zero for an unused slot."""
-    return cotangents.at[text].get(mode="fill", fill_value=0, out_sharding=sharding.spec(_by_way(cotangents.ndim + 1)))
+    """The transpose of `_place`: each text's cotangent, zero where there is no text."""
+    return cotangents.at[text].get(mode="fill", fill_value=0, out_sharding=sharding.spec(_on_shards(cotangents.ndim + 1)))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from f2llm_jax import sharding
-from f2llm_jax.objectives.contrastive import Candidates, Embeddings, Samples, candidate_blocks
+from f2llm_jax.batch import Samples
+from f2llm_jax.objectives.contrastive import Candidates, Embeddings, candidate_blocks
 from f2llm_jax.objectives.matryoshka import prefix_cosines
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from f2llm_jax import sharding
+from f2llm_jax.batch import Samples
 from f2llm_jax.objectives.config import ContrastiveConfig, Pool
 from f2llm_jax.objectives.matryoshka import prefix_cosines
 from f2llm_jax.objectives.mean import Mean, mean_of
@@ -29,23 +30,13 @@ class Embeddings(NamedTuple):
     negatives: Float[Array, "B N D"]
 
 
-class Samples(NamedTuple):
-    """What exists, and which document each candidate is. Equal ids mean equal text."""
-
-    sample_mask: Float[Array, "B"]
-    negative_mask: Float[Array, "B N"]
-    in_batch_weight: Float[Array, ""]
-    passage_ids: Int[Array, "B"]
-    negative_ids: Int[Array, "B N"]
-
-
 class Candidates(NamedTuple):
     """Vectors that every query is compared with, on every device; `owner` is the sample whose positive it is, or -1."""
 
     vectors: Float[Array, "G D"]
-    mask: Float[Array, "G"]
-    ids: Int[Array, "G"]
-    owner: Int[Array, "G"]
+    mask: Float[Array, " G"]
+    ids: Int[Array, " G"]
+    owner: Int[Array, " G"]
 
 
 def contrastive(embeddings: Embeddings, samples: Samples, config: ContrastiveConfig) -> tuple[Float[Array, ""], dict[str, Mean]]:

@@ -10,7 +10,7 @@ from f2llm_jax.objectives.matryoshka import TINY
 from f2llm_jax.objectives.mean import Mean
 
 
-def spread_out(embeddings: Embeddings, sample_mask: Float[Array, "B"]) -> Mean:
+def spread_out(embeddings: Embeddings, sample_mask: Float[Array, " B"]) -> Mean:
     """Mean squared cosine of two different queries plus that of two different positives, `sum_{i != j} cos^2 / (B (B - 1))`.
 
     Through the D x D second moment, `sum_ij cos_ij^2 = |X^T X|^2`, so memory does not grow with B squared.
@@ -21,7 +21,7 @@ def spread_out(embeddings: Embeddings, sample_mask: Float[Array, "B"]) -> Mean:
     return Mean(jnp.asarray(total), jnp.float32(1))
 
 
-def _off_diagonal(x: Float[Array, "B D"], mask: Float[Array, "B"]) -> Float[Array, ""]:
+def _off_diagonal(x: Float[Array, "B D"], mask: Float[Array, " B"]) -> Float[Array, ""]:
     x = sharding.shard(x, sharding.SAMPLES_D)
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
     unit = x * jax.lax.rsqrt(jnp.maximum(squares, TINY)) * mask[:, None]

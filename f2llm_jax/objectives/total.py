@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
+from f2llm_jax.batch import Samples
 from f2llm_jax.objectives.config import Objective
-from f2llm_jax.objectives.contrastive import Embeddings, Samples, contrastive
+from f2llm_jax.objectives.contrastive import Embeddings, contrastive
 from f2llm_jax.objectives.distillation import distillation
 from f2llm_jax.objectives.mean import Mean
 from f2llm_jax.objectives.spread_out import spread_out
@@ -20,7 +21,7 @@ def total(
 ) -> tuple[Float[Array, ""], dict[str, Mean]]:
     """The loss, and what to log of it.
 
-    Beside each optional term its weighted value is logged as `weighted/NAME`; the contrastive parts have weight 1.
+    The weighted value of each optional term is logged too, as `weighted/NAME`; the contrastive parts have weight 1.
     """
     loss, metrics = contrastive(embeddings, samples, objective.contrastive)
     extra = {}

@@ -34,13 +34,13 @@ class StepWork:
 
     Attributes:
       tokens: real tokens of the batch.
-      slots: token slots computed on.
+      padded_tokens: computed on, padding included.
       model_flops: of the student (`model.flops`); neither a teacher's nor what is computed twice.
       input_wait: seconds that the loop waited for the batch.
     """
 
     tokens: int
-    slots: int
+    padded_tokens: int
     model_flops: float
     input_wait: float
 
@@ -174,7 +174,7 @@ class Recorder:
         rates = {"tokens_per_second": tokens / seconds, "steps_per_second": steps / seconds, "model_flops_per_second": flops / seconds}
         if peak := PEAK_FLOPS.get(jax.devices()[0].device_kind):
             rates["mfu"] = flops / seconds / (peak * jax.device_count())
-        return rates | {"token_efficiency": tokens / sum(work.slots for work in done)}
+        return rates | {"token_efficiency": tokens / sum(work.padded_tokens for work in done)}
 
     def _show(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
         rate = f"{timing.get('tokens_per_second', 0):,.0f} tokens/s"

@@ -1,9 +1,10 @@
 """What a configuration compiles to: the training step, the evaluation step, and the abstract state they work on.
 
-From shapes alone, so that a step can be compiled for machines that are not there (compile_check).
+From shapes alone, so that a step can be compiled ahead of time for other machines (compile_check).
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,23 @@ from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.objectives import ContrastiveConfig, Embeddings, LossFunction, Mean, Objective, Samples, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import EvalStep, Step, TableRanks, Teacher, TrainState, make_eval_step, make_train_step
+
+# Gathers of weights and scatters of gradients run on the SparseCores, next to the matrix products; without these options they are
+# synchronous on these chips.
+_SPARSE_CORE_COLLECTIVES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
+# By JAX's name of the device.
+COMPILER_OPTIONS = {"TPU v5": _SPARSE_CORE_COLLECTIVES, "TPU v6 lite": _SPARSE_CORE_COLLECTIVES, "TPU7x": _SPARSE_CORE_COLLECTIVES}
+
+
+def compiler_options(device_kind: str) -> dict[str, str]:
+    """What XLA is told when it compiles for this kind of device."""
+    return COMPILER_OPTIONS.get(device_kind, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +73,11 @@ def build(
     teacher: DecoderConfig | None = None,
     cached: bool = False,
     own: LossFunction | None = None,
+    device_kind: str = "",
 ) -> Program:
     """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from `cached` vectors.
 
-    `platform` is that of the devices ("cpu", "gpu", "tpu"). A loss function of the user's `own` takes the place of `config.objective`; its
+    `platform` is that of the devices ("cpu", "gpu", "tpu"), `device_kind` their name, which the compiler's options depend on. A loss function of the user's `own` takes the place of `config.objective`; its
     arrays are whole and float32 on every device, so that it may be written as if there were one.
 
     Raises:
@@ -77,13 +96,14 @@ def build(
     own = own and _gathered(own)
     train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, kernel, depths), own or objective, optimizer, frozen, ranks)
     eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat, kernel), objective, scored, own)
-    return Program(jax.jit(train_step, donate_argnums=0), jax.jit(eval_step), optimizer, dims, scored, depths, kernel)
+    compile_for = functools.partial(jax.jit, compiler_options=compiler_options(device_kind))
+    return Program(compile_for(train_step, donate_argnums=0), compile_for(eval_step), optimizer, dims, scored, depths, kernel)
 
 
 def keep_compiled(folder: epath.Path, platform: str) -> None:
-    """Compiled programs outlive the process in `folder`, so that a run that was stopped goes on within seconds.
+    """Compiled programs outlive the process in `folder`, so that a run that was stopped resumes within seconds.
 
-    Where JAX_COMPILATION_CACHE_DIR says another place they stand there. Not on CPUs, whose programs are for one model of CPU alone.
+    JAX_COMPILATION_CACHE_DIR names another folder. Not on CPUs, whose programs are for one model of CPU alone.
     """
     if platform != "cpu" and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -107,19 +127,15 @@ def abstract_state(model: DecoderConfig, optimizer: OptimizerConfig, mesh: jax.s
 
 
 def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], distil: bool) -> Objective:
-    contrastive = ContrastiveConfig(
-        temperature=config.temperature,
-        dims=dims,
-        weights=tuple(config.matryoshka_weights) if dims else (),
-        in_batch_pool=config.in_batch_pool,
-        in_batch_passage_grad=config.in_batch_passage_grad,
-        mask_false_negatives=config.mask_false_negatives,
-        false_negative_margin=config.false_negative_margin,
-    )
-    weight = config.distillation_weight if distil else 0.0
-    return Objective(
-        contrastive=contrastive, distillation=config.distillation, distillation_weight=weight, spread_out_weight=config.spread_out_weight
-    )
+    """Fields of `config.objective` go to the fields of the same name."""
+
+    def named(group: type) -> dict[str, Any]:
+        return {field.name: config[field.name] for field in dataclasses.fields(group) if field.name in config}
+
+    weights = tuple(config.matryoshka_weights) if dims else ()
+    contrastive = ContrastiveConfig(dims=dims, weights=weights, **named(ContrastiveConfig))
+    objective = Objective(contrastive=contrastive, **named(Objective))
+    return objective if distil else dataclasses.replace(objective, distillation_weight=0.0)
 
 
 def _gathered(own: LossFunction) -> LossFunction:

@@ -123,7 +123,8 @@ def _train(
     total = config.steps or epochs.steps(config.epochs)
     ends = () if config.steps else [epochs.steps(epoch) for epoch in range(1, config.epochs + 1)]
     config = automatic.schedule(config, total)
-    steps = program.build(config, model.config, total, mesh.devices.flat[0].platform, teacher and teacher.config, cached is not None, own)
+    device, frozen = mesh.devices.flat[0], teacher and teacher.config
+    steps = program.build(config, model.config, total, device.platform, frozen, cached is not None, own, device.device_kind)
 
     # State: from this run, else from the given weights, else random
     kept = checkpoint.CheckpointConfig(**config.checkpoint)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.model import encoder, low_rank
-from f2llm_jax.objectives import Embeddings, LossFunction, Mean, Objective, Samples
+from f2llm_jax.objectives import Embeddings, LossFunction, Mean, Objective
 from f2llm_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 
@@ -64,11 +64,6 @@ def by_role(embeddings: Float[Array, "S D"], negative_mask: Float[Array, "B N"])
     )
 
 
-def samples_of(batch: Batch) -> Samples:
-    """What the objectives need to know of a batch besides its embeddings."""
-    return Samples(batch.sample_mask, batch.negative_mask, batch.in_batch_weight, batch.passage_ids, batch.negative_ids)
-
-
 def teacher_embeddings(teacher: Teacher | None, teacher_params: Any, batch: Batch) -> Embeddings | None:
     """What to distil from: the cached vectors that came with the batch, else the online teacher's, else nothing."""
     if batch.teacher is not None:
@@ -76,7 +71,7 @@ def teacher_embeddings(teacher: Teacher | None, teacher_params: Any, batch: Batc
     if teacher is None:
         return None
     with jax.named_scope("teacher"):
-        return by_role(encoder.encode(teacher.encode_chunk, teacher_params, batch.texts, batch.text_count), batch.negative_mask)
+        return by_role(encoder.encode(teacher.encode_chunk, teacher_params, batch.texts, batch.text_count), batch.samples.negative_mask)
 
 
 def make_train_step(
@@ -91,19 +86,18 @@ def make_train_step(
     If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka). With `table_ranks` only that many
     columns of the factored embedding table take part in a step.
     Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, the `learning_rate` of this update, and `skipped`, which is
-    1 where loss or gradient was not finite: then weights and moments stay as they were and only counters go on.
+    1 where loss or gradient was not finite: then weights and moments stay as they were and only counters advance.
     """
     optimizer = make_optimizer(optimizer_config)
     loss_function = functools.partial(objectives.total, objective=objective) if isinstance(objective, Objective) else objective
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        samples = samples_of(batch)
         target = teacher_embeddings(teacher, teacher_params, batch)
 
         def loss(embeddings: Float[Array, "S D"] | Float[Array, "S J D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
             depths = [embeddings] if embeddings.ndim == 2 else [embeddings[:, j] for j in range(embeddings.shape[1])]
-            losses = [loss_function(by_role(e, batch.negative_mask), samples, teacher=target) for e in depths]
-            # The mean over depths, as ML-Embed's `utils.py`; what is logged beside it is of the whole depth.
+            losses = [loss_function(by_role(e, batch.samples.negative_mask), batch.samples, teacher=target) for e in depths]
+            # The mean over depths, as ML-Embed's `utils.py`; metrics are those of the whole depth.
             return sum(value for value, _ in losses) / len(losses), losses[-1][1]
 
         narrowed, facts = (lambda params: params), {}
@@ -149,12 +143,12 @@ def make_eval_step(
     plain = dataclasses.replace(objective.contrastive, dims=(), weights=())
 
     def eval_step(params: Any, batch: Batch) -> tuple[dict[str, Mean], Bool[Array, "J B"]]:
-        embeddings = by_role(encoder.encode(encode_chunk, params, batch.texts, batch.text_count), batch.negative_mask)
-        _, metrics = objectives.total(embeddings, samples_of(batch), Objective(contrastive=plain))
+        embeddings = by_role(encoder.encode(encode_chunk, params, batch.texts, batch.text_count), batch.samples.negative_mask)
+        _, metrics = objectives.total(embeddings, batch.samples, Objective(contrastive=plain))
         if own:
-            loss, found = own(embeddings, samples_of(batch), None)
-            count = batch.sample_mask.sum()
+            loss, found = own(embeddings, batch.samples, None)
+            count = batch.samples.sample_mask.sum()
             metrics |= {OWN + name: mean for name, mean in {"objective": Mean(loss * count, count), **found}.items()}
-        return metrics, sharding.shard(objectives.ranked_first(embeddings, samples_of(batch), dims), sharding.P(None, None))
+        return metrics, sharding.shard(objectives.ranked_first(embeddings, batch.samples, dims), sharding.P(None, None))
 
     return eval_step

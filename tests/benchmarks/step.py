@@ -41,7 +41,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from f2llm_jax import sharding  # noqa: E402
-from f2llm_jax.batch import Batch  # noqa: E402
+from f2llm_jax.batch import Batch, Samples  # noqa: E402
 from f2llm_jax.configs import stage2  # noqa: E402
 from f2llm_jax.data.packing import RowShape, lay_out  # noqa: E402
 from f2llm_jax.model.decoder import init_decoder  # noqa: E402
@@ -63,7 +63,7 @@ def batch_of(
     mask[:, :n] = 1
     ids = np.arange(B * negatives, dtype=np.int32).reshape(B, negatives) + B
     retrieval = np.float32(lengths["task"] == "retrieval")
-    batch = Batch(texts, np.ones(B, np.float32), mask, retrieval, np.arange(B, dtype=np.int32), ids)
+    batch = Batch(texts, Samples(np.ones(B, np.float32), mask, retrieval, np.arange(B, dtype=np.int32), ids))
     return batch, Work(int(sizes.sum()), int((sizes**2).sum())), int(texts.chunks) * shape.chunk_rows * shape.row_tokens
 
 

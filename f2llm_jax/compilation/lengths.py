@@ -1,0 +1,52 @@
+"""How many rows the steps of a run take: text lengths that ahead-of-time figures are for, packed as training packs them.
+
+`lengths.json` holds a list of text lengths in tokens for each of eight sources, of short and of long texts (means of 11 to 273 tokens,
+none above 512). A step draws all its texts from one source, so steps differ by a factor of forty in size.
+"""
+
+import dataclasses
+import importlib.resources
+import json
+
+import numpy as np
+
+from f2llm_jax.data.packing import RowShape
+from f2llm_jax.model.flops import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRows:
+    """One step, packed."""
+
+    chunks: int  # in use
+    rows: int  # in use
+    computed: int  # tokens that are computed on, padding included
+    work: Work
+
+
+def stored_lengths() -> list[list[int]]:
+    """Text lengths by source."""
+    return json.loads((importlib.resources.files(__package__) / "lengths.json").read_text())
+
+
+def steps_of(shape: RowShape, texts: int, max_length: int, tokens_per_text: int = 0) -> list[StepRows]:
+    """A step of so many texts from each source of the stored lengths, or one whose texts all have `tokens_per_text` tokens."""
+    draw = np.random.default_rng(0)
+    sources = [[tokens_per_text]] if tokens_per_text else stored_lengths()
+    return [_packed(shape, np.minimum(draw.choice(lengths, texts), max_length)) for lengths in sources]
+
+
+def _packed(shape: RowShape, lengths: np.ndarray) -> StepRows:
+    lengths = lengths.astype(np.int64)
+    rows = shape.pack(lengths).rows
+    chunks = max(1, -(-rows // shape.chunk_rows))
+    computed = chunks * shape.chunk_rows * shape.row_tokens
+    return StepRows(chunks, rows, computed, Work(int(lengths.sum()), int(lengths @ lengths)))
+
+
+def group_trips(chunks: int, at_once: int, scope: str) -> int:
+    """How often a loop over chunks runs in a step, from the named scope that it is in (see model/encoder.py)."""
+    groups, tail = divmod(chunks, at_once)
+    if "tail" in scope:
+        return tail
+    return groups if "teacher" in scope else max(0, groups - 1)
