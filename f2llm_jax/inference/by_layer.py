@@ -3,15 +3,15 @@
 Slower than `encode` for more than a few texts, since every layer is read from storage; but an 8B model needs 1 GiB so.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, Int
 
-from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
+from f2llm_jax.model.decoder import apply_layer, rms_norm
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.weights.hf_mapping import TABLE, Entry
 from f2llm_jax.weights.parameters import Parameters, blocks, parameter_shapes
@@ -19,7 +19,7 @@ from f2llm_jax.weights.parameters import Parameters, blocks, parameter_shapes
 ENTRIES = {entry.path[-1]: entry for entry in TABLE}
 
 
-def encode_by_layer(config: DecoderConfig, parameters: Parameters, ids: Sequence[Int[np.ndarray, "T"]]) -> Float[np.ndarray, "S D"]:
+def encode_by_layer(config: DecoderConfig, parameters: Parameters, ids: Sequence[Int[np.ndarray, " T"]]) -> Float[np.ndarray, "S D"]:
     """Raw embeddings, float32, of texts given as token ids, EOS last; one text a row."""
     longest = max(map(len, ids))
     token_ids = np.stack([np.pad(one, (0, longest - len(one))) for one in ids])
@@ -27,7 +27,7 @@ def encode_by_layer(config: DecoderConfig, parameters: Parameters, ids: Sequence
     positions = np.broadcast_to(np.arange(longest, dtype=np.int32), token_ids.shape)
     segment_ids = (positions <= last[:, None]).astype(np.int32)
     x = jnp.asarray(lookup(config, parameters, token_ids.reshape(-1)))
-    layer = _layer(config)
+    layer = jax.jit(functools.partial(apply_layer, config))  # one program for every layer
     with jax.default_matmul_precision("highest"):
         for i in range(config.num_hidden_layers):
             weights = {name: parameters.read(entry, i, i + 1)[0] for name, entry in ENTRIES.items() if entry.stacked}
@@ -36,26 +36,13 @@ def encode_by_layer(config: DecoderConfig, parameters: Parameters, ids: Sequence
     return np.asarray(rms_norm(jnp.asarray(hidden), parameters.read(ENTRIES["norm"], 0, config.hidden_size), config.rms_norm_eps))
 
 
-def _layer(config: DecoderConfig) -> Callable[..., jax.Array]:
-    """`(weights, x, positions, segment_ids) -> x`, one program for every layer."""
-    graphdef, state = nnx.split(jax.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
-
-    @jax.jit
-    def apply(weights, x, positions, segment_ids):
-        module = nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state))
-        rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
-        return module(x, rotary, segment_ids, config.rms_norm_eps)
-
-    return apply
-
-
 def check_ids(ids: Int[np.ndarray, " N"], config: DecoderConfig) -> None:
     """Raises a ValueError if an id has no row in the embedding table."""
     if len(ids) and not 0 <= ids.min() <= ids.max() < config.vocab_size:
         raise ValueError(f"token ids {ids.min()} to {ids.max()} of an embedding table of {config.vocab_size} rows")
 
 
-def lookup(config: DecoderConfig, parameters: Parameters, ids: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N D"]:
+def lookup(config: DecoderConfig, parameters: Parameters, ids: Int[np.ndarray, " P"]) -> Float[np.ndarray, "P D"]:
     """Rows of the embedding table, which passes by in blocks."""
     check_ids(ids, config)
     rows = np.empty((len(ids), config.hidden_size), np.float32)

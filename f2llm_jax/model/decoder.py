@@ -6,7 +6,7 @@ transformers' `Qwen3RMSNorm` to the cast: statistics in fp32, back to the comput
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +151,26 @@ def _project(dims: str, x: Array, weight: Parameter, out: sharding.P) -> Array:
     return jnp.einsum(dims, x, _at_use(weight, x.dtype), out_sharding=sharding.spec(out))
 
 
+@functools.cache
+def abstract_layer(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """`nnx.split` of one layer that holds shapes and no memory."""
+    return nnx.split(jax.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
+
+
+def apply_layer(
+    config: DecoderConfig,
+    weights: Mapping[str, Array],
+    x: Float[Array, "P D"],
+    positions: Int[Array, "R T"],
+    segment_ids: Int[Array, "R T"],
+    tap: LayerTap = lambda name, value: None,
+) -> Float[Array, "P D"]:
+    """One layer from its weights by name, for models whose layers pass through memory one at a time; `tap` as of `Layer`."""
+    graphdef, state = abstract_layer(config)
+    layer = nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state))
+    return layer(x, rotary_tables(positions, config.head_dim, config.rope_theta), segment_ids, config.rms_norm_eps, tap=tap)
+
+
 class Decoder(nnx.Module):
     """A Qwen3 decoder without a language-model head."""
 
@@ -177,7 +197,7 @@ class Decoder(nnx.Module):
         return _project("pz,zd->pd", rows, self.embedding_right, sharding.POSITIONS_D) if self.config.table_rank else rows
 
     def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """What stands between the last layer, or an earlier one that serves as the last, and the embedding."""
+        """The norm between the last layer, or an earlier one that serves as the last, and the embedding."""
         return rms_norm(x, _at_use(self.norm, x.dtype), self.config.rms_norm_eps)
 
     def __call__(
@@ -194,14 +214,14 @@ class Decoder(nnx.Module):
         """Final-norm hidden states of packed rows.
 
         Args:
-          token_ids: ids below `vocab_size`; what stands in padding does not matter.
+          token_ids: ids below `vocab_size`; what padding holds does not matter.
           positions: restart at 0 with each text.
           segment_ids: 1, 2, ... for the texts of a row, 0 for padding. Texts do not see each other.
           dtype: compute dtype of activations and of weights at use.
           remat: a key of `REMAT_POLICIES`.
           kernel: of attention (see `attention.choose`).
           tap: if given, called on each layer's output (before the final norm); its results, stacked on a leading axis L,
-            are returned beside the hidden states.
+            are returned with the hidden states.
         """
         config = self.config
         ids = token_ids.reshape(-1, out_sharding=sharding.spec(sharding.POSITIONS))

@@ -24,7 +24,7 @@ from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.by_layer import ENTRIES, lookup
-from f2llm_jax.model.decoder import Layer, rms_norm, rotary_tables
+from f2llm_jax.model.decoder import abstract_layer, apply_layer, rms_norm
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.progress import ProgressCallback
 from f2llm_jax.text import truncate
@@ -122,29 +122,21 @@ def _place(array: np.ndarray, mesh: jax.sharding.Mesh | None, spec: sharding.P) 
 
 def _weights(config: DecoderConfig, parameters: Parameters, i: int, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
     """One layer's weights, split as training splits them."""
-    _, state = _abstract_layer(config)
+    _, state = abstract_layer(config)
     return {
         path[0]: _place(parameters.read(ENTRIES[path[0]], i, i + 1)[0], mesh, sharding.PARAMETER_SPECS[leaf.dims])
         for path, leaf in nnx.to_flat_state(state)
     }
 
 
-@functools.cache
-def _abstract_layer(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(jax.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
-
-
 def _layer(config: DecoderConfig) -> Callable[..., tuple[jax.Array, dict[str, Array]]]:
     """`(weights, final norm, x [P D], positions, segment_ids) -> (x, sums over tokens)`, one program for every layer and chunk."""
-    graphdef, state = _abstract_layer(config)
 
     @functools.partial(jax.jit, donate_argnums=2)
     def apply(weights, norm, x, positions, segment_ids):
-        module = nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state))
         real = (segment_ids > 0).reshape(-1, 1, out_sharding=sharding.spec(sharding.P(sharding.BATCH, None)))
         seen: dict[str, Array] = {}
-        rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
-        y = module(x, rotary, segment_ids, config.rms_norm_eps, tap=seen.__setitem__)
+        y = apply_layer(config, weights, x, positions, segment_ids, tap=seen.__setitem__)
         seen["final"] = rms_norm(y, norm, config.rms_norm_eps)
         sums = {
             f"{name} {measure}": jnp.sum(jnp.where(real, lift(value), 0), axis=0)

@@ -77,8 +77,9 @@ def build(
 ) -> Program:
     """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from `cached` vectors.
 
-    `platform` is that of the devices ("cpu", "gpu", "tpu"), `device_kind` their name, which the compiler's options depend on. A loss function of the user's `own` takes the place of `config.objective`; its
-    arrays are whole and float32 on every device, so that it may be written as if there were one.
+    `platform` is that of the devices ("cpu", "gpu", "tpu"), `device_kind` their name, which the compiler's options depend on. A loss
+    function of the user's `own` takes the place of `config.objective`; its arrays are whole and float32 on every device, so that it may
+    be written as if there were one.
 
     Raises:
       ValueError: the attention kernel of the configuration cannot serve there.
