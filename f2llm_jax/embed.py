@@ -1,11 +1,11 @@
-"""Embeds a text file: `python -m f2llm_jax.embed --model FOLDER --input FILE.txt --output X.npy`.
+"""Embeds a file of texts: `python -m f2llm_jax.embed --model FOLDER --input FILE.txt --output X.npy`.
 
-One text a line in, one normalised float32 vector a row out. Give queries the instruction of their task, documents none. All devices of
-this host are used, with --distributed those of several. What a killed run has encoded lies in OUTPUT.vectors; the same command resumes.
+One text a line or row in, one normalised float32 vector a row out; an empty text is a text. Other forms than lines of text, with a column
+`text` and optionally `title`, are those of docs/data.md. Give queries the instruction of their task, documents none. All devices of this
+host are used, with --distributed those of several. What a killed run has encoded is in OUTPUT.vectors; the same command resumes.
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +15,9 @@ from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
 from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import new_file
+from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.fields import TEXTS, read_fields
+from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.progress import Progress
 
 
@@ -23,12 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     flags = _parser().parse_args(arguments)
     join_hosts(flags)
-    shape = _embed(flags)
-    print(f"wrote {shape[0]:,} vectors of {shape[1]} dimensions to {flags.output}")
+    print(_embed(flags))
     return 0
 
 
-def _embed(flags: argparse.Namespace) -> tuple[int, int]:
+def _embed(flags: argparse.Namespace) -> str:
     import jax.numpy as jnp
     import numpy as np
 
@@ -39,7 +41,12 @@ def _embed(flags: argparse.Namespace) -> tuple[int, int]:
     from f2llm_jax.weights.digest import model_digest
     from f2llm_jax.weights.models import find_model
 
-    texts = _read_lines(flags.input)
+    fields = read_fields(
+        flags.input, TEXTS, {"text": "any text", "title": "optional text"}, Choice(dict(flags.columns), flags.ignore_columns)
+    )
+    texts = fields.joined()
+    for line in fields.describe():
+        print(line)
     origin = find_model(flags.model)
     dim = flags.dim or origin.width
     if dim > origin.width:
@@ -56,26 +63,17 @@ def _embed(flags: argparse.Namespace) -> tuple[int, int]:
     all_here("written")
     if is_first():
         cache.rmtree()
-    return vectors.shape
-
-
-def _read_lines(path: pathlib.Path) -> list[str]:
-    """The lines of a UTF-8 file, an empty one included; only line feeds end a line."""
-    try:
-        with path.open(encoding="utf-8") as file:  # iteration, because str.splitlines also splits at U+2028 and the like
-            lines = [line.removesuffix("\n") for line in file]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}); convert it with iconv") from error
-    if not lines:
-        raise UserError(f"{path} is empty; write one text a line")
-    return lines
+    empty = sum(not text for text in texts)
+    of_empty = f", {empty:,} of them of empty texts" if empty else ""
+    return f"wrote {len(vectors):,} vectors of {dim} dimensions to {flags.output}{of_empty}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder, Hub id, workdir or WORKDIR/checkpoints/STEP")
-    parser.add_argument("--input", required=True, type=pathlib.Path, help="UTF-8 text file, one text a line")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help=".npy file to write; exists only when complete")
+    parser.add_argument("--input", required=True, help="file of texts, or a folder that is a table")
+    add_column_flags(parser)
+    parser.add_argument("--output", required=True, help=".npy file to write; exists only when complete")
     parser.add_argument("--dim", type=positive, help="keep so many leading dimensions (default: all)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", default="", help="put this before every text as it is")

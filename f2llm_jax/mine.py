@@ -1,9 +1,9 @@
 """Mines hard negatives: `python -m f2llm_jax.mine --model M --queries FILES [--corpus FILES] --out DIR`.
 
-Inputs are raw files (query, passage) or BEIR folders; the output is raw files that `prepare` reads, with the scores beside. Without
---corpus each source searches its own passages. A killed run goes on where it stopped when the same command is given
-again, and another run over the same texts reuses their vectors (--cache). The default rules are the published ones.
-With --build, inputs are labelled files (see f2llm_jax/mining/builders.py).
+Inputs are files of pairs or BEIR folders (forms: docs/data.md); the output is files that `prepare` reads, with the scores. Without
+--corpus each source searches its own passages. A killed run resumes where it stopped when the same command is given again, and another
+run over the same texts reuses their vectors (--cache). The default rules are the published ones. With --build, inputs are labelled
+files (see f2llm_jax/mining/builders.py).
 """
 
 import argparse
@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 
 from f2llm_jax.arguments import add_distributed, join_hosts
 from f2llm_jax.command import command
+from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.flags import add_column_flags
+from f2llm_jax.inputs.judged import read_documents
 from f2llm_jax.mining import builders, inputs
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.progress import Progress
@@ -40,14 +43,20 @@ def _mine(flags: argparse.Namespace) -> dict:
     named = [*(("--queries", path) for path in flags.queries), *(("--corpus", path) for path in flags.corpus or ())]
     read = {f"{flag} {path}": path for flag, path in named}
     rules = Rules(**{name: getattr(flags, name) for name in Rules.__dataclass_fields__})
+    choice = Choice(dict(flags.columns), flags.ignore_columns)
     if flags.build:
-        built = [builders.build(flags.build, path, flags.instruction, rules.negatives, rules.seed) for path in flags.queries]
+        built = [builders.build(flags.build, path, flags.instruction, rules.negatives, rules.seed, choice) for path in flags.queries]
         sources = [pairs for pairs, _ in built]
+        _describe(sources)
         if flags.build not in builders.MINED:
             return write_built(sources, {pairs.name: counters for pairs, counters in built}, flags.out, flags.overwrite, read)
     else:
-        sources = [inputs.read_pairs(path, flags.instruction, flags.qrels) for path in flags.queries]
-    corpus = [text for path in flags.corpus for text in inputs.read_documents(path)] if flags.corpus else None
+        sources = [inputs.read_pairs(path, flags.instruction, choice, flags.qrels) for path in flags.queries]
+        _describe(sources)
+    corpora = [read_documents(path, choice) for path in flags.corpus or ()]
+    for line in (line for documents in corpora for line in documents.describe()):
+        print(f"documents: {line}")
+    corpus = [text for documents in corpora for text in documents.joined()] if flags.corpus else None
     encoding = run.Encoding(max_length=flags.max_length, compute=flags.dtype, stored=flags.vectors)
     with Progress() as progress:
 
@@ -58,11 +67,19 @@ def _mine(flags: argparse.Namespace) -> dict:
         return run.mine(find_model(flags.model), sources, corpus, flags.out, rules, **options)
 
 
+def _describe(sources: Sequence[inputs.Pairs]) -> None:
+    for source in sources:
+        print("\n".join([f"{source.name}: {source.kind}, {len(source.queries):,} rows", *(f"  {line}" for line in source.described)]))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hugging Face folder, Hub id, workdir or WORKDIR/checkpoints/STEP; its cosine is the score")
-    parser.add_argument("--queries", required=True, nargs="+", help="raw files or BEIR folders; each is a source")
-    parser.add_argument("--corpus", nargs="+", help="raw files or BEIR folders that every source searches in (default: its own passages)")
+    parser.add_argument("--queries", required=True, nargs="+", help="files, folders that are tables, or BEIR folders; each is a source")
+    parser.add_argument(
+        "--corpus", nargs="+", help="files of documents or BEIR folders that every source searches in (default: its own passages)"
+    )
+    add_column_flags(parser)
     parser.add_argument("--out", required=True, help="folder to write; exists only when complete")
     parser.add_argument("--cache", help="folder of vectors and neighbours, to share or to delete at will (default OUT.cache)")
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at --out")

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 from f2llm_jax.arguments import positive, share
 from f2llm_jax.command import command
+from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.flags import add_column_flags, pair
 from f2llm_jax.preparation.catalogue import CAP, COMPOSITE, load_catalogue
-from f2llm_jax.preparation.selection import Recipe
-from f2llm_jax.preparation.sources import find_sources
+from f2llm_jax.preparation.selection import VALIDATION_SHARE, Recipe
+from f2llm_jax.preparation.sources import find_sources, unused
 from f2llm_jax.progress import Progress
+from f2llm_jax.text import find_tokenizer
 
 if TYPE_CHECKING:
     from f2llm_jax.preparation import writing
@@ -35,17 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tasks=flags.tasks,
         catalogue=load_catalogue(flags.catalogue) if flags.catalogue not in (None, NO_CATALOGUE) else None,
         recognise=flags.catalogue != NO_CATALOGUE,
-        columns=dict(flags.columns),
+        choice=Choice(dict(flags.columns), flags.ignore_columns),
+        qrels=flags.qrels,
         instructions=dict(flags.instruction),
+        validation=None if isinstance(flags.validation, float) else flags.validation,
         strict=flags.policy == "strict",
     )
     if flags.catalogue is None and (released := [source for source in sources if source.released]):
-        files = {part.path for source in released for part in source.parts}
+        files = {path for source in released for path in source.files}
         print(
             f"{len(files)} files have names of the F2LLM-v2 release: tasks, caps and stages are those of --catalogue {COMPOSITE}, and "
             f"empty texts are skipped and counted (--catalogue {NO_CATALOGUE} takes them as any other file)",
             file=sys.stderr,
         )
+    for source in sources:
+        print(source.describe())
+    if left := unused(flags.raw, sources):
+        print(f"not read in {flags.raw}: {', '.join(left)}")
     recipe = Recipe(
         stage=flags.stage,
         max_length=flags.max_length,
@@ -53,11 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cap=(CAP if flags.stage == 2 else 0) if flags.cap is None else flags.cap,
         instruct_documents=flags.instruct_documents,
         policy=flags.policy,
+        validation=flags.validation if isinstance(flags.validation, float) else 0.0,
+        split_by=flags.split_by,
     )
     with Progress(line_seconds=0) as shown:
         dataset = writing.prepare(
             sources,
-            flags.tokenizer,
+            find_tokenizer(flags.tokenizer),
             flags.out,
             recipe,
             workers=flags.workers,
@@ -72,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw", required=True, help="folder of raw files: *.parquet, *.jsonl, *.jsonl.gz, *.jsonl.zst, *.csv")
-    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json and tokenizer_config.json")
+    parser.add_argument("--raw", required=True, help="folder with a file or folder a source (forms: docs/data.md), local, gs:// or hf://")
+    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json and tokenizer_config.json, or a Hub id")
     parser.add_argument("--out", required=True, help="folder to write; exists only when complete")
     parser.add_argument(
         "--catalogue",
@@ -81,9 +92,20 @@ def _parser() -> argparse.ArgumentParser:
         f"names of that release where there is no tasks file, else each file one; {NO_CATALOGUE}: always each file one)",
     )
     parser.add_argument("--tasks", help='JSON file {"source": "kind"} (default: tasks.json in --raw, if there); not with --catalogue')
-    parser.add_argument("--columns", type=_pairs, default=[], help="columns of other names, as in query=question,passage=answer")
+    add_column_flags(parser)
+    parser.add_argument("--qrels", default="train", help="split of the judgements of BEIR folders (default train)")
     parser.add_argument(
-        "--instruction", type=_pair, action="append", default=[], metavar="SOURCE=TEXT", help="for queries that carry none; may be repeated"
+        "--validation",
+        type=_share_or_path,
+        default=VALIDATION_SHARE,
+        metavar="SHARE|PATH",
+        help=f"share of the rows of each source that is held out, or a file or folder of held-out rows (default {VALIDATION_SHARE})",
+    )
+    parser.add_argument(
+        "--split-by", choices=("row", "query"), default="row", help="query: rows of one query are on one side (default: row)"
+    )
+    parser.add_argument(
+        "--instruction", type=pair, action="append", default=[], metavar="SOURCE=TEXT", help="for queries that carry none; may be repeated"
     )
     parser.add_argument(
         "--stage", type=int, choices=(1, 2), default=2, help="1: retrieval sources, instructions stripped; 2: all, kept (default)"
@@ -101,10 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of split, cap and instructed documents (default 0)")
     policy = parser.add_mutually_exclusive_group()
     policy.add_argument(
+        "--skip-invalid",
         "--set-aside",
         dest="policy",
         action="store_const",
-        const="set-aside",
+        const="skip",
         help="leave out and count what has no valid text",
     )
     policy.add_argument(
@@ -117,15 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
-    return key, value
-
-
-def _pairs(text: str) -> list[tuple[str, str]]:
-    return [_pair(part) for part in text.split(",")]
+def _share_or_path(text: str) -> float | str:
+    try:
+        return share(text)
+    except argparse.ArgumentTypeError:
+        return text
 
 
 def _show(progress: "writing.Progress", shown: Progress) -> None:

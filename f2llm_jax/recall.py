@@ -1,7 +1,7 @@
-"""Recall@1 on files of pairs: `python -m f2llm_jax.recall --model M [--model M2 ...] --pairs FILE.parquet [...]`.
+"""Recall@1 on files of pairs: `python -m f2llm_jax.recall --model M [--model M2 ...] --pairs FILE [...]`.
 
-A file has the string columns query, instruction, document and language; each query searches the file's distinct documents.
-Several models stand side by side, with the last one's ratio to the first.
+A file is one of pairs (forms: docs/data.md), with `instruction` and `language` if it has them, or a BEIR folder. Each query searches the
+distinct documents of its file. Several models are shown side by side, with the last one's ratio to the first.
 """
 
 import argparse
@@ -14,6 +14,8 @@ from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts
 from f2llm_jax.command import command
 from f2llm_jax.evaluation.widths import FULL, parse_dims
 from f2llm_jax.files import write_json
+from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,12 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     join_hosts(flags)
     from f2llm_jax.evaluation import retrieval
 
-    files = [retrieval.read_pairs(path) for path in flags.pairs]
+    choice = Choice(dict(flags.columns), flags.ignore_columns)
+    files = [retrieval.read_pairs(path, choice, flags.qrels) for path in flags.pairs]
     results = {name: _evaluate(name, files, flags) for name in flags.model}
     from f2llm_jax.inference.devices import is_first
 
     if not is_first():
         return 0
+    for line in (line for pairs in files for line in pairs.described):
+        print(line)
     if flags.json:
         write_json(flags.json, _plain(results))
     _print(files, results, flags.dims)
@@ -117,7 +122,9 @@ def _plain(results: Results) -> Mapping[str, object]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="recall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, action="append", help="Hugging Face folder, Hub id, workdir or checkpoint; repeatable")
-    parser.add_argument("--pairs", required=True, nargs="+", help="parquet files")
+    parser.add_argument("--pairs", required=True, nargs="+", help="files, folders that are tables, or BEIR folders")
+    add_column_flags(parser)
+    parser.add_argument("--qrels", default="test", help="split of BEIR folders (default test)")
     parser.add_argument("--dims", type=parse_dims, default=FULL, help='widths to cut to, as in "32,full" (default: full)')
     parser.add_argument("--json", type=pathlib.Path, help="also write every figure, by language, to this file")
     parser.add_argument("--dtype", choices=COMPUTE, default=COMPUTE[0], help="compute dtype (default float32)")

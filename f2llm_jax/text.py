@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from f2llm_jax import hf_settings
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import read_json, write_json, write_text
+from f2llm_jax.files import is_remote, read_json, write_json, write_text
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery: "
 _INSTRUCTION = re.compile(r"\AInstruct: .*?\nQuery: ?", re.DOTALL)
@@ -125,6 +125,23 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
     pad_id = _special(config, "pad_token", backend, folder)
     bound = 1 + max(backend.get_vocab(with_added_tokens=True).values())
     return Tokenizer(backend, config, tuple(notes), after[0], pad_id, bound)
+
+
+def find_tokenizer(name: str) -> epath.Path:
+    """The folder of a tokenizer: `name` itself, local or remote, or else that of a Hub repository, of which no weights are fetched.
+
+    Raises:
+      UserError: neither exists, or the Hub cannot be reached.
+    """
+    if is_remote(name) or epath.Path(name).exists():
+        return epath.Path(name)
+    import huggingface_hub  # only here: a local folder needs no hub client
+
+    try:
+        return epath.Path(huggingface_hub.snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
+    except Exception as error:  # offline, unknown name, no permission: the client has a class for each
+        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UserError(f"{name!r} is no folder and could not be downloaded from the Hub ({why})") from error
 
 
 def _backend(folder: epath.Path, content: str) -> tokenizers.Tokenizer:

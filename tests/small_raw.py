@@ -25,6 +25,12 @@ def rows(count, negatives, start=0):
     return table
 
 
+def labelled(count):
+    """Rows that look like classification: two passages that come back, each the other's negative."""
+    table, labels = rows(count, 1), ["it is one", "it is the other"]
+    return table | {"passage": [labels[i % 2] for i in range(count)], "negative_1": [labels[1 - i % 2] for i in range(count)]}
+
+
 def write(folder, name, table, tasks=None):
     folder.mkdir(exist_ok=True)
     pq.write_table(pa.table(table), folder / f"{name}.parquet")

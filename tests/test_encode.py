@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 from f2llm_jax import embed, recall, sharding
-from f2llm_jax.evaluation.retrieval import PairsError, hits_at_1, read_pairs
+from f2llm_jax.errors import UserError
+from f2llm_jax.evaluation.retrieval import hits_at_1, read_pairs
 from f2llm_jax.inference import encode as encoding
 from f2llm_jax.inference.encode import TextEncoder, load_encoder, truncate_and_normalize
 from f2llm_jax.release import hf_folder
@@ -129,9 +130,9 @@ def test_embed_writes_what_the_encoder_says(encoder, folder, tmp_path, capsys):
     ("change", "message"),
     [
         ({"--dim": "65"}, "exceeds the 64 dimensions"),
-        ({"--input": "empty.txt"}, "is empty"),
-        ({"--input": "absent.txt"}, "No such file"),
-        ({"--input": "latin.txt"}, "is not UTF-8"),
+        ({"--input": "empty.txt"}, "empty.txt has no rows"),
+        ({"--input": "absent.txt"}, "absent.txt does not exist"),
+        ({"--input": "latin.txt"}, "row 0, column 'text' is not valid UTF-8"),
         ({"--model": "./absent/model"}, "no local folder"),
         ({"--model": "absent"}, "could not be downloaded"),
     ],
@@ -179,12 +180,12 @@ def test_recall_compares_models(folder, tmp_path, capsys, monkeypatch):
 
 def test_recall_errors_are_one_line(folder, tmp_path, capsys):
     path = write_pairs(tmp_path / "p.parquet", [("a", "", "b", "en")])
-    pq.write_table(pq.read_table(path).drop_columns(["language"]), tmp_path / "lacks.parquet")
-    for pairs, dims, message in [(path, "65", "fewer than 65"), (tmp_path / "lacks.parquet", "full", "lacks the column language")]:
+    pq.write_table(pq.read_table(path).drop_columns(["document"]), tmp_path / "lacks.parquet")
+    for pairs, dims, message in [(path, "65", "fewer than 65"), (tmp_path / "lacks.parquet", "full", "has no column 'passage'")]:
         assert recall.main(["--model", str(folder), "--pairs", str(pairs), "--dims", dims]) == 1
         error = capsys.readouterr().err.strip()
         assert message in error and len(error.splitlines()) == 1
-    with pytest.raises(PairsError, match="holds no pairs"):
+    with pytest.raises(UserError, match="no rows"):
         read_pairs(write_pairs(tmp_path / "none.parquet", []))
 
 

@@ -13,8 +13,8 @@ import tiny
 from small_mining import LOOSE, export_model, run, shrink_all, text, write_pairs
 
 from f2llm_jax import mine
+from f2llm_jax.errors import UserError
 from f2llm_jax.mining import builders, inputs
-from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.run import mine as mine_with
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, query_prompt
@@ -96,17 +96,17 @@ def malformed(corpus, queries, qrels):
     ("change", "message"),
     [
         (duplicate, r"corpus.jsonl: row 5 has the id 'd4', as a row before it; ids must be distinct"),
-        (unknown_document, r"train.tsv: line 5 names the positive 'd99', which corpus.jsonl does not have"),
-        (unknown_query, r"train.tsv: line 5 names the query 'q99', which queries.jsonl does not have"),
-        (no_positive, r"train.tsv names no positive pair"),
+        (unknown_document, r"train.tsv: row 3 \(line 5\) names the document 'd99', which .*corpus.jsonl does not have"),
+        (unknown_query, r"train.tsv: row 3 \(line 5\) names the query 'q99', which .*queries.jsonl does not have"),
+        (no_positive, r"train.tsv has no row with a score above 0"),
         (empty, r"corpus.jsonl has no rows"),
-        (no_text, r"corpus.jsonl: row 4 \('d4'\) has no text"),
-        (malformed, r"train.tsv: line 4 is not"),
+        (no_text, r"corpus.jsonl: row 4 has no text"),
+        (malformed, r"train.tsv: row 2 has 2 cells, the header 3"),
     ],
 )
 def test_what_is_wrong_with_a_beir_folder(tmp_path, change, message):
-    with pytest.raises(MiningError, match=message):
-        inputs.read_pairs(write_beir(tmp_path / "beir", change=change), None, "train")
+    with pytest.raises(UserError, match=message):
+        inputs.read_pairs(write_beir(tmp_path / "beir", change=change))
 
 
 def test_errors_of_the_command_are_one_line_and_leave_nothing(model, tmp_path, small, capsys):
@@ -117,7 +117,7 @@ def test_errors_of_the_command_are_one_line_and_leave_nothing(model, tmp_path, s
     pairs = tmp_path / "pairs.parquet"
     cases = {
         "null.parquet: row 1, column 'passage' is null": ([tmp_path / "null.parquet"],),
-        "no.parquet has no column 'passage' or 'positive', only query": ([tmp_path / "no.parquet"],),
+        "no.parquet has no column 'passage' or 'positive' or 'pos'": ([tmp_path / "no.parquet"],),
         "absent.parquet does not exist": ([tmp_path / "absent.parquet"],),
         "empty.parquet has no rows": ([pairs], "--corpus", str(tmp_path / "empty.parquet")),
         "--negatives 30 cannot be had: pairs can search 30 distinct documents, 29 besides": ([pairs], "--negatives", "30"),
@@ -140,8 +140,8 @@ def test_vectors_that_are_not_finite(tmp_path, small):
     good = tiny.origin(tmp_path / "tokenizer")
     broken = dataclasses.replace(good, load=lambda mesh: jax.tree.map(lambda x: x * jnp.nan, good.load(mesh)))
     write_pairs(tmp_path / "pairs.parquet", rows=30)
-    pairs = inputs.read_pairs(tmp_path / "pairs.parquet", None, "train")
-    with pytest.raises(MiningError, match=r"the model's vector of 'document 0 about.* is not finite"):
+    pairs = inputs.read_pairs(tmp_path / "pairs.parquet")
+    with pytest.raises(UserError, match=r"the model's vector of 'document 0 about.* is not finite"):
         mine_with(broken, [pairs], None, tmp_path / "out", Rules(negatives=4, skip=0))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/*.np*"))
 
@@ -213,11 +213,11 @@ def test_classification_and_clustering_need_no_model(tmp_path, capsys):
         ("nli", {"premise": ["a"], "hypothesis": ["b"], "label": ["maybe"]}, "row 0 has the label 'maybe'"),
         ("nli", {"premise": ["a"], "label": ["neutral"]}, "has no column 'hypothesis', only premise, label"),
         ("nli", {"premise": ["a"], "hypothesis": ["b"], "label": ["neutral"]}, "makes no row of the form 'nli'"),
-        ("sts", {"sentence1": ["a"], "sentence2": ["b"], "score": ["high"]}, "row 0 has the score 'high'"),
-        ("sts", {"sentence1": ["a"], "sentence2": [None], "score": [4.0]}, "row 0, column 'sentence2' is None"),
+        ("sts", {"sentence1": ["a"], "sentence2": ["b"], "score": ["high"]}, "row 0, column 'score' is 'high', not a finite number"),
+        ("sts", {"sentence1": ["a"], "sentence2": [None], "score": [4.0]}, "row 0, column 'sentence2' is null"),
         ("clustering", {"text": ["a", "b", "c"], "label": ["x", "x", "y"]}, "fewer than --negatives 24 texts of other labels"),
     ],
 )
 def test_labels_that_cannot_be_built_with(tmp_path, form, columns, message):
-    with pytest.raises(MiningError, match=message):
+    with pytest.raises(UserError, match=message):
         builders.build(form, labelled(tmp_path / "in.parquet", **columns), None, 24, 0)

@@ -22,8 +22,9 @@ from mteb.types import PromptType
 
 from f2llm_jax import evaluate
 from f2llm_jax.command import INTERRUPTED
+from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation import instructions
-from f2llm_jax.evaluation.local_tasks import ManifestError, read_manifest
+from f2llm_jax.evaluation.local_tasks import read_manifest
 from f2llm_jax.files import FileError
 from f2llm_jax.inference import encode
 from f2llm_jax.inference.encode import load_encoder
@@ -289,12 +290,13 @@ QRELS = {"query-id": ["q0"], "corpus-id": ["d0"], "score": [1]}
     [
         ("corpus.parquet", None, "corpus.parquet does not exist"),
         ("qrels.parquet", {"query-id": [], "corpus-id": [], "score": []}, "qrels.parquet has no rows"),
-        ("qrels.parquet", QRELS | {"corpus-id": ["nowhere"]}, "names 'nowhere', which .*corpus.parquet does not have"),
-        ("qrels.parquet", QRELS | {"query-id": ["nobody"]}, "names 'nobody', which .*queries.parquet does not have"),
+        ("qrels.parquet", QRELS | {"corpus-id": ["nowhere"]}, "names the document 'nowhere', which .*corpus.parquet does not have"),
+        ("qrels.parquet", QRELS | {"query-id": ["nobody"]}, "names the query 'nobody', which .*queries.parquet does not have"),
         ("qrels.parquet", QRELS | {"score": [0]}, "no row with a score above 0"),
-        ("queries.parquet", {"id": ["q0", "q0"], "text": ["a", "b"]}, "the id 'q0' stands twice"),
+        ("queries.parquet", {"id": ["q0", "q0"], "text": ["a", "b"]}, "row 1 has the id 'q0', as a row before it"),
         ("queries.parquet", {"id": ["q0"], "text": [None]}, "row 0, column 'text' is null"),
-        ("pairs.parquet", {"sentence1": ["a"], "sentence2": ["b"], "labels": [2]}, "both 0 and 1 must occur"),
+        ("pairs.parquet", {"sentence1": ["a"], "sentence2": ["b"], "labels": [2]}, "row 0 has the label '2'"),
+        ("pairs.parquet", {"sentence1": ["a"], "sentence2": ["b"], "labels": [1]}, "both 0 and 1 must occur"),
         ("sts.parquet", {"sentence1": ["a"], "sentence2": ["b"], "score": [1.0]}, "all scores are equal"),
         ("test.parquet", {"text": ["a"], "label": ["bird"]}, "has the label 'bird'"),
         ("clusters.parquet", {"sentences": ["a"]}, "has no column 'labels'"),
@@ -303,7 +305,7 @@ QRELS = {"query-id": ["q0"], "corpus-id": ["d0"], "score": [1]}
 def test_files_that_cannot_be_evaluated_on(tmp_path, file, columns, message):
     path = write_manifest(tmp_path)
     (tmp_path / file).unlink() if columns is None else write(tmp_path / file, **columns)
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(UserError, match=message):
         read_manifest(path)
 
 
@@ -319,7 +321,7 @@ def test_files_that_cannot_be_evaluated_on(tmp_path, file, columns, message):
 )
 def test_manifests_that_are_wrong(tmp_path, tasks, message):
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": tasks}))
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(UserError, match=message):
         read_manifest(tmp_path / "tasks.json")
 
 
@@ -328,7 +330,7 @@ def test_manifests_that_are_wrong(tmp_path, tasks, message):
     [
         (["--benchmark", "MTEB(Multilingual, v3)"], "did you mean 'MTEB(Multilingual, v2)'"),
         (["--tasks", "Bankin77Classification"], "did you mean 'Banking77Classification'"),
-        (["--manifest", "absent.json"], "absent.json cannot be read"),
+        (["--manifest", "absent.json"], "absent.json does not exist"),
         (["--tasks", "STS12", "--dims", "65"], "has 64 dimensions"),
         (["--tasks", "STS12", "--mesh", "1,1,8"], "choose fsdp and tensor that divide it"),
         (["--tasks", "STS12", "--mesh", "3,1,1"], "mesh sizes (data, fsdp, tensor) = (3, 1, 1) do not fill 8 devices"),

@@ -162,8 +162,8 @@ def same(name, other):
     return lambda table: put(name, 9, table[other][9])(table)
 
 
-NUMBER, LIST, FLOAT = (f"is of type {name}, not a string" for name in ("int", "list", "float"))
-# What is wrong; kind of task; what the error names (None: none by default); rows left of 50 and what is counted with --set-aside.
+NUMBER, LIST = (f"is {name}, not a text" for name in ("a number", "a list"))
+# What is wrong; kind of task; what the error names (None: none by default); rows left of 50 and what is counted with --skip-invalid.
 ROWS = {
     "null query": (put("query", 3, None), "retrieval", "row 3, column 'query' is null", 49, "rows: query is null"),
     "empty query": (put("query", 3, " "), "retrieval", "row 3, column 'query' is empty", 49, "rows: query is empty"),
@@ -175,7 +175,7 @@ ROWS = {
     "surrogate": (put("query", 4, "a\udc80b"), "retrieval", "'query' is not valid UTF-8", 49, "rows: query is not valid UTF-8"),
     "null negative": (put("negative_2", 9, None), "retrieval", "row 9, column 'negative_2' is null", 50, "negatives: is null"),
     "empty negative": (put("negative_2", 9, ""), "clustering", "row 9, column 'negative_2' is empty", 50, "negatives: is empty"),
-    "number for negative": (put("negative_3", 9, 1.5), "retrieval", f"'negative_3' {FLOAT}", 50, f"negatives: {FLOAT}"),
+    "number for negative": (put("negative_3", 9, 1.5), "retrieval", f"'negative_3' {NUMBER}", 50, f"negatives: {NUMBER}"),
     "negative is positive": (same("negative_1", "passage"), "retrieval", None, 50, "negatives: is the positive"),
     "repeated negative": (same("negative_2", "negative_1"), "retrieval", None, 50, "negatives: repeats an earlier one"),
     "no negative left": (every_negative(lambda table: table["passage"][5]), "clustering", None, 49, "rows: no negative left"),
@@ -202,16 +202,16 @@ def prepared_with(change, kind, tokenizer, tmp_path, *flags, code=0):
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_malformed_row_is_an_error_repaired_or_set_aside(case, tokenizer, tmp_path, capsys):
+def test_a_malformed_row_is_an_error_repaired_or_skipped(case, tokenizer, tmp_path, capsys):
     change, kind, message, left, counter = ROWS[case]
     if message:
         assert prepared_with(change, kind, tokenizer, tmp_path, code=1) is None
         error = capsys.readouterr().err
-        assert "bad.jsonl: row" in error and message in error and "--set-aside" in error
+        assert "bad.jsonl: row" in error and message in error and "--skip-invalid" in error
         assert not (tmp_path / "out0").exists()
     strict = prepared_with(change, kind, tokenizer, tmp_path, "--strict", code=1)
     assert strict is None and "bad.jsonl: row" in capsys.readouterr().err
-    dataset = prepared_with(change, kind, tokenizer, tmp_path, *(["--set-aside", "--overwrite"] if message else []))
+    dataset = prepared_with(change, kind, tokenizer, tmp_path, *(["--skip-invalid", "--overwrite"] if message else []))
     info = dataset.sources["bad"]
     assert sum(info.rows.values()) == left and info.skipped == 50 - left
     assert info.counters[counter] > 0
@@ -240,10 +240,10 @@ GZ, ZST = gzip.compress(PAIRS)[:-9], pa.compress(PAIRS, "zstd", asbytes=True)[:-
 FILES = {
     "broken line": (spoil_file("a.jsonl", b'{"query": "q", "passage": "p"}\n{"query": \n'), "a.jsonl: row 1 is not JSON"),
     "not an object": (spoil_file("a.jsonl", b"[1]\n"), "a.jsonl: row 0 is not a JSON object"),
-    "truncated gz": (spoil_file("a.jsonl.gz", GZ), "not a readable jsonl.gz file"),
+    "truncated gz": (spoil_file("a.jsonl.gz", GZ), "is not a readable jsonl.gz file"),
     "truncated zst": (spoil_file("a.jsonl.zst", ZST), "not a readable jsonl.zst file"),
     "cells": (spoil_file("a.csv", b"query,passage\na,b\nc\n"), "a.csv: row 1 has 1 cells, the header 2"),
-    "header": (spoil_file("a.csv", b"question,passage\na,b\n"), "column 'query' is missing; add it, or name the column that holds it"),
+    "header": (spoil_file("a.csv", b"frage,passage\na,b\n"), "has no column 'query' or 'anchor' or 'question', only frage, passage"),
     "empty": (spoil_file("a.csv", b"query,passage\n"), "a.csv: no rows"),
     "quotes": (spoil_file("a.csv", b'query,passage\n"a,b\n'), "not a readable csv file"),
     "two formats": (two_formats, "are one source by name"),
@@ -256,7 +256,7 @@ def test_a_malformed_file_is_always_an_error(case, tokenizer, tmp_path, capsys):
     spoil, message = FILES[case]
     (tmp_path / "raw").mkdir()
     spoil(tmp_path / "raw")
-    for flags in ([], ["--set-aside"]):
+    for flags in ([], ["--skip-invalid"]):
         assert run(tmp_path, tokenizer, *flags, code=1) is None
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()

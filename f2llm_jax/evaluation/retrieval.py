@@ -4,53 +4,36 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyarrow.parquet as pq
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
+from f2llm_jax.inputs import folders, judged, pairs
+from f2llm_jax.inputs.columns import BY_NAME, Choice
 from f2llm_jax.progress import ProgressCallback
-from f2llm_jax.text import query_prompt
 
-COLUMNS = ("query", "instruction", "document", "language")
 QUERIES_AT_ONCE = 1024  # bounds the score matrix
-
-
-class PairsError(UserError):
-    """A file of pairs that cannot be evaluated on; the message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Queries and the pool they are searched in.
+    """Q queries and the U documents that they search in."""
 
-    Attributes:
-      name: of the file, without its ending.
-      queries: `[B]`, instruction included.
-      documents: `[S]`, distinct.
-      target: int64 `[B]`, the right document of each query.
-      language: str `[B]`, of each query.
-    """
-
-    name: str
-    queries: list[str]
-    documents: list[str]
-    target: np.ndarray
-    language: np.ndarray
+    name: str  # of the file, without its suffix
+    queries: list[str]  # instruction included
+    documents: list[str]  # distinct
+    target: Int[np.ndarray, " Q"]  # the right document of each query
+    language: np.ndarray  # str, of each query
+    described: list[str]  # what was understood of the files
 
 
 @dataclasses.dataclass(frozen=True)
 class Recall:
-    """Recall@1 of one model on one file at one width.
+    """Recall@1 of one model on one file at one width."""
 
-    Attributes:
-      overall: over all queries.
-      languages: by language of the query, lowest first.
-    """
-
-    overall: float
-    languages: Mapping[str, float]
+    overall: float  # over all queries
+    languages: Mapping[str, float]  # by language of the query, lowest first
 
     @property
     def mean_over_languages(self) -> float:
@@ -58,56 +41,78 @@ class Recall:
         return float(np.mean(list(self.languages.values())))
 
 
-def read_pairs(path: epath.PathLike) -> Pairs:
-    """Reads a parquet file with the string columns `COLUMNS`; its distinct documents are the pool.
+def read_pairs(path: epath.PathLike, choice: Choice = BY_NAME, qrels: str = "test") -> Pairs:
+    """Reads a file of pairs or a folder that is one (`inputs.pairs`), whose positives are the pool, or a BEIR folder with its corpus.
+
+    Negatives of a row are in the pool too.
 
     Raises:
-      PairsError: the file is missing, unreadable, empty or lacks a column or a value.
+      UserError: the file is missing, unreadable, empty, or lacks a column or a text.
     """
-    path = epath.Path(path)
-    try:
-        table = pq.read_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
-        raise PairsError(f"{path} is not a readable parquet file ({error})") from error
-    if missing := [column for column in COLUMNS if column not in table.column_names]:
-        raise PairsError(f"{path} lacks the column {', '.join(missing)}; pairs need {', '.join(COLUMNS)}")
-    if not table.num_rows:
-        raise PairsError(f"{path} holds no pairs")
-    if empty := [column for column in COLUMNS if table[column].null_count]:
-        raise PairsError(f"{path} has nulls in {', '.join(empty)}; write an empty string for what is absent")
-    query, instruction, document, language = (table[column].to_pylist() for column in COLUMNS)
-    number = {text: i for i, text in enumerate(dict.fromkeys(document))}
-    queries = [query_prompt(i) + q for i, q in zip(instruction, query, strict=True)]
-    return Pairs(path.stem, queries, list(number), np.array([number[d] for d in document]), np.array(language))
+    files = pairs.open_pairs(path, choice, qrels)
+    queries: list[str] = []
+    passages: list[str] = []
+    languages: list[str] = []
+    pool: dict[str, None] = dict.fromkeys(judged.read_documents(path).joined()) if files[0].split else {}
+    for file in files:
+        for block in pairs.read_pairs(file):
+            columns = {name: block.required(file, name) for name in block.texts}
+            queries += columns["query"]
+            passages += columns["passage"]
+            languages += columns.get("lang", [""] * len(block.rows))
+            pool |= dict.fromkeys(text for name, texts in columns.items() if name not in ("query", "lang") for text in texts if text)
+    number = {text: i for i, text in enumerate(pool)}
+    target = np.array([number[passage] for passage in passages])
+    return Pairs(folders.table_name(path), queries, list(pool), target, np.array(languages), [described.describe() for described in files])
 
 
 def evaluate(encoder: TextEncoder, pairs: Pairs, dims: Sequence[int], report: ProgressCallback | None = None) -> dict[int, Recall]:
     """Recall@1 by width.
 
     Raises:
-      PairsError: a width exceeds the model's.
+      UserError: a width exceeds the model's.
     """
     if max(dims) > encoder.width:
-        raise PairsError(f"the model has {encoder.width} dimensions, fewer than {max(dims)}; lower --dims")
+        raise UserError(f"the model has {encoder.width} dimensions, fewer than {max(dims)}; lower --dims")
     embeddings = encoder.encode(pairs.queries + pairs.documents, report=report)
     queries, documents = embeddings[: len(pairs.queries)], embeddings[len(pairs.queries) :]
-    hits = hits_at_1(queries, documents, pairs.target, dims)
+    hits = hits_at_1(queries, documents, pairs.target, dims, _other_positives(pairs))
     return {dim: _recall(hit, pairs.language) for dim, hit in hits.items()}
 
 
+def _other_positives(pairs: Pairs) -> list[Int[np.ndarray, " _"]]:
+    """By query, the right documents of the same query in other rows, which may be nearer without being wrong."""
+    of_query: dict[str, set[int]] = {}
+    for query, target in zip(pairs.queries, pairs.target.tolist(), strict=True):
+        of_query.setdefault(query, set()).add(target)
+    return [np.array(sorted(of_query[query] - {target}), int) for query, target in zip(pairs.queries, pairs.target.tolist(), strict=True)]
+
+
 def hits_at_1(
-    queries: Float[np.ndarray, "B D"], documents: Float[np.ndarray, "S D"], target: Int[np.ndarray, "B"], dims: Sequence[int]
-) -> dict[int, Bool[np.ndarray, "B"]]:
-    """By width: whether the right document alone is nearest by cosine. A tie is a miss, so a model that collapsed scores 0."""
+    queries: Float[np.ndarray, "Q D"],
+    documents: Float[np.ndarray, "U D"],
+    target: Int[np.ndarray, " Q"],
+    dims: Sequence[int],
+    others: Sequence[Int[np.ndarray, " _"]] = (),
+) -> dict[int, Bool[np.ndarray, " Q"]]:
+    """By width: whether the right document alone is nearest by cosine, documents `others` left out of account.
+
+    A tie is a miss, so a model that collapsed scores 0.
+    """
     hits = {}
     for dim in dims:
         q, d = truncate_and_normalize(queries, dim), truncate_and_normalize(documents, dim)
-        blocks = [slice(start, start + QUERIES_AT_ONCE) for start in range(0, len(q), QUERIES_AT_ONCE)]
-        hits[dim] = np.concatenate([_nearest_is_target(q[block] @ d.T, target[block]) for block in blocks])
+        found = []
+        for start in range(0, len(q), QUERIES_AT_ONCE):
+            scores = q[start : start + QUERIES_AT_ONCE] @ d.T
+            for row, numbers in enumerate(others[start : start + QUERIES_AT_ONCE]):
+                scores[row, numbers] = -np.inf
+            found.append(_nearest_is_target(scores, target[start : start + QUERIES_AT_ONCE]))
+        hits[dim] = np.concatenate(found)
     return hits
 
 
-def _nearest_is_target(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
+def _nearest_is_target(scores: Float[np.ndarray, "Q U"], target: Int[np.ndarray, " Q"]) -> Bool[np.ndarray, " Q"]:
     row = np.arange(len(target))
     right = scores[row, target]
     scores[row, target] = -np.inf

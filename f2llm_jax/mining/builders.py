@@ -8,29 +8,36 @@
     clustering       text, label                              text -> another text of its label, against random texts of other labels;
                                                               nothing is mined
 
-NLI labels are the words `entailment`, `neutral`, `contradiction` or their first letters, or 0, 1, 2 in this order.
+NLI labels are the words `entailment`, `neutral`, `contradiction` or their first letters, or 0, 1, 2 in this order. Labels are the texts
+that spell them (`inputs.cells.labels`): `007` and `7` are two.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 from etils import epath
 
-from f2llm_jax.mining.errors import MiningError
-from f2llm_jax.mining.inputs import Pairs, instructed
+from f2llm_jax.errors import UserError
+from f2llm_jax.inputs.columns import BY_NAME, Choice, Form
+from f2llm_jax.inputs.fields import Fields, Kind, read_fields
+from f2llm_jax.inputs.folders import table_name
+from f2llm_jax.inputs.pairs import instructed
+from f2llm_jax.mining.inputs import Pairs
 from f2llm_jax.mining.selection import generator
-from f2llm_jax.preparation.raw_files import source_name
 
 ENTAILED, NEUTRAL, CONTRADICTED = range(3)
 NLI_LABELS = {
     spelling: number for number, word in enumerate(("entailment", "neutral", "contradiction")) for spelling in (word, word[0], str(number))
 }
 STS_MINIMUM = 4.0
+LABELLED = Form({"text": ("text", "sentence"), "label": ("label",)})
+FORMS = {
+    "nli": Form({"premise": ("premise",), "hypothesis": ("hypothesis",), "label": ("label", "gold_label")}),
+    "sts": Form({"sentence1": ("sentence1",), "sentence2": ("sentence2",), "score": ("score",)}),
+    "classification": LABELLED,
+    "clustering": LABELLED,
+}
 INSTRUCTIONS = {
     "nli": "Given a premise, retrieve hypotheses that are entailed by the premise.",
     "sts": "Retrieve semantically similar text.",
@@ -40,36 +47,37 @@ INSTRUCTIONS = {
 MINED = ("nli", "sts")  # forms whose negatives are mined
 
 
-def build(form: str, path: epath.PathLike, instruction: str | None, negatives: int, seed: int) -> tuple[Pairs, Counter]:
+def build(
+    form: str, path: epath.PathLike, instruction: str | None, negatives: int, seed: int, choice: Choice = BY_NAME
+) -> tuple[Pairs, Counter[str]]:
     """Reads a labelled file as rows of one of the forms above, and counts what makes no row.
 
     Args:
       form: a key of `INSTRUCTIONS`.
-      path: of a parquet, JSONL or CSV file.
+      path: of a file or a folder that is a table.
       instruction: of queries; None for that of the form.
       negatives: n, texts of other clusters a row.
       seed: of what is random.
+      choice: the user's columns.
 
     Raises:
-      MiningError: the file is missing, unreadable or empty, lacks a column, or has a value that the form does not know.
+      UserError: the file is missing, unreadable or empty, lacks a column, or has a value that the form does not know.
     """
-    path = epath.Path(path)
-    make: Callable[..., tuple[Pairs, Counter]] = {"nli": _nli, "sts": _sts, "classification": _classification, "clustering": _clustering}[
-        form
-    ]
-    instruction = INSTRUCTIONS[form] if instruction is None else instruction
-    pairs, counters = make(path, instruction, negatives, seed)
-    if not pairs.queries:
-        raise MiningError(f"{path}: makes no row of the form {form!r} ({dict(counters)}); check its labels")
-    return pairs, counters
+    kinds: dict[str, Kind] = {role: {"label": "label", "score": "number"}.get(role, "text") for role in FORMS[form].roles}  # type: ignore[misc]
+    rows = read_fields(path, FORMS[form], kinds, choice)
+    make = {"nli": _nli, "sts": _sts, "classification": _classification, "clustering": _clustering}[form]
+    built, counters = make(rows, INSTRUCTIONS[form] if instruction is None else instruction, negatives, seed)
+    if not built.queries:
+        raise UserError(f"{path}: makes no row of the form {form!r} ({dict(counters)}); check its labels")
+    return dataclasses.replace(built, name=table_name(path), described=rows.describe()), counters
 
 
-def _nli(path: epath.Path, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter]:
+def _nli(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
     by_premise: dict[str, tuple[list[str], list[str], list[str]]] = {}
-    for row, (premise, hypothesis, label) in enumerate(_read(path, ("premise", "hypothesis"), "label")):
-        number = NLI_LABELS.get(str(label).lower())
+    for row, (premise, hypothesis, label) in enumerate(zip(*(rows.values[role] for role in FORMS["nli"].roles), strict=True)):
+        number = NLI_LABELS.get(label.lower())
         if number is None:
-            raise MiningError(f"{path}: row {row} has the label {label!r}; use entailment, neutral or contradiction, or drop the row")
+            raise UserError(f"{rows.place(row)} has the label {label!r}; use entailment, neutral or contradiction, or drop the row")
         by_premise.setdefault(premise, ([], [], []))[number].append(hypothesis)
     queries, passages, given = [], [], []
     for premise, hypotheses in by_premise.items():
@@ -79,42 +87,38 @@ def _nli(path: epath.Path, instruction: str, negatives: int, seed: int) -> tuple
             passages.append(entailed)
             given.append(known[:negatives])
     counters = Counter({"premises that entail nothing": sum(not hypotheses[ENTAILED] for hypotheses in by_premise.values())})
-    return _pairs(path, instructed(queries, instruction), passages, "retrieval", given), counters
+    return _pairs(instructed(queries, instruction), passages, "retrieval", given), counters
 
 
-def _sts(path: epath.Path, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter]:
-    rows, counters = [], Counter()
-    for row, (first, second, score) in enumerate(_read(path, ("sentence1", "sentence2"), "score")):
-        try:
-            similar = float(score) >= STS_MINIMUM
-        except ValueError as error:
-            raise MiningError(f"{path}: row {row} has the score {score!r}, which is no number; mend it") from error
+def _sts(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
+    found, counters = [], Counter[str]()
+    for first, second, score in zip(*(rows.values[role] for role in FORMS["sts"].roles), strict=True):
+        similar = score >= STS_MINIMUM
         if similar and first != second:
-            rows += [(first, second), (second, first)]
+            found += [(first, second), (second, first)]
         else:
             counters["pairs of equal texts" if similar else f"pairs of a score below {STS_MINIMUM:g}"] += 1
-    rows = list(dict.fromkeys(rows))
-    return _pairs(path, instructed([query for query, _ in rows], instruction), [passage for _, passage in rows], "retrieval"), counters
+    found = list(dict.fromkeys(found))
+    return _pairs(instructed([query for query, _ in found], instruction), [passage for _, passage in found], "retrieval"), counters
 
 
-def _classification(path: epath.Path, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter]:
-    texts, labels = zip(*_read(path, ("text",), "label"), strict=True)
-    names = sorted({str(label) for label in labels})
+def _classification(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
+    texts, labels = rows.values["text"], rows.values["label"]
+    names = sorted(set(labels))
     if len(names) != 2:
-        raise MiningError(f"{path}: has {len(names)} labels, classification is between two; build it as clustering")
+        raise UserError(f"{rows.files[0].path}: has {len(names)} labels, classification is between two; build it as clustering")
     opposite = dict(zip(names, reversed(names), strict=True))
-    labels = [str(label) for label in labels]
-    return _pairs(path, instructed(list(texts), instruction), labels, "classification", [[opposite[name]] for name in labels]), Counter()
+    return _pairs(instructed(texts, instruction), labels, "classification", [[opposite[name]] for name in labels]), Counter()
 
 
-def _clustering(path: epath.Path, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter]:
-    rows = list(dict.fromkeys((text, str(label)) for text, label in _read(path, ("text",), "label")))
-    texts = [text for text, _ in rows]
-    _, label = np.unique([name for _, name in rows], return_inverse=True)
+def _clustering(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
+    found = list(dict.fromkeys(zip(rows.values["text"], rows.values["label"], strict=True)))
+    texts = [text for text, _ in found]
+    _, label = np.unique([name for _, name in found], return_inverse=True)
     ambiguous = {text for text, count in Counter(texts).items() if count > 1}
     members = [np.flatnonzero(label == number) for number in range(label.max() + 1)]
     if max(map(len, members)) + negatives > len(texts):
-        raise MiningError(f"{path}: a row has fewer than --negatives {negatives} texts of other labels; lower it")
+        raise UserError(f"{rows.files[0].path}: a row has fewer than --negatives {negatives} texts of other labels; lower it")
     counters, queries, passages, given = Counter(), [], [], []
     for row, text in enumerate(texts):
         fellows = members[label[row]]
@@ -131,28 +135,8 @@ def _clustering(path: epath.Path, instruction: str, negatives: int, seed: int) -
         queries.append(text)
         passages.append(texts[passage])
         given.append(others)
-    return _pairs(path, instructed(queries, instruction), passages, "clustering", given), counters
+    return _pairs(instructed(queries, instruction), passages, "clustering", given), counters
 
 
-def _pairs(path: epath.Path, queries: list[str], passages: list[str], kind: str, given: list[list[str]] | None = None) -> Pairs:
-    return Pairs(source_name(path), queries, passages, [""] * len(queries), kind, given or [])
-
-
-def _read(path: epath.Path, texts: tuple[str, ...], label: str) -> list[tuple]:
-    """The rows of a labelled file: texts, then the label as it stands there."""
-    if not path.exists() or source_name(path) is None:
-        raise MiningError(f"{path} is no parquet, JSONL or CSV file that exists; name one")
-    read = pq.read_table if path.suffix == ".parquet" else pyarrow.csv.read_csv if path.suffix == ".csv" else pyarrow.json.read_json
-    try:
-        with path.open("rb") as file:
-            table = read(file)
-    except pa.ArrowException as error:
-        raise MiningError(f"{path} cannot be read ({' '.join(str(error).split())}); mend it") from error
-    if missing := [name for name in (*texts, label) if name not in table.column_names]:
-        raise MiningError(f"{path} has no column {', '.join(map(repr, missing))}, only {', '.join(table.column_names)}; rename one")
-    columns = [table[name].to_pylist() for name in (*texts, label)]
-    for name, column in zip((*texts, label), columns, strict=True):
-        for row, value in enumerate(column):
-            if value is None or (name != label and not (isinstance(value, str) and value.strip())):
-                raise MiningError(f"{path}: row {row}, column {name!r} is {value!r}; give it a text or drop the row")
-    return list(zip(*columns, strict=True))
+def _pairs(queries: list[str], passages: list[str], kind: str, given: list[list[str]] | None = None) -> Pairs:
+    return Pairs("", queries, passages, [""] * len(queries), kind, given or [])

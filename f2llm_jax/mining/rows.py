@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from f2llm_jax.mining import selection
 from f2llm_jax.mining.pool import Rows
@@ -13,29 +14,31 @@ from f2llm_jax.mining.search import Searched
 from f2llm_jax.mining.selection import Rules
 
 BLOCK_ROWS = 4096  # selected for at once
-REMEMBERED_TEXTS = 20_000  # whose 5-grams are kept
+REMEMBERED_TEXTS = 20_000  # whose 5-grams or token ids are kept
+SAME_SCORE = 5e-3  # cosines of one text, from vectors stored in float16, differ by less
 
 
 @dataclasses.dataclass(frozen=True)
 class MinedRows:
-    """Consecutive rows of a source that are kept.
+    """Consecutive rows of a source that are kept, R of them with N negatives."""
 
-    Attributes:
-      index: int64 `[rows]`, which rows of the source.
-      negatives: int64 `[rows, n]`, documents.
-      scores: float32 `[rows, 1 + n]`, cosines of the positive and of the negatives with the query.
-      counters: of all rows ("rows", "kept", "set aside: ...", "filled"), and of neighbours by the rule that took them.
+    index: Int[np.ndarray, " R"]  # which rows of the source
+    negatives: Int[np.ndarray, "R N"]  # documents
+    scores: Float[np.ndarray, "R 1+N"]  # float32, cosines of the positive and of the negatives with the query
+    counters: Counter[str]  # of all rows ("rows", "kept", "skipped: ...", "filled"), and of neighbours by the rule that took them
+
+
+def mined(found: Searched, source: Rows, rules: Rules, ids: Callable[[str], bytes], report: Callable[[int], None]) -> Iterator[MinedRows]:
+    """The rows of a source, in order, with negatives by the rules, given negatives first.
+
+    Args:
+      found: neighbours of its queries.
+      source: to mine for.
+      rules: to follow.
+      ids: the token ids of a text as the model sees it.
+      report: told of rows done.
     """
-
-    index: np.ndarray
-    negatives: np.ndarray
-    scores: np.ndarray
-    counters: Counter
-
-
-def mined(found: Searched, source: Rows, rules: Rules, report: Callable[[int], None]) -> Iterator[MinedRows]:
-    """The rows of a source, in order, with negatives by the rules, given negatives first; `report` is told of rows done."""
-    judge = _Judge(found, rules)
+    judge = _Judge(found, rules, ids)
     for start in range(0, len(source.query), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
         yield judge.rows(source.query[part], source.positive[part], source.given[part], start)
@@ -45,8 +48,9 @@ def mined(found: Searched, source: Rows, rules: Rules, report: Callable[[int], N
 class _Judge:
     """Applies the rules to rows of one pool."""
 
-    def __init__(self, found: Searched, rules: Rules):
+    def __init__(self, found: Searched, rules: Rules, ids: Callable[[str], bytes]):
         self._found, self._rules = found, rules
+        self._ids = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(lambda document: ids(found.pool.documents[document].as_py()))
         self._grams = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(
             lambda document: selection.character_grams(found.pool.documents[document].as_py())
         )
@@ -56,9 +60,13 @@ class _Judge:
         rules, pool, counters = self._rules, self._found.pool, Counter(rows=len(query))
         queries, of = np.unique(query, return_inverse=True)
         scores, index = self._neighbours(queries)
-        lowest = self._lowest_positive(queries)
-        left = selection.allowed(rules, scores, lowest, counters)
         positives = [pool.positives[number] for number in queries]
+        of_positives = self._scores(np.repeat(queries, list(map(len, positives))), np.concatenate(positives))
+        starts = np.cumsum([0, *map(len, positives[:-1])])
+        left = selection.allowed(rules, scores, np.minimum.reduceat(of_positives, starts), counters)
+        same = self._same_ids(left, scores, index, positives, np.split(of_positives, starts[1:]))
+        counters["has the token ids of a positive"] += int(same.sum())
+        left &= ~same
         repeats = selection.near_duplicates(left, index, positives, self._grams, rules.near_duplicate)
         counters["near-duplicate of a positive (--near-duplicate)"] += int(repeats.sum())
         columns = selection.choose(rules, left & ~repeats, [pool.queries[int(number)].as_py() for number in queries])
@@ -68,11 +76,11 @@ class _Judge:
         keep = np.ones(len(query), bool)
         if rules.max_positive_rank is not None:
             keep &= selection.positive_rank(scores, own, of) <= rules.max_positive_rank
-            counters["set aside: the positive ranks below --max-positive-rank"] += int((~keep).sum())
+            counters["skipped: the positive ranks below --max-positive-rank"] += int((~keep).sum())
         if rules.too_few == "fill":
             counters["filled with random documents"] += self._fill(negatives, query, index[of], keep)
         enough = (negatives >= 0).all(axis=1)
-        counters["set aside: too few negatives"] += int((keep & ~enough).sum())
+        counters["skipped: too few negatives"] += int((keep & ~enough).sum())
         kept = np.flatnonzero(keep & enough)
         counters["kept"] += len(kept)
         negatives = negatives[kept]
@@ -89,11 +97,16 @@ class _Judge:
         scores, index = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return scores, index
 
-    def _lowest_positive(self, queries: np.ndarray) -> np.ndarray:
-        """float32 `[B]`."""
-        positives = [self._found.pool.positives[number] for number in queries]
-        scores = self._scores(np.repeat(queries, list(map(len, positives))), np.concatenate(positives))
-        return np.minimum.reduceat(scores, np.cumsum([0, *map(len, positives[:-1])]))
+    def _same_ids(
+        self, left: np.ndarray, scores: np.ndarray, index: np.ndarray, positives: list[np.ndarray], of_positives: list[np.ndarray]
+    ) -> np.ndarray:
+        """Which neighbours `[B, k]` are to the model the same text as a positive; only those of the positive's score can be."""
+        same = np.zeros(left.shape, bool)
+        for row, (known, own) in enumerate(zip(positives, of_positives, strict=True)):
+            near = left[row] & (np.abs(scores[row] - own[:, None]).min(axis=0) < SAME_SCORE)
+            for column in np.flatnonzero(near):
+                same[row, column] = self._ids(int(index[row, column])) in {self._ids(int(document)) for document in known}
+        return same
 
     def _scores(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """float32 cosine of each query with its document, summed in float64."""

@@ -5,20 +5,21 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from f2llm_jax import sharding
+from f2llm_jax.errors import UserError
 from f2llm_jax.files import check_apart, read_json
 from f2llm_jax.folders import INCOMPLETE, check_new_folder, check_whole, new_folder
 from f2llm_jax.inference.devices import all_here, local_mesh
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.locks import lock
 from f2llm_jax.mining import writing
-from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, make_pool
 from f2llm_jax.mining.rows import mined
@@ -71,7 +72,7 @@ def mine(
       report: called with what is done.
 
     Raises:
-      MiningError: inputs, rules or vectors that cannot be mined with, or something else at `out`.
+      UserError: inputs, rules or vectors that cannot be mined with, or something else at `out`.
     """
     rules.check()
     check_names(sources)
@@ -91,7 +92,7 @@ def mine(
     check_apart(out, inputs or {})
     if not overwrite and out.is_dir() and any(out.iterdir()) and not (out / INCOMPLETE).exists():
         if not summary.exists() or read_json(summary).get("made_of") != made_of:
-            raise MiningError(f"{out} exists and was not made from these inputs by these rules; remove it, or pass --overwrite")
+            raise UserError(f"{out} exists and was not made from these inputs by these rules; remove it, or pass --overwrite")
         check_whole(out, "remove it and run the same command again")
         return read_json(summary)
     check_new_folder(out, overwrite, inputs)
@@ -99,24 +100,33 @@ def mine(
         found = [search(pool, store, cache / "neighbours", rules.nearest, mesh, report) for pool in pools]
         if jax.process_index() == 0:
             settings = {"model": origin.name, "encoding": dataclasses.asdict(encoding), "made_of": made_of}
+            tokenizer = origin.matching_tokenizer()
+            ids = lambda text: tokenizer.encode([text], limit)[0].tobytes()  # noqa: E731
             with new_folder(out, "summary.json", overwrite, inputs) as folder:
-                _write(found, folder, rules, settings, report)
+                _write(found, folder, rules, settings, ids, report)
         all_here("written")
     return read_json(summary)
 
 
-def _write(found: Sequence[Searched], folder: epath.Path, rules: Rules, settings: dict, report: ProgressCallback) -> None:
+def _write(
+    found: Sequence[Searched],
+    folder: epath.Path,
+    rules: Rules,
+    settings: dict[str, Any],
+    ids: Callable[[str], bytes],
+    report: ProgressCallback,
+) -> None:
     seen, counters, kinds = writing.Seen(), {}, {}
     rows = sum(len(source.query) for one in found for source in one.pool.sources)
     for one in found:
         for source in one.pool.sources:
             before = sum(counted["rows"] for counted in counters.values())
-            parts = mined(one, source, rules, lambda done, before=before: report("select", before + done, rows))
+            parts = mined(one, source, rules, ids, lambda done, before=before: report("select", before + done, rows))
             counters[source.name] = writing.write_source(folder, one.pool, source, parts, rules.negatives, seen)
             kinds[source.name] = source.kind
     total = sum(counters.values(), Counter())
     if not total["kept"]:
-        raise MiningError(f"no row is left ({_told(total)}); loosen the rules or give more documents with --corpus")
+        raise UserError(f"no row is left ({_told(total)}); loosen the rules or give more documents with --corpus")
     sizes = {"documents": sum(len(one.pool.documents) for one in found), "queries": sum(len(one.pool.queries) for one in found)}
     by_source = {name: dict(sorted(counted.items())) for name, counted in counters.items()}
     details = {"rules": dataclasses.asdict(rules), **sizes, "total": dict(sorted(total.items())), "sources": by_source}
@@ -130,7 +140,7 @@ def _told(counters: Counter) -> str:
 def _check_size(pool: Pool, negatives: int) -> None:
     possible = len(pool.documents) - min(map(len, pool.positives))
     if possible < negatives:
-        raise MiningError(
+        raise UserError(
             f"--negatives {negatives} cannot be had: {', '.join(source.name for source in pool.sources)} can search "
             f"{len(pool.documents):,} distinct documents, {possible:,} besides a query's positives; lower it or give more with --corpus"
         )

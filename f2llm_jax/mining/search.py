@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from f2llm_jax.errors import UserError
 from f2llm_jax.files import read_arrays, write_arrays
 from f2llm_jax.inference.devices import all_here
-from f2llm_jax.mining.errors import MiningError
 from f2llm_jax.mining.nearest import BLOCK_DOCUMENTS, NONE, nearest
 from f2llm_jax.mining.pool import Pool
 from f2llm_jax.mining.vectors import SHARD_TEXTS, Shard, ShardedVectors
@@ -44,7 +44,7 @@ class Neighbours:
         path = self.folder / f"{self.keys[number]}.npz"
         arrays = read_arrays(path)
         if str(arrays.get("key")) != self.keys[number]:
-            raise MiningError(f"{path} holds the neighbours of other queries; delete it and run the same command again")
+            raise UserError(f"{path} holds the neighbours of other queries; delete it and run the same command again")
         return arrays["scores"], arrays["index"]
 
 
@@ -71,7 +71,7 @@ def search(pool: Pool, store: ShardedVectors, folder: epath.Path, k: int, mesh: 
       report: called with what is done.
 
     Raises:
-      MiningError: a vector is not finite.
+      UserError: a vector is not finite.
     """
     documents, queries = store.shards(pool.documents), store.shards(pool.queries)
     for name, texts, shards in (("encode documents", pool.documents, documents), ("encode queries", pool.queries, queries)):

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from f2llm_jax.mining.errors import MiningError
+from f2llm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,15 +52,15 @@ class Rules:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises a MiningError if the numbers contradict one another."""
+        """Raises a UserError if the numbers contradict one another."""
         if self.negatives < 1 or self.skip < 0:
-            raise MiningError(f"--negatives {self.negatives} must be at least 1 and --skip {self.skip} at least 0")
+            raise UserError(f"--negatives {self.negatives} must be at least 1 and --skip {self.skip} at least 0")
         if self.nearest < self.skip + self.negatives:
-            raise MiningError(
+            raise UserError(
                 f"--nearest {self.nearest} is fewer than --skip {self.skip} and --negatives {self.negatives} together; raise or lower one"
             )
         if (self.max_positive_rank or 0) > self.nearest:
-            raise MiningError(f"--max-positive-rank {self.max_positive_rank} must not exceed --nearest {self.nearest}; raise that")
+            raise UserError(f"--max-positive-rank {self.max_positive_rank} must not exceed --nearest {self.nearest}; raise that")
 
 
 def allowed(rules: Rules, scores: Float[np.ndarray, "B K"], positive: Float[np.ndarray, "B"], counters: Counter) -> Bool[np.ndarray, "B K"]:

@@ -91,7 +91,7 @@ def write_built(
     """Writes sources whose negatives are all given, without scores; returns what summary.json says.
 
     Raises:
-      MiningError: two sources have one name.
+      UserError: two sources have one name.
       FileError: there is something at `out` and it is not to be replaced, or it holds one of the `inputs`.
     """
     check_names(sources)

@@ -15,8 +15,8 @@ from etils import epath
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from f2llm_jax.data import records
+from f2llm_jax.errors import UserError
 from f2llm_jax.preparation import tables
-from f2llm_jax.preparation.raw_files import RawDataError
 from f2llm_jax.preparation.selection import Recipe, Rules
 from f2llm_jax.preparation.shards import WriteDocuments, WriteRows, shard_name
 from f2llm_jax.preparation.sources import Source
@@ -25,7 +25,7 @@ from f2llm_jax.preparation.sources import Source
 IN_PROCESS = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 # A runner brings the exception of a worker back as text inside one of its own.
-_RAW_DATA_ERROR = re.compile(r"RawDataError: (.*?)(?: \[while running .*)?$", re.MULTILINE)
+_USER_ERROR = re.compile(r"UserError: (.*?)(?: \[while running .*)?$", re.MULTILINE)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -109,7 +109,7 @@ def build_source(
       beam_flags: Beam pipeline options; without a `--runner` the pipeline runs in this process.
 
     Raises:
-      RawDataError: a row cannot be used.
+      UserError: a row cannot be used.
     """
     place, work = records.source_folder(folder, source.name), epath.Path(folder) / "work" / source.name
     for left in (place, work):
@@ -124,13 +124,13 @@ def build_source(
     try:
         with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; nothing is downloaded
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False), download_dir=downloads)
-    except RawDataError:
+    except UserError:
         raise
     except Exception as error:
-        found = _RAW_DATA_ERROR.search(str(error))
+        found = _USER_ERROR.search(str(error))
         if not found:
             raise
-        raise RawDataError(found[1]) from error
+        raise UserError(found[1]) from error
     info = tables.write_tables(folder, work, source)
     work.rmtree()
     return info

@@ -1,97 +1,109 @@
-"""What becomes of rows that are not as they should be: repaired, set aside and counted, or an error.
+"""What becomes of rows that are not as they should be: repaired, skipped and counted, or an error.
 
-    anomaly                                         default             --set-aside         --strict
-    query or passage null, empty, not a string,
-      not valid UTF-8                               error               row set aside       error
-    negative null, empty, not a string, not UTF-8   error               negative dropped    error
-    negative is the positive, by text               negative dropped    negative dropped    error
+    anomaly                                         default             --skip-invalid      --strict
+    query or passage null, empty, not a text,
+      not valid UTF-8                               error               row skipped         error
+    negative null, empty, not a text, not UTF-8     error               negative dropped    error
+    negative is a positive of its row               negative dropped    negative dropped    error
     negative repeats an earlier one of its row      negative dropped    negative dropped    error
     no negative left in a clustering or
-      classification row (its loss would be 0)      row set aside       row set aside       error
+      classification row (its loss would be 0)      row skipped         row skipped         error
 
-The files of the F2LLM-v2 release have a few empty texts; for them the default is `--set-aside`.
+The files of the F2LLM-v2 release have a few empty texts; for them the default is `--skip-invalid`.
 
+Two texts are the same if they are equal in Unicode's form NFC, or if their token ids are (see `shards`): a model cannot tell them apart.
 A query is empty if nothing is left once its instruction is gone. What is dropped leaves a row with fewer negatives: the rest
-close up, and a step draws the missing ones from those its row has left (see `pipeline`). JSONL rows may leave out negatives.
+close up, and a step draws the missing ones from those its row has left (see `pipeline`). Rows of JSON lines may leave out negatives.
 A missing column, a column declared as another type, and a file that cannot be read are always errors.
 """
 
 import dataclasses
+import unicodedata
 from collections import Counter
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Bool, Int
 
-from f2llm_jax.preparation.raw_files import ABSENT, Block, RawDataError
+from f2llm_jax.errors import UserError
+from f2llm_jax.inputs.cells import ABSENT, EMPTY
+from f2llm_jax.inputs.pairs import PairBlock
 from f2llm_jax.text import strip_instruction
 
-Policy = Literal["default", "set-aside", "strict"]
-
-EMPTY = "is empty"
+Policy = Literal["default", "skip", "strict"]
+POSITIVE = "is the positive"
 
 
 @dataclasses.dataclass(frozen=True)
-class CleanRows:
-    """Rows that can be trained on.
+class Rows:
+    """B rows that can be trained on, each with its positive and N negatives."""
 
-    Attributes:
-      index: int64 `[rows]`, which rows of the block they are.
-      queries: their queries.
-      languages: "" where unknown.
-      documents: int64 `[rows, 1 + n]`, positive then negatives, numbers into `texts`; -1 for a negative that does not exist.
-      texts: the distinct documents.
-      counters: what was set aside ("rows: ...") and repaired ("negatives: ...").
-    """
-
-    index: np.ndarray
-    queries: list[str]
-    languages: list[str]
-    documents: np.ndarray
-    texts: list[str]
-    counters: Counter
+    path: str
+    index: Int[np.ndarray, " B"]  # which rows of the block they are
+    row: Int[np.ndarray, " B"]  # of the file, for messages
+    queries: list[str]  # with the instruction they have or are given
+    languages: list[str]  # "" where unknown
+    documents: Int[np.ndarray, "B 1+N"]  # positive then negatives, numbers into `texts`; -1 for a negative that does not exist
+    texts: list[str]  # the distinct documents
+    counters: Counter[str]  # what was skipped ("rows: ..."), repaired ("negatives: ...") and is remarkable ("warning: ...")
 
 
-def clean(
-    path: str, block: Block, columns: dict[str, str], negatives: int, needs_negatives: bool, policy: Policy, wanted: np.ndarray
-) -> CleanRows:
+def clean(path: str, block: PairBlock, negatives: int, needs_negatives: bool, policy: Policy, wanted: Bool[np.ndarray, " B"]) -> Rows:
     """Applies the rules above.
 
     Args:
       path: of the file, for messages.
       block: its rows.
-      columns: from `query`, `passage`, `negative_1`, ..., `lang` to the file's columns; what the file has.
-      negatives: n of the result, at least as many as the file has.
-      needs_negatives: a row without any is set aside.
+      negatives: N of the result, at least as many as the file has.
+      needs_negatives: a row without any is skipped.
       policy: the column of the table above.
-      wanted: bool `[rows]`; the other rows are left out, unseen and uncounted.
+      wanted: the other rows are left out, unseen and uncounted.
 
     Raises:
-      RawDataError: an anomaly that is an error; names the first one, with row and field.
+      UserError: an anomaly that is an error; names the first one, with row and field.
     """
-    queries = block.columns[columns["query"]].to_pylist()
-    names = ["passage", *(f"negative_{i}" for i in range(1, negatives + 1) if f"negative_{i}" in columns)]
-    codes, texts, empty = _distinct([block.columns[columns[name]] for name in names])
-    judge = _Judge(path, block, columns, policy, wanted)
-    kept = judge.drop_rows("query", np.array([query is None for query in queries]), None)
-    kept &= judge.drop_rows("query", np.array([query is not None and not strip_instruction(query).strip() for query in queries]), EMPTY)
+    queries = block.texts["query"].values.to_pylist()
+    bare = [None if query is None else strip_instruction(query).strip() for query in queries]
+    names = ["passage", *(f"negative_{i}" for i in range(1, negatives + 1) if f"negative_{i}" in block.texts)]
+    codes, texts, empty = _distinct([block.texts[name].values for name in names])
+    same = _same_form(texts)
+    judge = _Judge(path, block, policy, wanted)
+    kept = judge.drop_rows("query", np.array([query is None for query in bare]), None)
+    kept &= judge.drop_rows("query", np.array([query == "" for query in bare]), EMPTY)
     kept &= judge.drop_rows("passage", codes[0] < 0, None)
     kept &= judge.drop_rows("passage", (codes[0] >= 0) & empty[codes[0]], EMPTY)
     judge.rows = kept
-    there = [judge.keep_negatives(name, codes[i], empty) for i, name in enumerate(names) if i]
-    there = np.array(there, bool).reshape(len(names) - 1, len(queries))
-    there &= judge.keep_others(names[1:], there & (codes[1:] == codes[0]), "is the positive")
-    there &= judge.keep_others(names[1:], _repeats(np.where(there, codes[1:], -1)), "repeats an earlier one")
+    there = np.array([judge.keep_negatives(name, codes[i], empty) for i, name in enumerate(names) if i], bool)
+    there = there.reshape(len(names) - 1, len(queries))
+    forms = same[codes[1:]]
+    there &= judge.keep_others(names[1:], there & _is_positive(forms, same[codes[0]], block.rows), POSITIVE)
+    there &= judge.keep_others(names[1:], _repeats(np.where(there, forms, -1)), "repeats an earlier one")
     if needs_negatives:
         kept = kept & judge.keep_rows_with_negatives(there.any(axis=0))
-    order = np.argsort(~there, axis=0, kind="stable")
-    closed = np.take_along_axis(np.where(there, codes[1:], -1), order, axis=0)
     documents = np.full((len(queries), 1 + negatives), -1, np.int64)
-    documents[:, 0], documents[:, 1 : len(names)] = codes[0], closed.T
+    documents[:, 0] = codes[0]
+    documents[:, 1 : len(names)] = np.where(there, codes[1:], -1).T
     index = np.flatnonzero(kept)
-    languages = block.columns[columns["lang"]].fill_null("").to_pylist() if "lang" in columns else [""] * len(queries)
-    return CleanRows(index, [queries[i] for i in index], [languages[i] for i in index], documents[index], texts, +judge.counters)
+    languages = block.texts["lang"].values.fill_null("").to_pylist() if "lang" in block.texts else [""] * len(queries)
+    judge.counters["warning: rows whose query is their passage"] += sum(bare[i] == texts[codes[0, i]].strip() for i in index)
+    return Rows(
+        path=path,
+        index=index,
+        row=block.rows[index],
+        queries=[queries[i] for i in index],
+        languages=[languages[i] for i in index],
+        documents=close_up(documents[index]),
+        texts=texts,
+        counters=+judge.counters,
+    )
+
+
+def close_up(documents: Int[np.ndarray, "B 1+N"]) -> Int[np.ndarray, "B 1+N"]:
+    """The same rows with their absent negatives (-1) last."""
+    order = np.argsort(documents < 0, axis=1, kind="stable")
+    return np.take_along_axis(documents, order, axis=1)
 
 
 def _distinct(arrays: list[pa.Array]) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -102,8 +114,28 @@ def _distinct(arrays: list[pa.Array]) -> tuple[np.ndarray, list[str], np.ndarray
     return codes, encoded.dictionary.to_pylist(), np.append(empty, False)
 
 
+def _same_form(texts: list[str]) -> Int[np.ndarray, " S+1"]:
+    """For each text the number of one that is equal to it in Unicode's form NFC; -1 for number -1, behind the last."""
+    same = np.append(np.arange(len(texts)), -1)
+    odd = [i for i, text in enumerate(texts) if not text.isascii() and not unicodedata.is_normalized("NFC", text)]
+    if odd:
+        number = {text: i for i, text in enumerate(texts)}
+        for i in odd:
+            same[i] = number.setdefault(unicodedata.normalize("NFC", texts[i]), i)
+    return same
+
+
+def _is_positive(negatives: np.ndarray, positive: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """bool like `negatives` `[n, pairs]`: equal to the positive, or to another positive of the same row of the file."""
+    found = negatives == positive
+    for first in np.flatnonzero(np.append(row[1:] == row[:-1], False) & np.append(True, row[1:] != row[:-1])):
+        siblings = np.flatnonzero(row == row[first])
+        found[:, siblings] = np.isin(negatives[:, siblings], positive[siblings])
+    return found
+
+
 def _repeats(codes: np.ndarray) -> np.ndarray:
-    """bool like `codes` `[n, rows]`: an equal number, other than -1, stands above it."""
+    """bool like `codes` `[n, rows]`: an equal number, other than -1, is above it."""
     order = np.argsort(codes, axis=0, kind="stable")
     ordered = np.take_along_axis(codes, order, axis=0)
     again = np.zeros(codes.shape, bool)
@@ -118,19 +150,18 @@ class _Judge:
     """Decides what becomes of anomalies of one block and counts them; only in rows that are still wanted."""
 
     path: str
-    block: Block
-    columns: dict[str, str]
+    block: PairBlock
     policy: Policy
     rows: np.ndarray
-    counters: Counter = dataclasses.field(default_factory=Counter)
+    counters: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def drop_rows(self, name: str, bad: np.ndarray, reason: str | None) -> np.ndarray:
         """Rows that remain, bool `[rows]`; without a `reason` the block knows it."""
         bad = bad & self.rows
         for i in np.flatnonzero(bad).tolist():
-            why = reason or self.block.reason(self.columns[name], i)
-            if self.policy != "set-aside":
-                raise self._error(name, i, why, "give it a text or drop the row, or pass --set-aside to leave such rows out")
+            why = reason or self.block.texts[name].reason(i)
+            if self.policy != "skip":
+                raise self._error(name, i, why, "give it a text or drop the row, or pass --skip-invalid to leave such rows out")
             self.counters[f"rows: {name} {why}"] += 1
         self.rows = self.rows & ~bad
         return self.rows
@@ -140,11 +171,11 @@ class _Judge:
         there = codes >= 0
         bad = (~there | empty[codes]) & self.rows
         for i in np.flatnonzero(bad).tolist():
-            why = EMPTY if there[i] else self.block.reason(self.columns[name], i)
+            why = EMPTY if there[i] else self.block.texts[name].reason(i)
             if why == ABSENT:
                 continue
-            if self.policy != "set-aside":
-                raise self._error(name, i, why, "give it a text or drop the row, or pass --set-aside to leave such negatives out")
+            if self.policy != "skip":
+                raise self._error(name, i, why, "give it a text or drop the row, or pass --skip-invalid to leave such negatives out")
             self.counters[f"negatives: {why}"] += 1
         return there & ~bad
 
@@ -161,12 +192,16 @@ class _Judge:
         """Rows that have a negative left, bool `[rows]`."""
         bad = ~some & self.rows
         if bad.any() and self.policy == "strict":
-            raise RawDataError(
-                f"{self.path}: row {self.block.first_row + int(np.flatnonzero(bad)[0])} has no negative, and this kind of task trains on "
-                "nothing else; give it one, or leave out --strict to have such rows set aside"
-            )
+            raise no_negative(self.path, int(self.block.rows[np.flatnonzero(bad)[0]]))
         self.counters["rows: no negative left"] += int(bad.sum())
         return ~bad
 
-    def _error(self, name: str, index: int, why: str, remedy: str) -> RawDataError:
-        return RawDataError(f"{self.path}: row {self.block.first_row + index}, column {self.columns[name]!r} {why}; {remedy}")
+    def _error(self, name: str, index: int, why: str, remedy: str) -> UserError:
+        return UserError(f"{self.path}: row {self.block.rows[index]}, column {self.block.names[name]!r} {why}; {remedy}")
+
+
+def no_negative(path: str, row: int) -> UserError:
+    return UserError(
+        f"{path}: row {row} has no negative, and this kind of task trains on nothing else; give it one, or leave out --strict to have "
+        "such rows skipped"
+    )

@@ -6,63 +6,37 @@ All of it is a function of the source, the recipe and the row alone, so workers 
 import dataclasses
 import functools
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
-from f2llm_jax.preparation.cleaning import Policy, clean
-from f2llm_jax.preparation.raw_files import RawDataError, read_blocks
+from f2llm_jax.errors import UserError
+from f2llm_jax.inputs.pairs import read_pairs
+from f2llm_jax.preparation.cleaning import Policy, Rows, clean
 from f2llm_jax.preparation.sources import Part, Source
-from f2llm_jax.text import leading_prompt, query_prompt, strip_instruction
+from f2llm_jax.text import leading_prompt, strip_instruction
 
+SplitBy = Literal["row", "query"]
 VALIDATION_SHARE = 0.01  # published split: 99/1 a source
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What determines the records of a dataset, sources and tokenizer aside.
+    """What determines the records of a dataset, sources and tokenizer aside."""
 
-    Attributes:
-      stage: 1 (instructions stripped from queries) or 2 (kept).
-      max_length: tokens a text at most, EOS included.
-      seed: of what is random.
-      cap: queries a unit at most; 0 for no cap.
-      instruct_documents: share of the documents of symmetric sources that get an instruction, where they have none.
-      policy: what becomes of malformed rows, see `cleaning`.
-    """
-
-    stage: int
-    max_length: int
-    seed: int
-    cap: int
-    instruct_documents: float
-    policy: Policy
+    stage: int  # 1 (instructions stripped from queries) or 2 (kept)
+    max_length: int  # tokens of a text at most, EOS included
+    seed: int  # of what is random
+    cap: int  # queries of a unit at most; 0 for no cap
+    instruct_documents: float  # share of the documents of symmetric sources that get an instruction, where they have none
+    policy: Policy  # what becomes of malformed rows, see `cleaning`
+    validation: float = VALIDATION_SHARE  # share of the rows that are held out
+    split_by: SplitBy = "row"
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of one block that are taken, ready for the tokenizer.
-
-    Attributes:
-      numbers: int64 `[rows]` in the source.
-      queries: as in the raw file, or with the source's instruction.
-      languages: "" where unknown.
-      documents: int64 `[rows, 1 + n]`, positive then negatives, numbers into `texts`; -1 for none.
-      texts: the distinct documents, as in the raw file.
-      counters: see `cleaning.CleanRows`.
-    """
-
-    numbers: np.ndarray
-    queries: list[str]
-    languages: list[str]
-    documents: np.ndarray
-    texts: list[str]
-    counters: Counter
-
-
-def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) -> Iterator[Rows]:
-    """The rows of a part that are taken, cleaned, in order.
+def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
+    """The rows of a part that are taken, cleaned, in order, with their numbers in the source, int64 `[B]`.
 
     Args:
       source: it belongs to.
@@ -71,18 +45,15 @@ def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) ->
       chosen: from `choose_rows`.
 
     Raises:
-      RawDataError: the file is damaged, or a row is malformed and the policy says that is an error.
+      UserError: the file is damaged, or a row is malformed and the policy says that is an error.
     """
-    prompt = query_prompt(source.instruction)
-    policy: Policy = "set-aside" if source.released and recipe.policy == "default" else recipe.policy
-    for block in read_blocks(part.path, list(part.columns.values()), part.start, part.stop):
-        numbers = part.number - part.start + block.first_row + np.arange(len(block.columns[part.columns["query"]]))
-        wanted = chosen[numbers]
-        if not wanted.any():
-            continue
-        rows = clean(part.path, block, part.columns, source.negatives, source.kind != "retrieval", policy, wanted)
-        queries = [query if leading_prompt(query) else prompt + query for query in rows.queries] if prompt else rows.queries
-        yield Rows(numbers[rows.index], queries, rows.languages, rows.documents, rows.texts, rows.counters)
+    policy: Policy = "skip" if source.released and recipe.policy == "default" else recipe.policy
+    for block in read_pairs(part.pairs, part.start, part.stop, source.instruction):
+        numbers = part.number + block.first + np.arange(len(block.rows))
+        wanted = np.ones(len(numbers), bool) if part.split else chosen[numbers]
+        if wanted.any():
+            rows = clean(part.pairs.file.path, block, source.negatives, source.kind != "retrieval", policy, wanted)
+            yield numbers[rows.index], rows
 
 
 def choose_rows(source: Source, recipe: Recipe) -> np.ndarray:
@@ -104,65 +75,62 @@ def _choose(salt: str, rows: int, cap: int) -> np.ndarray:
 class Rules:
     """The rules of one source that need a look at its rows first; `of` takes that look, nearly always at one block.
 
-    Which rows are held out is a function of (seed, source name, query text, passage text): a row keeps its side when rows are
-    appended, removed or moved, copies of a row share a side, and both stages hold out the same rows (the query is hashed with
-    its instruction). The one exception keeps both sides from being empty where a small source has no row under, or none over,
-    the threshold: then its row of smallest hash is held out, or its row of largest hash is trained on, until more rows
-    arrive. A source of one row has no validation split.
-
-    Attributes:
-      recipe: to follow.
-      salt: seed and source name.
-      moved: the exceptions, from row number to split name.
-      prompt: instruction that documents get, where they get one; "" otherwise.
+    Which rows are held out is a function of (seed, source name, query text, passage text), or without the passage where the split is
+    by query: a row keeps its side when rows are appended, removed or moved, copies of a row share a side, and both stages hold out the
+    same rows (the query is hashed with its instruction). The one exception keeps both sides from being empty where a small source has
+    no row under, or none over, the threshold: then what has the smallest hash is held out, or what has the largest is trained on, until
+    more rows arrive. A source whose rows are all alike has no validation split.
     """
 
     recipe: Recipe
-    salt: str
-    moved: dict[int, str]
-    prompt: str
+    salt: str  # seed and source name
+    share: float  # of the rows that are held out; 0 where a file says which
+    moved: dict[int, str]  # the exceptions, from hash to split
+    prompt: str  # instruction that documents get, where they get one; "" otherwise
 
     @classmethod
     def of(cls, source: Source, recipe: Recipe) -> "Rules":
         """Reads as many rows as it takes to see both sides.
 
         Raises:
-          RawDataError: no row is left.
+          UserError: no row is left.
         """
-        plain = cls(recipe, f"{recipe.seed}\0{source.name}", {}, "")
-        numbers: list[int] = []
+        share = 0.0 if source.held_out else recipe.validation
+        plain = cls(recipe, f"{recipe.seed}\0{source.name}", share, {}, "")
         values: list[int] = []
         prompt = ""
         chosen = choose_rows(source, recipe)
-        for rows in (rows for part in source.parts for rows in read_rows(source, part, recipe, chosen)):
-            if not numbers and rows.queries and recipe.stage == 2 and recipe.instruct_documents and source.symmetric:
+        parts = [part for part in source.parts if not part.split]
+        for _, rows in (found for part in parts for found in read_rows(source, part, recipe, chosen)):
+            if not values and rows.queries and recipe.stage == 2 and recipe.instruct_documents and source.symmetric:
                 prompt = leading_prompt(rows.queries[0])
-            numbers += rows.numbers.tolist()
             values += map(plain.value, rows.queries, (rows.texts[i] for i in rows.documents[:, 0]))
-            if len({plain.side(value) for value in values}) == 2:
-                return cls(recipe, plain.salt, {}, prompt)
+            if len({plain.side(value) for value in values}) == 2 or (values and not share):
+                return dataclasses.replace(plain, prompt=prompt)
         if not values:
-            raise RawDataError(f"{source.parts[0].path}: no row of the source {source.name!r} is left after cleaning; mend or remove it")
-        moved = {}
-        if len(values) > 1:
-            first = plain.side(values[0]) == "train"
-            pick = int((np.argmin if first else np.argmax)(np.array(values, np.uint64)))
-            moved = {numbers[pick]: "validation" if first else "train"}
-        elif plain.side(values[0]) != "train":
-            moved = {numbers[0]: "train"}
-        return cls(recipe, plain.salt, moved, prompt)
+            raise UserError(f"{source.files[0]}: no row of the source {source.name!r} is left after cleaning; correct or remove it")
+        if len(set(values)) == 1:
+            moved = {values[0]: "train"}
+        else:
+            moved = {min(values): "validation"} if plain.side(values[0]) == "train" else {max(values): "train"}
+        return dataclasses.replace(plain, moved=moved, prompt=prompt)
 
-    def split(self, number: int, query: str, passage: str) -> str:
-        """The split of a row."""
-        return self.moved.get(number) or self.side(self.value(query, passage))
+    def split(self, value: int) -> str:
+        """The split of a row, from its `value`."""
+        return self.moved.get(value) or self.side(value)
 
     def value(self, query: str, passage: str) -> int:
         """What the side of a row depends on."""
+        return self.query_value(query) if self.recipe.split_by == "query" else self.row_value(query, passage)
+
+    def row_value(self, query: str, passage: str) -> int:
         return _hash(f"{self.salt}\0{query}\0{passage}")
 
-    @staticmethod
-    def side(value: int) -> str:
-        return "validation" if value < VALIDATION_SHARE * 2**64 else "train"
+    def query_value(self, query: str) -> int:
+        return _hash(f"{self.salt}\0{query}")
+
+    def side(self, value: int) -> str:
+        return "validation" if value < self.share * 2**64 else "train"
 
     def query(self, text: str) -> str:
         """A query as it is trained on (paper, section 3.2: stage 1 is without instructions)."""

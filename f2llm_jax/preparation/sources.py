@@ -1,46 +1,37 @@
 """Which sources there are, and whether the files they are made of can be used.
 
-A source is what batches are drawn from: one raw file, or what a catalogue says; the stage-2 cap applies to its unit. Its files have
-the columns of the released F2LLM data (dataset card of codefuse-ai/F2LLM: `query` with its instruction, `passage`, `negative_1` to
-`negative_n` without a gap, optionally `lang`) or of sentence-transformers (`anchor`, `positive`, `negative` and `negative_1` ...), or
-others that a mapping names. Further columns are ignored.
+A source is what batches are drawn from: one file, one folder that is a table, or what a catalogue says; the stage-2 cap applies to its
+unit. Files have the columns of the released F2LLM data (dataset card of codefuse-ai/F2LLM: `query` with its instruction, `passage`,
+`negative_1` to `negative_n`, optionally `lang`) or any other that `inputs.pairs` reads.
 """
 
 import dataclasses
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from f2llm_jax.data.records import Kind
-from f2llm_jax.preparation.catalogue import COMPOSITE, KINDS, Catalogue, FileRange, load_catalogue
-from f2llm_jax.preparation.raw_files import SUFFIXES, RawDataError, RawFile, open_file, source_name
+from f2llm_jax.errors import UserError
+from f2llm_jax.inputs import folders
+from f2llm_jax.inputs.columns import BY_NAME, Choice
+from f2llm_jax.inputs.pairs import PairFile, open_pairs
+from f2llm_jax.preparation import kinds
+from f2llm_jax.preparation.catalogue import COMPOSITE, Catalogue, FileRange, load_catalogue
 
 TASKS_FILE = "tasks.json"
 PART_ROWS = 100_000  # rows that one worker reads and writes at a time, where row groups allow it
-MAX_NEGATIVES = 64
-ALIASES = {"query": ("query", "anchor"), "passage": ("passage", "positive"), "lang": ("lang",)}
-_NEGATIVE = re.compile(r"negative_([1-9][0-9]*)\Z")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Rows `start <= row < stop` of a file.
+    """Rows `start <= row < stop` of a file."""
 
-    Attributes:
-      path: local or `gs://`.
-      start: first row.
-      stop: row after the last.
-      number: of the row `start` in its source, which counts rows over its files.
-      columns: from `query`, `passage`, `negative_1`, ..., `lang` to the columns of the file; only what it has.
-    """
-
-    path: str
+    pairs: PairFile
     start: int
     stop: int
-    number: int
-    columns: dict[str, str]
+    rows: int  # pairs in them
+    number: int  # of the first pair in its source, which counts pairs over its files
+    split: str = ""  # of all its rows, where a file of held-out rows says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +40,27 @@ class Source:
 
     name: str  # of the file without its suffix, or as the catalogue says; the source's name everywhere
     kind: Kind
-    parts: tuple[Part, ...]  # its rows, in order
-    rows: int  # number of rows in them, at least 1
-    negatives: int  # n, the most `negative_` columns that a file of it has
+    reason: str  # of the kind
+    parts: tuple[Part, ...]  # its rows, in order; parts of held-out files come last
+    rows: int  # pairs in them, at least 1, those of held-out files left out
+    held_out: int  # pairs of held-out files
+    negatives: int  # n, the most negatives that a row of it has
     symmetric: bool  # query and document can change places
-    instruction: str  # given to queries that carry none; "" for none
+    instruction: str | None  # given to queries that carry none; None for none, in a BEIR folder for the default one
     unit: str  # what the cap applies to
     unit_rows: int  # rows of all sources of the unit together
     unit_first: int  # number of this source's first row among them
     released: bool  # of the F2LLM-v2 release, whose known oddities are repaired (see `cleaning`)
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of everything that it is read from."""
+        return list(dict.fromkeys(path for part in self.parts for path in part.pairs.paths))
+
+    def describe(self) -> str:
+        """What was understood, for people: kind, rows, and the columns of each file."""
+        described = dict.fromkeys(part.pairs.describe() + (" (held out)" if part.split else "") for part in self.parts)
+        return "\n".join([f"{self.name}: {self.kind} ({self.reason}), {self.rows:,} rows", *(f"  {line}" for line in described)])
 
 
 def find_sources(
@@ -67,16 +70,17 @@ def find_sources(
     tasks: epath.PathLike | None = None,
     catalogue: Catalogue | None = None,
     recognise: bool = True,
-    columns: Mapping[str, str] | None = None,
+    choice: Choice = BY_NAME,
+    qrels: str = "train",
     instructions: Mapping[str, str] | None = None,
+    validation: epath.PathLike | None = None,
     strict: bool = False,
 ) -> list[Source]:
     """The sources of a stage, in order of name.
 
-    Without a catalogue each file is a source. Its kind is what the tasks file (JSON, `{"name": "kind"}`) says; a source it does
-    not name gets it from its columns: one F2LLM negative means classification (the opposite label), anything else retrieval.
-    Clustering looks like retrieval in its columns, so only a tasks file or a catalogue can tell it. Hence a file that is named
-    like one of the F2LLM-v2 release is not guessed: without a tasks file the shipped catalogue says what becomes of it.
+    Without a catalogue each file, and each folder that is a table, is a source. Its kind is what the tasks file (JSON,
+    `{"name": "kind"}`) says, else what its rows show (see `kinds`). A file that is named like one of the F2LLM-v2 release is not
+    guessed: without a tasks file the shipped catalogue says what becomes of it.
 
     Stage 1 takes the sources that the catalogue marks, or all retrieval sources; stage 2 takes all (paper, section 3.2).
 
@@ -86,34 +90,49 @@ def find_sources(
       tasks: the tasks file, where there is no catalogue; default `raw/tasks.json` if it exists.
       catalogue: which files make which source.
       recognise: whether file names of the F2LLM-v2 release are recognised where there is neither a catalogue nor a tasks file.
-      columns: from `query`, `passage`, `negative_1`, ..., `lang` to columns of the files.
+      choice: the user's columns.
+      qrels: split of the judgements of BEIR folders.
       instructions: by source, for queries that carry none.
+      validation: a file or folder of held-out rows, for the source of its name or for the only one; a folder of such.
       strict: files of one source may not differ in their number of negatives.
 
     Raises:
-      RawDataError: no files, an unusable tasks file, or one or more unusable schemas, all of them in one message.
+      UserError: no files, an unusable tasks file, or one or more unusable schemas, all of them in one message.
     """
-    raw, columns, instructions = epath.Path(raw), columns or {}, instructions or {}
+    raw, instructions = epath.Path(raw), instructions or {}
     tasks = tasks or (raw / TASKS_FILE if (raw / TASKS_FILE).exists() else None)
     if catalogue:
-        groups = _catalogue_groups(catalogue, stage)
+        groups = _catalogue_groups(raw, catalogue, stage)
     else:
-        groups = _folder_groups(raw, tasks, load_catalogue(COMPOSITE).present(_names(raw)) if recognise and not tasks else None, stage)
+        known = load_catalogue(COMPOSITE).present(_names(raw)) if recognise and not tasks else None
+        groups = _folder_groups(raw, tasks, known, stage)
+    held_out = _held_out(validation, [group.name for group in groups]) if validation else {}
     sources: list[Source] = []
     problems: list[str] = []
     for group in groups:
         try:
-            sources.append(_open_source(raw, group, columns, instructions.get(group.name, ""), strict))
-        except RawDataError as error:
+            sources.append(_open_source(group, held_out.get(group.name), choice, qrels, instructions.get(group.name), strict))
+        except UserError as error:
             problems.append(str(error))
     unknown = sorted(set(instructions) - {group.name for group in groups})
     problems += [f"{raw}: --instruction names the source {name!r}, which is not there; drop it or add its file" for name in unknown]
     if problems:
-        raise RawDataError("\n".join(problems))
+        raise UserError("\n".join(problems))
     chosen = [source for source in sources if catalogue or source.released or stage == 2 or source.kind == "retrieval"]
     if not chosen:
-        raise RawDataError(f"{raw}: stage 1 trains on retrieval sources and there is none; add one or prepare stage 2")
+        raise UserError(f"{raw}: stage 1 trains on retrieval sources and there is none; add one or prepare stage 2")
     return _numbered(sorted(chosen, key=lambda source: source.name))
+
+
+def unused(raw: epath.PathLike, sources: Sequence[Source]) -> list[str]:
+    """Entries of the raw folder that belong to no source; how many are hidden comes last."""
+    raw = epath.Path(raw)
+    inside = [path.removeprefix(f"{raw}/") for source in sources for path in source.files if path.startswith(f"{raw}/")]
+    used = {path.split("/")[0] for path in inside}
+    names = sorted(_names(raw) - used - {TASKS_FILE})
+    shown = [name for name in names if not name.startswith((".", "_"))]
+    hidden = len(names) - len(shown)
+    return shown + ([f"{hidden} hidden"] if hidden else [])
 
 
 def _numbered(sources: list[Source]) -> list[Source]:
@@ -128,22 +147,27 @@ def _numbered(sources: list[Source]) -> list[Source]:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """A source whose files have not been opened; `kind` is None where its columns decide."""
+    """A source whose files have not been opened; `kind` is None where its rows decide."""
 
     name: str
     kind: Kind | None
-    files: tuple[FileRange, ...]
+    files: tuple[tuple[epath.Path, int, int | None], ...]  # with first row, and row after the last (None for all)
     symmetric: bool
     unit: str
+    reason: str
     released: bool = False
 
 
-def _catalogue_groups(catalogue: Catalogue, stage: int) -> list[_Group]:
+def _catalogue_groups(raw: epath.Path, catalogue: Catalogue, stage: int) -> list[_Group]:
     taken = catalogue.stage(stage).sources
     if not taken:
-        raise RawDataError('the catalogue marks no source for stage 1; add "stage1": true to some, or prepare stage 2')
+        raise UserError('the catalogue marks no source for stage 1; add "stage1": true to some, or prepare stage 2')
+
+    def ranges(files: Sequence[FileRange]) -> tuple[tuple[epath.Path, int, int | None], ...]:
+        return tuple((raw / file.path, file.start, file.stop) for file in files)
+
     return [
-        _Group(name, source.kind, files, source.symmetric, unit.name, catalogue.released)
+        _Group(name, source.kind, ranges(files), source.symmetric, unit.name, "catalogue", catalogue.released)
         for source in taken
         for unit in source.units
         for name, files in unit.batch_groups().items()
@@ -155,53 +179,63 @@ def _names(raw: epath.Path) -> set[str]:
 
 
 def _folder_groups(raw: epath.Path, tasks: epath.PathLike | None, known: Catalogue | None, stage: int) -> list[_Group]:
-    """Each file by itself, but for those that the catalogue `known` knows."""
-    files: dict[str, list[epath.Path]] = {}
-    for path in sorted(raw.iterdir()) if raw.exists() else []:
-        if (name := source_name(path)) is not None:
-            files.setdefault(name, []).append(path)
-    if not files:
-        formats = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
-        raise RawDataError(f"{raw} holds no *.parquet file nor another of {formats}; point --raw at a folder with one file a source")
-    twice = [paths for paths in files.values() if len(paths) > 1]
-    if twice:
-        raise RawDataError("\n".join(f"{a} and {b.name} are one source by name; rename one of them" for a, b, *_ in twice))
-    kinds = _read_tasks(epath.Path(tasks), set(files)) if tasks is not None else {}
+    """Each file and each table by itself, but for those that the catalogue `known` knows."""
+    found = folders.find_sources(raw)
+    if not found.paths:
+        forms = ", ".join(f"*.{form}" for form in folders.LISTED)
+        raise UserError(f"{raw} holds no file of the forms {forms}; point --raw at a folder with one file or one folder a source")
+    of_kind = kinds.read_tasks(tasks, set(found.paths)) if tasks is not None else {}
     listed = {file.path for source in known.sources for file in source.files} if known else set()
-    own = {name: path.name for name, (path,) in files.items() if path.name not in listed}
-    groups = [_Group(name, kinds.get(name), (FileRange(path),), False, name) for name, path in own.items()]
-    return groups + (_catalogue_groups(known, stage) if known and known.stage(stage).sources else [])
+    groups = [
+        _Group(name, of_kind.get(name), ((path, 0, None),), False, name, epath.Path(tasks).name if tasks is not None else "")
+        for name, path in found.paths.items()
+        if path.name not in listed
+    ]
+    return groups + (_catalogue_groups(raw, known, stage) if known and known.stage(stage).sources else [])
 
 
-def _open_source(raw: epath.Path, group: _Group, columns: Mapping[str, str], instruction: str, strict: bool) -> Source:
-    """Checks the schema of each file; a RawDataError names everything that is wrong with them."""
-    opened, problems = [], []
-    for wanted in group.files:
+def _held_out(validation: epath.PathLike, names: Sequence[str]) -> dict[str, epath.Path]:
+    """The held-out table of each source that has one."""
+    path = epath.Path(validation)
+    if not path.exists():
+        raise UserError(f"--validation {path} does not exist; name a file or folder of held-out rows, or a share such as 0.01")
+    name = folders.table_name(path)
+    found = folders.find_sources(path).paths if path.is_dir() else {name: path}
+    if len(found) == 1 and len(names) == 1:
+        return {names[0]: next(iter(found.values()))}
+    if strangers := [name for name in found if name not in names]:
+        raise UserError(f"--validation {path} holds {strangers[0]!r}, which is no source ({', '.join(names)}); rename or remove it")
+    return found
+
+
+def _open_source(group: _Group, held_out: epath.Path | None, choice: Choice, qrels: str, instruction: str | None, strict: bool) -> Source:
+    """Checks the schema of each file; a UserError names everything that is wrong with them."""
+    parts: list[Part] = []
+    problems: list[str] = []
+    for path, start, stop in group.files:
         try:
-            file = open_file(raw / wanted.path)
-            opened.append((wanted, file, _match_columns(file, columns)))
-            if wanted.stop is not None and wanted.stop > file.rows:
-                problems.append(f"{file.path}: has {file.rows} rows, the catalogue asks for {wanted.stop}; fetch the file again or mend it")
-        except RawDataError as error:
+            for pairs in open_pairs(path, choice, qrels):
+                parts += _split_file(pairs, start, stop, parts[-1].number + parts[-1].rows if parts else 0)
+        except UserError as error:
             problems.append(str(error))
     if problems:
-        raise RawDataError("\n".join(problems))
-    parts: list[Part] = []
-    for wanted, file, matched in opened:
-        parts += _split_file(file, wanted, matched, parts[-1].number + parts[-1].stop - parts[-1].start if parts else 0)
-    counts = {sum(name.startswith("negative") for name in part.columns) for part in parts}
+        raise UserError("\n".join(problems))
+    counts = {part.pairs.negatives for part in parts}
     if strict and len(counts) > 1:
-        raise RawDataError(f"{group.name}: its files have {sorted(counts)} negatives; give them the same number or leave out --strict")
-    negatives = max(counts)
-    f2llm = "query" in opened[0][1].names
-    kind: Kind = group.kind or ("classification" if negatives == 1 and f2llm else "retrieval")
-    rows = sum(part.stop - part.start for part in parts)
+        raise UserError(f"{group.name}: its files have {sorted(counts)} negatives; give them the same number or leave out --strict")
+    rows = sum(part.rows for part in parts)
+    kind, reason = (group.kind, group.reason) if group.kind else kinds.guess([part.pairs for part in parts], rows)
+    for pairs in open_pairs(held_out, choice, qrels) if held_out else ():
+        apart = _split_file(pairs, 0, None, parts[-1].number + parts[-1].rows)
+        parts += [dataclasses.replace(part, split="validation") for part in apart]
     return Source(
         name=group.name,
         kind=kind,
+        reason=reason,
         parts=tuple(parts),
         rows=rows,
-        negatives=negatives,
+        held_out=sum(part.rows for part in parts if part.split),
+        negatives=max(part.pairs.negatives for part in parts),
         symmetric=group.symmetric or kind == "clustering",
         instruction=instruction,
         unit=group.unit,
@@ -211,61 +245,20 @@ def _open_source(raw: epath.Path, group: _Group, columns: Mapping[str, str], ins
     )
 
 
-def _match_columns(file: RawFile, given: Mapping[str, str]) -> dict[str, str]:
-    """Which column of the file is which; raises a RawDataError that lists what is missing or of another type."""
-    matched = {name: next((alias for alias in aliases if alias in file.names), name) for name, aliases in ALIASES.items()}
-    if "lang" not in file.names:
-        del matched["lang"]
-    numbers = {int(found[1]) for name in file.names if (found := _NEGATIVE.match(name))}
-    listed = (["negative"] if "negative" in file.names else []) + [f"negative_{i}" for i in range(1, max(numbers, default=0) + 1)]
-    matched |= {f"negative_{i}": name for i, name in enumerate(listed, 1)} | dict(given)
-    problems = [
-        f"{file.path}: column {column!r} is missing; add it, or name the column that holds it with --columns {name}=..."
-        for name, column in matched.items()
-        if column not in file.names
-    ]
-    problems += [
-        f"{file.path}: column {column!r} is {file.types[column]}, not string; cast it to string"
-        for column in matched.values()
-        if column in file.types
-    ]
-    if (count := sum(name.startswith("negative") for name in matched)) > MAX_NEGATIVES:
-        problems.append(f"{file.path}: has {count} negatives a row; keep {MAX_NEGATIVES} at most")
-    if not file.rows:
-        problems.append(f"{file.path}: no rows; fill the file or remove it")
-    if problems:
-        raise RawDataError("\n".join(problems))
-    return matched
-
-
-def _split_file(file: RawFile, wanted: FileRange, columns: dict[str, str], number: int) -> list[Part]:
+def _split_file(pairs: PairFile, start: int, stop: int | None, number: int) -> list[Part]:
     """Parts of about `PART_ROWS` rows, cut between row groups: what one worker reads it need not skip to."""
-    stop = file.rows if wanted.stop is None else wanted.stop
-    cuts, row = [wanted.start], 0
+    file = pairs.file
+    if stop is not None and stop > file.rows:
+        raise UserError(f"{file.path}: has {file.rows} rows, the catalogue asks for {stop}; fetch the file again or correct the catalogue")
+    if pairs.expands:
+        if start or stop not in (None, file.rows):
+            raise UserError(f"{file.path}: rows with lists of positives cannot be taken by range; write one row a positive")
+        return [Part(pairs, 0, file.rows, pairs.rows, number)]
+    stop = file.rows if stop is None else stop
+    cuts, row = [start], 0
     for rows in file.groups:
         row += rows
         if cuts[-1] + PART_ROWS <= row < stop:
             cuts.append(row)
     ends = [*cuts[1:], stop]
-    return [Part(file.path, begin, end, number + begin - wanted.start, columns) for begin, end in zip(cuts, ends, strict=True)]
-
-
-def _read_tasks(file: epath.Path, names: set[str]) -> dict[str, str]:
-    """The checked contents of a tasks file; `names` are the sources that exist."""
-    try:
-        kinds = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RawDataError(f'{file}: not a readable JSON file ({error}); write {{"source": "kind"}} there') from error
-    if not isinstance(kinds, dict):
-        raise RawDataError(f'{file}: not a JSON object; write {{"source": "kind"}} there')
-    problems = [
-        f"{file}: names {name!r}, but there is no {name}.parquet; remove the line or add the file" for name in kinds if name not in names
-    ]
-    problems += [
-        f"{file}: {name!r} has the unknown kind {kind!r}; choose one of {', '.join(KINDS)}"
-        for name, kind in kinds.items()
-        if kind not in KINDS
-    ]
-    if problems:
-        raise RawDataError("\n".join(problems))
-    return kinds
+    return [Part(pairs, begin, end, end - begin, number + begin - start) for begin, end in zip(cuts, ends, strict=True)]

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -14,6 +14,7 @@ from f2llm_jax.data import records
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WARNING = "warning: "  # how counters of what is remarkable begin
 PERCENTILES = (50, 95, 99)
 BLOCK_TEXTS = 1_048_576  # of a table that are counted at once
 SHOWN_LANGUAGES = 40
@@ -51,10 +52,22 @@ def table(folder: epath.PathLike) -> str:
         "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
-    cleaned = Counter()
+    cleaned: Counter[str] = Counter()
     for entry in sources:
-        cleaned.update(entry["counters"])
-    return "\n".join([*(row.rstrip() for row in rows), *(f"{reason}: {count:,}" for reason, count in sorted(cleaned.items()))])
+        cleaned.update({reason: count for reason, count in entry["counters"].items() if not reason.startswith(WARNING)})
+    warnings = [line for entry in sources for line in _warnings(entry)]
+    return "\n".join([*(row.rstrip() for row in rows), *(f"{reason}: {count:,}" for reason, count in sorted(cleaned.items())), *warnings])
+
+
+def _warnings(entry: dict[str, Any]) -> Iterator[str]:
+    """What is remarkable in a source, each with its share of what it is counted in."""
+    rows, documents = sum(entry["rows"].values()), entry["documents"]
+    of = {"documents": documents, "held-out": entry["rows"]["validation"], "texts": rows + documents}
+    for reason, count in entry["counters"].items():
+        if reason.startswith(WARNING):
+            what = reason.removeprefix(WARNING)
+            total = of.get(what.split()[0], rows)
+            yield f"{WARNING}{entry['name']}: {count:,} of {total:,} {what} ({count / max(total, 1):.1%})"
 
 
 def _token_lengths(folder: epath.Path, source: records.SourceInfo) -> np.ndarray:

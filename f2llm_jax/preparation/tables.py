@@ -6,7 +6,7 @@ Memory: the documents of one bucket and `STREAMED_ROWS` rows; the keys of a whol
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO
 
 import numpy as np
@@ -15,7 +15,7 @@ from etils import epath
 
 from f2llm_jax.data import records
 from f2llm_jax.files import new_array, read_arrays, read_json, write_json
-from f2llm_jax.preparation.shards import shard_name
+from f2llm_jax.preparation.shards import CUT, SPECIAL, SPELLED, shard_name
 from f2llm_jax.preparation.sources import Source
 
 STREAMED_ROWS = 65_536
@@ -54,6 +54,7 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
             digests[split].update(digest.encode())
         counters.update(part["counters"])
         languages.update(part["languages"])
+    counters.update(_warnings(work, counts))
     del languages[""]
     info = records.SourceInfo(
         name=source.name,
@@ -64,11 +65,30 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
         documents=sum(counts[records.CORPUS].values()),
         negatives=source.negatives,
         tokens={"queries": counters.pop("query_tokens"), "documents": document_tokens},
-        counters=dict(sorted(counters.items())),
+        counters={reason: count for reason, count in sorted(counters.items()) if count},
         digests={split: digest.hexdigest() for split, digest in digests.items()},
     )
     write_json(target / "source.json", dataclasses.asdict(info), sealed=True)
     return info
+
+
+def _warnings(work: epath.Path, counts: Mapping[str, Mapping[int, int]]) -> Counter[str]:
+    """What is remarkable in the rows of a source together, and in its documents."""
+    keys = {split: _row_keys(work, counts[split], split) for split in records.QUERY_SPLITS}
+    rows = np.concatenate([of_split[:, 0] for of_split in keys.values()])
+    train, held_out = (keys[split][:, 1] for split in records.QUERY_SPLITS)
+    found = Counter({"warning: rows that repeat an earlier one": len(rows) - len(np.unique(rows))})
+    found["warning: held-out rows whose query is also trained on"] = int(np.isin(held_out, train).sum())
+    for _, arrays in _buckets(work):
+        found["warning: documents cut at --max-length"] += int((arrays["marks"] & CUT > 0).sum())
+        found[SPELLED] += int((arrays["marks"] & SPECIAL > 0).sum())
+    return +found
+
+
+def _row_keys(work: epath.Path, counts: Mapping[int, int], split: str) -> np.ndarray:
+    """uint64 `[rows, 2]`, hashes of row and query."""
+    parts = [np.frombuffer((work / f"{shard_name(index, split)}.row_keys").read_bytes(), np.uint64) for index in sorted(counts)]
+    return np.concatenate(parts).reshape(-1, 2)
 
 
 def _part(work: epath.Path, index: int) -> dict:
@@ -76,7 +96,7 @@ def _part(work: epath.Path, index: int) -> dict:
 
 
 def _buckets(work: epath.Path) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Index of each bucket, and keys, lengths and digest of its documents, in order."""
+    """Index of each bucket, and keys, lengths, marks and digest of its documents, in order."""
     for path in sorted(work.glob("corpus-*.npz")):
         yield int(path.stem.removeprefix("corpus-")), read_arrays(path)
 

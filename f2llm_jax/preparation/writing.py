@@ -97,8 +97,7 @@ def prepare(
       report: called after each source.
 
     Raises:
-      RawDataError: the raw data cannot be used.
-      UserError: the tokenizer cannot be used.
+      UserError: the raw data or the tokenizer cannot be used.
       DatasetError: `out` holds something else, or a dataset of other settings and `overwrite` is not set.
     """
     out = epath.Path(out)
@@ -107,7 +106,7 @@ def prepare(
     settings = _settings(sources, loaded, recipe)
     for source in sources:
         check_name(source.name, "source")
-    raw = {f"raw file {part.path}": part.path for source in sources for part in source.parts}
+    raw = {f"raw file {path}": path for source in sources for path in source.files}
     check_apart(out, {f"--tokenizer {tokenizer}": tokenizer} | raw)
     with lock(out):
         return _prepare(sources, loaded, out, recipe, settings, workers or os.cpu_count() or 1, overwrite, beam_flags, report)
@@ -147,7 +146,7 @@ def _prepare(
 
 def _settings(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe) -> dict:
     """All that the records depend on; raw files are known by size and time of change."""
-    files = {part.path: epath.Path(part.path).stat() for source in sources for part in source.parts}
+    files = {path: epath.Path(path).stat() for source in sources for path in source.files}
     settings = {
         "format_version": records.FORMAT_VERSION,
         **dataclasses.asdict(recipe),

@@ -1,0 +1,56 @@
+"""Of which kind a source is: what a tasks file says, or what its rows show."""
+
+from collections.abc import Sequence
+
+import pyarrow.compute as pc
+from etils import epath
+
+from f2llm_jax.data.records import Kind
+from f2llm_jax.errors import UserError
+from f2llm_jax.files import read_json
+from f2llm_jax.inputs.pairs import PairFile, read_pairs
+from f2llm_jax.preparation.catalogue import KINDS
+
+FEW_LABELS = 32  # distinct passages and negatives of a source that is taken for classification, at most
+ROWS_A_LABEL = 4  # and rows for each of them, at least
+
+
+def read_tasks(path: epath.PathLike, names: set[str]) -> dict[str, Kind]:
+    """The kinds that a tasks file gives; `names` are the sources that exist.
+
+    Raises:
+      UserError: it is not readable, names a source that is not there, or a kind that is none.
+    """
+    kinds = read_json(path)
+    if not isinstance(kinds, dict):
+        raise UserError(f'{path}: not a JSON object; write {{"source": "kind"}} there')
+    problems = [
+        f"{path}: names {name!r}, but there is no {name}.parquet; remove the line or add the file" for name in kinds if name not in names
+    ]
+    problems += [
+        f"{path}: {name!r} has the unknown kind {kind!r}; choose one of {', '.join(KINDS)}"
+        for name, kind in kinds.items()
+        if kind not in KINDS
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return kinds
+
+
+def guess(files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
+    """The kind of a source that nothing names, and why: its texts must look like labels to be taken for them.
+
+    Triplets of a query, a positive and one negative are retrieval; they are classification only if their passages and negatives are
+    few texts that come back row after row. Clustering looks like retrieval, so that only a tasks file or a catalogue can tell it.
+    """
+    if {pairs.negatives for pairs in files} != {1}:
+        return "retrieval", "guessed: a row of classification has one negative, the opposite label; tasks.json can say otherwise"
+    texts: set[str] = set()
+    for block in (block for pairs in files for block in read_pairs(pairs)):
+        for column in ("passage", "negative_1"):
+            texts |= set(pc.unique(block.texts[column].values).to_pylist())
+        if len(texts) > FEW_LABELS:
+            break
+    counted = f"{'more than ' if len(texts) > FEW_LABELS else ''}{min(len(texts), FEW_LABELS)} distinct passages and negatives"
+    kind: Kind = "classification" if len(texts) <= FEW_LABELS and rows >= ROWS_A_LABEL * len(texts) else "retrieval"
+    return kind, f"guessed: {rows:,} rows have {counted}; tasks.json can say otherwise"
