@@ -4,6 +4,7 @@
     query or passage null, empty, not a text,
       not valid UTF-8                               error               row skipped         error
     negative null, empty, not a text, not UTF-8     error               negative dropped    error
+    language not a text, not valid UTF-8            error               unknown             error
     negative is a positive of its row               negative dropped    negative dropped    error
     negative repeats an earlier one of its row      negative dropped    negative dropped    error
     no negative left in a clustering or
@@ -86,7 +87,7 @@ def clean(path: str, block: PairBlock, negatives: int, needs_negatives: bool, po
     documents[:, 0] = codes[0]
     documents[:, 1 : len(names)] = np.where(there, codes[1:], -1).T
     index = np.flatnonzero(kept)
-    languages = block.texts["lang"].values.fill_null("").to_pylist() if "lang" in block.texts else [""] * len(queries)
+    languages = judge.languages() if "lang" in block.texts else [""] * len(queries)
     judge.counters["warning: rows whose query is their passage"] += sum(bare[i] == texts[codes[0, i]].strip() for i in index)
     return Rows(
         path=path,
@@ -178,6 +179,15 @@ class _Judge:
                 raise self._error(name, i, why, "give it a text or drop the row, or pass --skip-invalid to leave such negatives out")
             self.counters[f"negatives: {why}"] += 1
         return there & ~bad
+
+    def languages(self) -> list[str]:
+        """The language of each row, "" where it has none."""
+        for i, why in sorted(self.block.texts["lang"].broken.items()):
+            if self.rows[i] and why != ABSENT:
+                if self.policy != "skip":
+                    raise self._error("lang", i, why, "give it a text or leave it out, or pass --skip-invalid to take it for unknown")
+                self.counters[f"languages: {why}"] += 1
+        return self.block.texts["lang"].values.fill_null("").to_pylist()
 
     def keep_others(self, names: list[str], bad: np.ndarray, why: str) -> np.ndarray:
         """Negatives that are not `bad`, bool `[n, rows]`."""
