@@ -32,6 +32,7 @@ from f2llm_jax.evaluation.instructions import near
 from f2llm_jax.files import read_json
 from f2llm_jax.inputs.columns import Choice, Form
 from f2llm_jax.inputs.fields import Fields, Kind, read_fields
+from f2llm_jax.inputs.folders import table_paths
 from f2llm_jax.inputs.judged import beir_paths, read_judged
 
 DEFAULT_LANGUAGES = ("mul-Zyyy",)
@@ -124,8 +125,8 @@ def _revision(entry: Mapping[str, Any], paths: Mapping[str, epath.Path]) -> str:
     """Digest of the files and of what the manifest says, so that results of older data are not taken for these."""
     digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
     for path in paths.values():
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes() if not file.is_dir() else b"")
+        for file, _ in table_paths(path):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

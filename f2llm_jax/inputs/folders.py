@@ -39,14 +39,19 @@ def open_table(path: epath.PathLike) -> list[File]:
     Raises:
       UserError: there is none, a file cannot be read, a shard is missing, or the folder holds more than one table.
     """
+    return [open_file(file, constants) for file, constants in table_paths(path)]
+
+
+def table_paths(path: epath.PathLike) -> list[tuple[epath.Path, dict[str, str | None]]]:
+    """The files of one table, in order, each with the columns that the names of its folders give; raises as `open_table` does."""
     path = epath.Path(path)
     if not path.is_dir():
-        return [open_file(path)]
+        return [(path, {})]
     found = _saved_dataset(path) if (path / "state.json").exists() else sorted(_walk(path), key=lambda file: str(file[0]))
     if not found:
         raise UserError(f"{path} holds no file of a form that is read (*.{', *.'.join(LISTED)}); name another folder")
     _check_one_table(path, [file for file, _ in found])
-    return [open_file(file, constants) for file, constants in found]
+    return found
 
 
 def find_sources(folder: epath.PathLike, known: tuple[str, ...] = ()) -> Sources:

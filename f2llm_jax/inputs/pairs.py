@@ -140,10 +140,10 @@ def open_pair_file(file: File, choice: Choice = BY_NAME) -> PairFile:
     check_types(file, columns.negatives)
     rows, widths = file.rows, {}
     for name in _list_columns(file, columns):
-        lengths = [cells.text_lists(block.cells[name]).lengths for block in read_blocks(file, [name])]
-        widths[name] = max(int(of_block.max()) for of_block in lengths)
+        lists = [cells.text_lists(block.cells[name]) for block in read_blocks(file, [name])]
+        widths[name] = max(max(int(found.lengths.max()), bool(found.broken)) for found in lists)
         if name in columns.roles["passage"]:
-            rows = sum(int(np.maximum(of_block, 1).sum()) for of_block in lengths)
+            rows = sum(int(np.maximum(found.lengths, 1).sum()) for found in lists)
     opened = PairFile(file, columns, rows, widths)
     if opened.negatives > MAX_NEGATIVES:
         raise UserError(f"{file.path}: has {opened.negatives} negatives a row; keep {MAX_NEGATIVES} at most")

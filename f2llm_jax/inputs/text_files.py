@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -22,6 +23,8 @@ from f2llm_jax.inputs.cells import MISSING, Cells, Number
 TEXT = "text"  # the column of lines of text
 BOM, OTHER_BOMS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 DELIMITERS = {"csv": ",", "tsv": "\t"}
+# A carriage return that is no end of a line: `csv` would take it for one, so that it sees a character that UTF-8 cannot hold instead.
+RETURN, _LONE_RETURN = "\udc0d", re.compile(r"\r(?!\n)")
 
 
 def open_file(path: epath.PathLike, suffix: str) -> dict[str, Any]:
@@ -109,9 +112,9 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 
 def _csv(path: epath.PathLike, file: IO[bytes], delimiter: str) -> tuple[list[str], Iterator[list[str]]]:
     csv.field_size_limit(1 << 30)  # a document is often longer than the 131,072 characters that `csv` allows a cell
-    # Lines end at line feeds alone, so that `csv` refuses a lone carriage return outside of quotes.
-    reader = csv.reader((line.decode(errors="surrogateescape") for line in file), delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    decoded = (_LONE_RETURN.sub(RETURN, line.decode(errors="surrogateescape")) for line in file)
+    reader = csv.reader(decoded, delimiter=delimiter, strict=True)
+    header = [name.replace(RETURN, "\r") for name in next(reader, [])]
     if twice := [name for name in header if header.count(name) > 1]:
         raise UserError(f"{path} has {header.count(twice[0])} columns of the name {twice[0]!r}; rename or drop one")
     return header, _full_rows(path, reader, len(header))
@@ -126,7 +129,7 @@ def _full_rows(path: epath.PathLike, reader: Iterator[list[str]], width: int) ->
         if blank is not None or len(cells) != width:
             wrong, found = (number, len(cells)) if blank is None else (blank, 0)
             raise UserError(f"{path}: row {wrong} has {found} cells, the header {width}; quote texts with delimiters or line ends in them")
-        yield cells
+        yield [cell.replace(RETURN, "\r") for cell in cells] if any(RETURN in cell for cell in cells) else cells
 
 
 def _json(path: epath.PathLike, file: Any, strict: bool) -> Iterator[dict[str, Any]]:
