@@ -130,11 +130,11 @@ def test_errors_of_the_command_are_one_line_and_leave_nothing(model, tmp_path, s
         assert run(model, queries, tmp_path / "out", "--cache", str(tmp_path.parent / "cache"), *more) == 1
         assert f"mine: error: {message}" in capsys.readouterr().err.replace(f"{tmp_path}/", "").splitlines()[-1]
         assert sorted(tmp_path.iterdir()) == before
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "summary.json").write_text("{}")
-    assert run(model, [pairs], tmp_path / "taken", "--negatives", "4", "--cache", str(tmp_path / "c"), *LOOSE) == 1
+    again = ([pairs], tmp_path / "taken", "--cache", str(tmp_path / "c"), *LOOSE)
+    assert run(model, *again, "--negatives", "4") == 0
+    assert run(model, *again, "--negatives", "3") == 1
     assert "taken exists and was not made from these inputs by these rules" in capsys.readouterr().err
-    assert run(model, [pairs], tmp_path / "taken", "--negatives", "4", "--cache", str(tmp_path / "c"), "--overwrite", *LOOSE) == 0
+    assert run(model, *again, "--negatives", "3", "--overwrite") == 0
 
 
 def test_vectors_that_are_not_finite(tmp_path, small):
