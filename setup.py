@@ -5,7 +5,7 @@ import sys
 
 from setuptools import setup
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 - this is what says so
     sys.exit(f"f2llm_jax needs Python 3.11 or newer, this is {platform.python_version()}: python3.12 -m pip install ...")
 if sys.platform == "win32" or (sys.platform, platform.machine()) == ("darwin", "x86_64"):
     sys.exit(
