@@ -21,9 +21,9 @@ CHOICES = {
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`choices`: pruned starts chosen in several ways instead of pruned against random."""
-    arg = common.parse_arg(arg, choices=False)
+    chosen = common.parse_arg(arg, choices=False)
     config = ml_collections.ConfigDict()
-    config.name = "choices" if arg.choices else "starts"  # of table and picture; sweeps in one folder share what they share
+    config.name = "choices" if chosen.choices else "starts"  # of table and picture; sweeps in one folder share what they share
     config.data = ""  # prepared dataset, of stage 2
     config.train_config = "configs/stage2.py:runlocal"  # of every training
     config.max_length = 64  # tokens of a text and of a packed row
@@ -32,8 +32,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.teacher_steps = 1500  # that the teacher has more; one that is not well ahead of its students holds them back (docs/log.md)
     config.target = "toy-160m"  # a size by name, because a random start needs one
     config.calibration_rows = 512
-    config.starts = ml_collections.ConfigDict(CHOICES if arg.choices else STARTS)
-    config.distilled = (True,) if arg.choices else (False, True)
+    config.starts = ml_collections.ConfigDict(CHOICES if chosen.choices else STARTS)
+    config.distilled = (True,) if chosen.choices else (False, True)
     config.seeds = (0, 1, 2)
     config.steps = 200  # of every arm
     # Of every training. Raw embeddings, which the paper follows, take a narrow student more steps to follow than it has here.

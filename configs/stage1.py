@@ -17,5 +17,5 @@ STAGE = 1
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`size=...` (0.6b to 14b; smaller models are pruned after stage 1) and `runlocal`."""
-    arg = common.parse_arg(arg, size="0.6b", runlocal=False)
-    return common.base(arg.size, arg.runlocal, STAGE)
+    chosen = common.parse_arg(arg, size="0.6b", runlocal=False)
+    return common.base(chosen.size, chosen.runlocal, STAGE)

@@ -4,9 +4,12 @@ Dimensions: B samples, N negatives per sample, S = B * (2 + N) texts, C chunks o
 """
 
 import dataclasses
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
+
+Leaf = Any  # an array on devices or on the host, or what describes one: its shape, its PartitionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -18,12 +21,12 @@ class PackedTexts:
     small chunks leave few rows empty.
     """
 
-    token_ids: Int[Array, "C M T"]  # 0 in padding
-    positions: Int[Array, "C M T"]  # within the text, from 0
-    segment_ids: Int[Array, "C M T"]  # 1, 2, ... for the texts of a row in order; 0 in padding
-    last: Int[Array, "C M X"]  # position in the row of each text's last token (EOS); 0 where there is no text
-    text: Int[Array, "C M X"]  # which text that is, 0 <= text < S; S where there is none
-    chunks: Int[Array, ""]  # in use, at least 1; traced, so one program serves every amount of text
+    token_ids: Int[Leaf, "C M T"]  # 0 in padding
+    positions: Int[Leaf, "C M T"]  # within the text, from 0
+    segment_ids: Int[Leaf, "C M T"]  # 1, 2, ... for the texts of a row in order; 0 in padding
+    last: Int[Leaf, "C M X"]  # position in the row of each text's last token (EOS); 0 where there is no text
+    text: Int[Leaf, "C M X"]  # which text that is, 0 <= text < S; S where there is none
+    chunks: Int[Leaf, ""]  # in use, at least 1; traced, so one program serves every amount of text
     at_once: int = dataclasses.field(default=1, metadata={"static": True})
 
 
@@ -32,11 +35,11 @@ class PackedTexts:
 class Samples:
     """Which samples and negatives exist, and which document each candidate is. Equal ids mean equal text."""
 
-    sample_mask: Float[Array, " B"]  # 1.0 for a sample that exists, else 0.0
-    negative_mask: Float[Array, "B N"]
-    in_batch_weight: Float[Array, ""]  # 1.0 for a retrieval source, else 0.0: only retrieval uses in-batch negatives (paper, 3.1)
-    passage_ids: Int[Array, " B"]  # of each positive, a document of the source
-    negative_ids: Int[Array, "B N"]  # -1 for a negative that does not exist
+    sample_mask: Float[Leaf, " B"]  # 1.0 for a sample that exists, else 0.0
+    negative_mask: Float[Leaf, "B N"]
+    in_batch_weight: Float[Leaf, ""]  # 1.0 for a retrieval source, else 0.0: only retrieval uses in-batch negatives (paper, 3.1)
+    passage_ids: Int[Leaf, " B"]  # of each positive, a document of the source
+    negative_ids: Int[Leaf, "B N"]  # -1 for a negative that does not exist
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +54,7 @@ class Batch:
 
     texts: PackedTexts
     samples: Samples
-    teacher: Float[Array, "B 2+N W"] | None = None  # cached embeddings of query, positive and negatives
+    teacher: Float[Leaf, "B 2+N W"] | None = None  # cached embeddings of query, positive and negatives
 
     @property
     def text_count(self) -> int:

@@ -134,7 +134,7 @@ def _nearest(config: ml_collections.ConfigDict, field: str) -> str:
 
 
 def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    fields = []
+    fields: list[str] = []
     for name, value in config.items():
         fields += _fields(value, f"{prefix}{name}.") if isinstance(value, ml_collections.ConfigDict) else [prefix + name]
     return fields

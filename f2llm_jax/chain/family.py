@@ -1,8 +1,5 @@
 """The commands that make the family of models, from the chain that `configs/family.py` writes down."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import ml_collections
 from etils import epath
 
@@ -29,14 +26,14 @@ def family_links(config: ml_collections.ConfigDict, root: epath.PathLike) -> lis
     return corpus + data + models + releases
 
 
-def _prepared(config: Mapping[str, Any], root: epath.Path, stage: int) -> Link:
+def _prepared(config: ml_collections.ConfigDict, root: epath.Path, stage: int) -> Link:
     raw, tokenizer = (config.raw, config.tokenizer) if config.raw else (f"{root}/corpus/raw", f"{root}/corpus/tokenizer")
     name = f"data{stage}"
     arguments = ("--raw", raw, "--tokenizer", tokenizer, "--out", f"{root}/{name}", "--stage", str(stage), *config.prepare_flags)
     return Link(name, "f2llm_jax.prepare", arguments, (raw, tokenizer) if config.raw else ("corpus",))
 
 
-def _trained(config: Mapping[str, Any], root: epath.Path, model: Mapping[str, Any], made: set[str]) -> Link:
+def _trained(config: ml_collections.ConfigDict, root: epath.Path, model: ml_collections.ConfigDict, made: set[str]) -> Link:
     place = lambda name: f"{root}/{name}" if name in made else name  # noqa: E731
     settings = {
         "size": config.size_prefix + model.size,
@@ -57,7 +54,7 @@ def _trained(config: Mapping[str, Any], root: epath.Path, model: Mapping[str, An
     return Link(model.name, "f2llm_jax.main", (*arguments, *overrides, *config.train_flags), needs, whole=False)
 
 
-def _pruned(config: Mapping[str, Any], root: epath.Path, model: Mapping[str, Any], made: set[str]) -> Link:
+def _pruned(config: ml_collections.ConfigDict, root: epath.Path, model: ml_collections.ConfigDict, made: set[str]) -> Link:
     del made
     data = f"data{model.stage}"
     flags = {

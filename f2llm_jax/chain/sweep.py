@@ -131,10 +131,10 @@ def _scores(
     config: ml_collections.ConfigDict, root: epath.Path, dataset: Dataset, report: Callable[[str], None]
 ) -> dict[str, tuple[Score, Score]]:
     """Before and after training, by the name of source, teacher or arm."""
-    found = {}
+    found: dict[str, tuple[Score, Score]] = {}
     lasts = {SOURCE: config.source_steps, TEACHER: config.teacher_steps} | {arm.name: config.steps for arm in arms(config)}
     for name, steps in lasts.items():
-        found[name] = tuple(_score(root / name, step, dataset) for step in (0, steps))
+        found[name] = _score(root / name, 0, dataset), _score(root / name, steps, dataset)
         report(name)
     return found
 

@@ -73,7 +73,7 @@ def check(request: Request) -> CompiledStepReport:
         compiled = _compile(steps, arguments)
         compile_seconds = time.perf_counter() - begun
     cost, teacher_cost = (sum((counted[step.chunks][i] for step in drawn), Cost()) * (1 / len(drawn)) for i in (0, 1))
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
 
     def trips(scope: str) -> float:
         return float(np.mean([group_trips(step.chunks, shape.at_once, scope) for step in drawn]))
@@ -151,6 +151,8 @@ def costs(
 def _memory(compiled: jax.stages.Compiled, arguments: Arguments) -> dict[str, int]:
     """Bytes of one device by kind. Gradients are float32 and as large as the parameters; they are among XLA's temporaries."""
     found = compiled.memory_analysis()
+    if found is None:
+        raise ValueError("this compiler does not tell what memory its program needs")
     state, teacher, batch = arguments
     kinds = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state), "teacher": _bytes(teacher), "batch": _bytes(batch)}
     rest = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes - sum(kinds.values())
@@ -166,13 +168,13 @@ def _bytes(tree: Any) -> int:
 
 def _summary(found: list[Collective], slice_devices: int) -> list[Moved]:
     times: collections.Counter[tuple[str, str, bool]] = collections.Counter()
-    received: collections.Counter[tuple[str, str, bool]] = collections.Counter()
+    received: dict[tuple[str, str, bool], float] = collections.defaultdict(float)
     for one in found:
         phase = one.phase.split("/")[0].removeprefix("transpose(").removeprefix("jvp(").rstrip(")") or "other"
         key = phase, one.kind, len({device // slice_devices for device in one.group}) > 1
         times[key] += one.times
         received[key] += one.times * one.received
-    return [Moved(*key[:2], times[key], received[key], key[2]) for key in sorted(times) if times[key]]
+    return [Moved(key[0], key[1], times[key], received[key], key[2]) for key in sorted(times) if times[key]]
 
 
 def _bounds(cost: Cost, moved: list[Moved], chip: Chip, devices: int) -> dict[str, float]:

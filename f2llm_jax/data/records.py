@@ -114,14 +114,14 @@ class Reader:
     def _records(self):
         return _open(tfds.builder_from_directory(self._folder), self._split)
 
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Token ids, read-only int32 `[length]` each, in the order asked; positions may repeat and come in any order."""
         indices = np.asarray(indices, np.int64)
         if not indices.size:
             return []
         return [np.frombuffer(_bytes(_fields(record), "tokens"), np.int32) for record in self._records.__getitems__(indices.tolist())]
 
-    def languages(self, indices: Sequence[int]) -> list[str]:
+    def languages(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The language of each row, "" where unknown."""
         return [_bytes(_fields(record), "language").decode() for record in self._records.__getitems__([int(i) for i in indices])]
 

@@ -124,7 +124,8 @@ class TextEncoder:
         in_mesh = jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
         with in_mesh, jax.default_matmul_precision(self._precision):
             if self._mesh:
-                rows = [sharding.to_global(array, self._mesh, sharding.ROWS_T) for array in rows]
+                placed = [sharding.to_global(array, self._mesh, sharding.ROWS_T) for array in rows]
+                return _program(self._config, self.dtype, self._params, *placed)
             return _program(self._config, self.dtype, self._params, *rows)
 
 

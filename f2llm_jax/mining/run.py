@@ -116,7 +116,9 @@ def _write(
     ids: Callable[[str], bytes],
     report: ProgressCallback,
 ) -> None:
-    seen, counters, kinds = writing.Seen(), {}, {}
+    seen = writing.Seen()
+    counters: dict[str, Counter[str]] = {}
+    kinds: dict[str, str] = {}
     rows = sum(len(source.query) for one in found for source in one.pool.sources)
     for one in found:
         for source in one.pool.sources:

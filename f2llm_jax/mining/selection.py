@@ -115,7 +115,11 @@ def generator(seed: int, name: str) -> np.random.Generator:
 
 
 def near_duplicates(
-    left: Bool[np.ndarray, "B K"], index: Int[np.ndarray, "B K"], positives: list[np.ndarray], grams: Callable[[int], set], share: float
+    left: Bool[np.ndarray, "B K"],
+    index: Int[np.ndarray, "B K"],
+    positives: list[np.ndarray],
+    grams: Callable[[int], frozenset[str]],
+    share: float,
 ) -> Bool[np.ndarray, "B K"]:
     """Which neighbours repeat a positive of their query, bool `[B, k]`: sets of 5-grams whose Jaccard similarity is `share` or more.
 

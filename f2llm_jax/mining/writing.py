@@ -54,7 +54,7 @@ def write_source(folder: epath.Path, pool: Pool, source: Rows, parts: Iterable[M
     languages = any(source.languages)
     names = ["query", "passage", *(f"negative_{i}" for i in range(1, negatives + 1))]
     fields = [*((name, pa.string()) for name in [*names, *(["lang"] if languages else [])]), ("scores", pa.list_(pa.float32()))]
-    counters = Counter()
+    counters: Counter[str] = Counter()
     with (folder / f"{source.name}.parquet").open("wb") as file, pq.ParquetWriter(file, schema := pa.schema(fields)) as writer:
         for part in parts:
             counters += part.counters

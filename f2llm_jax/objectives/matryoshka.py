@@ -49,7 +49,7 @@ def prefix_cosines(
     """
     check_dims(dims, a.shape[-1])
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    dot = squares_a = squares_b = 0.0
+    dot = squares_a = squares_b = jnp.float32(0)
     cosines = []
     for low, high in zip((0, *dims[:-1]), dims, strict=True):
         band_a, band_b = a[..., low:high], b[..., low:high]

@@ -32,6 +32,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -311,7 +312,7 @@ def _code(functions: Sequence[Function], rng: np.random.Generator) -> pa.Table:
     return _raw_table("python_code", texts, codes - len(functions), codes, np.array(negatives), [CODE_LANG] * len(functions))
 
 
-def _groups(keys: Sequence) -> Iterator[tuple[object, np.ndarray]]:
+def _groups(keys: Sequence[str] | np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
     """Each distinct key, in sorted order, with the positions at which it stands."""
     values, group = np.unique(np.asarray(keys), return_inverse=True)
     positions = np.split(np.argsort(group, stable=True), np.cumsum(np.bincount(group))[:-1])
@@ -395,6 +396,11 @@ def _save_tokenizer(folder: pathlib.Path, tables: Iterable[pa.Table]) -> None:
     backend.train_from_iterator((column.to_pylist() for column in columns), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD, "additional_special_tokens": [START, EOS]}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": [START, EOS],
+    }
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": 1024}
     write_json(folder / "tokenizer_config.json", config)

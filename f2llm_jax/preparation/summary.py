@@ -106,7 +106,7 @@ def _draw(sources: Sequence[records.SourceInfo], histograms: dict[str, np.ndarra
         left.hist(np.arange(longest), bins, weights=total, histtype="step", label=kind)
     left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="texts", title="Lengths of queries and distinct documents")
     left.legend()
-    languages = Counter()
+    languages: Counter[str] = Counter()
     for source in sources:
         languages.update(source.languages)
     most = languages.most_common(SHOWN_LANGUAGES)

@@ -113,7 +113,8 @@ def _pack(texts: Sequence[np.ndarray], ways: int) -> PackedTexts:
 
 
 def _rows(packed: PackedTexts, chunk: int, mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, jax.Array]:
-    return tuple(_place(array[chunk], mesh, sharding.ROWS_T) for array in (packed.positions, packed.segment_ids))
+    positions, segment_ids = (_place(array[chunk], mesh, sharding.ROWS_T) for array in (packed.positions, packed.segment_ids))
+    return positions, segment_ids
 
 
 def _place(array: np.ndarray, mesh: jax.sharding.Mesh | None, spec: sharding.P) -> jax.Array:

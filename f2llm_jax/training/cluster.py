@@ -5,13 +5,18 @@ is known from 0.10 to 0.12. Where a newer JAX has it no longer, processes are na
 """
 
 import os
+from collections.abc import Callable
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.jax_version import warn_if_newer
 
 Found = tuple[str | None, int | None, int | None]
 # Variables by which the launchers that JAX knows tell a process that it is not alone.
-_SEVERAL = {"SLURM_NTASKS": int, "OMPI_COMM_WORLD_SIZE": int, "TPU_WORKER_HOSTNAMES": lambda value: len(value.split(","))}
+_SEVERAL: dict[str, Callable[[str], int]] = {
+    "SLURM_NTASKS": int,
+    "OMPI_COMM_WORLD_SIZE": int,
+    "TPU_WORKER_HOSTNAMES": lambda value: len(value.split(",")),
+}
 
 
 def detect(coordinator_address: str | None, num_processes: int | None, process_id: int | None, limit: int) -> Found:

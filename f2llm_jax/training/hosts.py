@@ -51,7 +51,7 @@ def find_place(coordinator_address: str | None, num_processes: int | None, proce
     Raises:
       HostsError: the place is known in part.
     """
-    given = {"--coordinator_address": coordinator_address, "--num_processes": num_processes, "--process_id": process_id}
+    given: dict[str, Any] = {"--coordinator_address": coordinator_address, "--num_processes": num_processes, "--process_id": process_id}
     if None in given.values():
         try:
             found = cluster.detect(coordinator_address, num_processes, process_id, limit)
