@@ -1,5 +1,7 @@
 """What goes beyond the recipe: false negatives, a larger pool, streaming, other distillations, spread-out; each against numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,7 @@ def with_twins():
     ids[3, 1], ids[5, 0] = 4, 5
     e = random_embeddings(20)
     negatives = e.negatives.at[3, 1].set(e.passage[4]).at[5, 0].set(e.passage[5])
-    return Embeddings(e.query, e.passage.at[1].set(e.passage[0]), negatives), samples._replace(negative_ids=jnp.asarray(ids))
+    return Embeddings(e.query, e.passage.at[1].set(e.passage[0]), negatives), dataclasses.replace(samples, negative_ids=jnp.asarray(ids))
 
 
 OPTIONS = {
