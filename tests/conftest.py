@@ -9,9 +9,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed JAX would
 
 import jax
 import pytest
-import small_data
-
-from f2llm_jax.data import records
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -25,8 +22,12 @@ def quick_compilation():
 
 
 @pytest.fixture(scope="session")
-def small_dataset(tmp_path_factory) -> records.Dataset:
+def small_dataset(tmp_path_factory):
     """The dataset of `small_data`, for reading: made once a test run, by the first of its processes that needs it."""
+    import small_data  # here, because a GPU image has neither TFDS nor Beam, and its tests need neither
+
+    from f2llm_jax.data import records
+
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in the run's
         root = root.parent

@@ -2,11 +2,14 @@
 
     python tests/benchmarks/gpu.py [--sizes 0.6b,1.7b] [--rounds 3] [--torch PYTHON]
 
-needs `pip install -e '.[test]' 'jax[cuda13]'` and a PyTorch that sees the card: --torch names the Python that has it, with transformers,
-where the two cannot share an environment. Numbers: the parity kit in fp32, and the cuDNN kernel against plain matrix products, values
-and gradients. Speed: step.py with each kernel and torch_step.py in turn, bfloat16, all of step_lengths.json, ours in chunks of 8 rows
-of 512; medians of the rounds as a table. MFU counts what the model needs for the real tokens, for all the same. Exit code 1 if a number
-is off or a command fails, and then nothing more is measured.
+needs JAX for CUDA, Flax, Optax, Orbax, safetensors, tokenizers and pytest, and the pure-Python wheels of jaxtyping, wadler-lindig and
+ml_collections: nothing of what prepares and reads datasets (Beam, TFDS, ArrayRecord, Grain). It needs a PyTorch that sees the card as
+well: --torch names the Python that has it, with transformers, where the two cannot share an environment.
+
+Numbers: the parity kit in fp32, and the cuDNN kernel against plain matrix products, values and gradients. Speed: step.py with each kernel
+and torch_step.py in turn, bfloat16, all of step_lengths.json, ours in chunks of 8 rows of 512; medians of the rounds as a table. MFU
+counts what the model needs for the real tokens, for all the same. Exit code 1 if a number is off or a command fails, and then nothing
+more is measured.
 """
 
 import argparse
