@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow versions test-lowest tpu-check lint format lock clean
+.PHONY: help demo clients test test-slow versions test-lowest tpu-check lint format lock clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ lock: $(VENV)/.test  ## Write constraints.txt anew, with the newest versions tha
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-sources --all-extras --upgrade --no-annotate --no-header \
 	  pyproject.toml | grep -v -E '^(cuda-|nvidia-|triton=|f2llm-jax)' >build/constraints.txt
 	mv build/constraints.txt constraints.txt
+
+# Twelve GB of environments, made once and kept; RELEASE=folder takes your own release in place of a small random one.
+clients: $(VENV)/.test  ## Load a release in everybody's software; docs/clients.md gets the table (slow, 12 GB)
+	JAX_PLATFORMS=cpu $(BIN)/python tests/clients/run.py --table docs/clients.md $(if $(RELEASE),--release $(RELEASE))
 
 clean:  ## Remove the environment and every cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.sizes import DecoderConfig
@@ -27,6 +27,20 @@ CONFIG = DecoderConfig(
     head_dim=32,  # heads x head_dim is not the hidden size
     max_position_embeddings=512,
 )
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What Qwen/Qwen3-Embedding-0.6B has in tokenizer_config.json besides its tokens and its chat template.
+QWEN3_EMBEDDING_TOKENIZER = {
+    "add_bos_token": False,
+    "add_prefix_space": False,
+    "additional_special_tokens": [EOS],
+    "bos_token": None,
+    "clean_up_tokenization_spaces": False,
+    "errors": "replace",
+    "model_max_length": 131072,
+    "split_special_tokens": False,
+    "tokenizer_class": "Qwen2Tokenizer",
+    "unk_token": None,
+}
 TEXTS = [
     "the cat sat on the mat",
     "",
@@ -40,18 +54,33 @@ TEXTS = [
 ]
 
 
-def write_tokenizer(folder):
-    """A byte-level BPE tokenizer without an EOS post-processor, as a base model has it."""
+def write_tokenizer(folder, form="bare"):
+    """A byte-level BPE tokenizer in one of three forms.
+
+    "bare": without an end token of its own, as a base model has it; "qwen": with Qwen's pre-tokenizer, which llama.cpp knows;
+    "embedding": as Qwen3-Embedding has it, whose post-processor appends `<|endoftext|>` while its `eos_token` is `<|im_end|>`.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if form == "bare":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=[PAD, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
+    config = {"tokenizer_class": "TokenizersBackend", "eos_token": EOS, "pad_token": PAD, "model_max_length": 10**6}
+    if form == "embedding":
+        end = [(PAD, tokenizer.token_to_id(PAD))]
+        template = processors.TemplateProcessing(single=f"$A {PAD}", pair=f"$A {PAD} $B:1 {PAD}:1", special_tokens=end)
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+        special = {str(tokenizer.token_to_id(token)): {"content": token, "special": True} for token in (PAD, EOS)}
+        config = config | QWEN3_EMBEDDING_TOKENIZER | {"added_tokens_decoder": special}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "TokenizersBackend", "eos_token": EOS, "pad_token": PAD, "model_max_length": 10**6}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 

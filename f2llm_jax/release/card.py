@@ -54,6 +54,21 @@ last = inputs.attention_mask.shape[1] - 1 - inputs.attention_mask.flip(1).argmax
 embeddings = torch.nn.functional.normalize(hidden[torch.arange(len(last)), last], dim=-1)
 ```
 
+## In other libraries
+
+Documents get no prompt; queries get `PROMPT = {query_prompt!r}`. Of these, LangChain and LlamaIndex add it only if they are told.
+
+```python
+HuggingFaceEmbeddings(model_name="path/to/this/folder", query_encode_kwargs={{"prompt_name": "query"}})        # LangChain
+HuggingFaceEmbedding(model_name="path/to/this/folder", query_instruction=PROMPT)                             # LlamaIndex
+SentenceTransformersTextEmbedder(model="path/to/this/folder", prefix=PROMPT)                                 # Haystack, queries
+SentenceTransformersDocumentEmbedder(model="path/to/this/folder")                                            # Haystack, documents
+Embeddings(path="path/to/this/folder", method="sentence-transformers", instructions={{"query": PROMPT, "data": ""}})  # txtai
+```
+
+A server of infinity (`infinity_emb v2 --model-id path/to/this/folder --dtype float32`), text-embeddings-inference, vLLM or llama.cpp
+gets `PROMPT` in front of each query by the caller. LangChain replaces line breaks by blanks before it encodes.
+
 With the project that trained it, on TPUs:
 
 ```
