@@ -29,12 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     join_hosts(flags)
     from f2llm_jax.data.local_copy import local_dataset
-    from f2llm_jax.files import absolute
+    from f2llm_jax.files import absolute, check_apart
     from f2llm_jax.inference.devices import local_mesh
     from f2llm_jax.inference.teacher import cache_teacher
     from f2llm_jax.weights.models import find_model
 
     dataset, out = local_dataset(flags.data), absolute(flags.out)
+    check_apart(out, {f"--model {flags.model}": flags.model, f"--data {flags.data}": flags.data})
     with Progress() as progress:
         options = {"dims": flags.dims, "max_length": flags.max_length, "dtype": flags.dtype, "compute": flags.compute}
         options |= {"mesh": local_mesh(), "chunk_tokens": flags.batch_tokens}

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
+from f2llm_jax.files import check_apart
 from f2llm_jax.release.flags import add_form_flags, form_of
 
 TOKEN_VARIABLE = "HF_TOKEN"  # as huggingface_hub reads it
@@ -39,7 +40,8 @@ def _to_hf(flags: argparse.Namespace) -> int:
     else:
         pairs = [(flags.model, flags.out)]
     cut = Truncation(flags.layers, flags.table_rank)
-    for _, out in pairs:
+    for model, out in pairs:
+        check_apart(out, {f"CKPT {model}": model})
         hf_folder.check_out(out, flags.overwrite)  # all of them before the first is written
     for model, out in pairs:
         hf_folder.export(find_model(model, cut), out, form_of(flags), overwrite=flags.overwrite)
@@ -52,6 +54,7 @@ def _from_hf(flags: argparse.Namespace) -> int:
     from f2llm_jax.weights.describe import describe
     from f2llm_jax.weights.models import find_model
 
+    check_apart(flags.out, {f"MODEL {flags.model}": flags.model})
     model = find_model(flags.model)
     workdir.write_workdir(model, flags.out, overwrite=flags.overwrite)
     print(describe(model), file=sys.stderr)

@@ -14,7 +14,7 @@ from etils import epath
 from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
 from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import new_file
+from f2llm_jax.files import check_apart, new_file
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.fields import TEXTS, read_fields
 from f2llm_jax.inputs.flags import add_column_flags
@@ -41,6 +41,7 @@ def _embed(flags: argparse.Namespace) -> str:
     from f2llm_jax.weights.digest import model_digest
     from f2llm_jax.weights.models import find_model
 
+    check_apart(flags.output, {f"--input {flags.input}": flags.input, f"--model {flags.model}": flags.model})
     fields = read_fields(
         flags.input, TEXTS, {"text": "any text", "title": "optional text"}, Choice(dict(flags.columns), flags.ignore_columns)
     )

@@ -81,25 +81,27 @@ def mark(folder: epath.PathLike) -> None:
     write_json(folder / MADE, {"made_by": "f2llm_jax", "version": __version__, "command": command.running(), "files": files}, sealed=True)
 
 
-def damage(folder: epath.PathLike, *, whole: bool = True) -> list[str]:
+def damage(folder: epath.PathLike, *, whole: bool = True, suffix: str = "") -> list[str]:
     """What is wrong with the files of a marked folder, one sentence each; empty if all is well, or if there is no marker.
 
     Args:
       folder: a finished folder.
       whole: compare checksums, which reads every file; otherwise only sizes.
+      suffix: of the names to look at; all if empty.
     """
     folder = epath.Path(folder)
     if not (folder / MADE).exists():
         return []
     made = read_json(folder / MADE, sealed=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda item: _problem(folder / item[0], item[1], whole), made["files"].items())
+        listed = [item for item in made["files"].items() if item[0].endswith(suffix)]
+        found = pool.map(lambda item: _problem(folder / item[0], item[1], whole), listed)
         return [problem for problem in found if problem]
 
 
-def check_whole(folder: epath.PathLike, remedy: str, *, whole: bool = True) -> None:
+def check_whole(folder: epath.PathLike, remedy: str, *, whole: bool = True, suffix: str = "") -> None:
     """Raises a FileError that lists the `damage` of a folder, with the command that makes it anew."""
-    if problems := damage(folder, whole=whole):
+    if problems := damage(folder, whole=whole, suffix=suffix):
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise FileError(f"{folder} is damaged: {'; '.join(problems[:5])}{more}. {remedy}")
 

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     logging.getLogger("absl").setLevel(logging.WARNING)
     place = hosts.find_place(flags.coordinator_address, flags.num_processes, flags.process_id, flags.initialization_timeout)
-    resume = Resume(flags.resume_from, flags.resume_with_changes)
+    resume = Resume(flags.resume_from, flags.resume_with_changes, flags.verify)
     run(flags.config, flags.workdir, place, flags.initialization_timeout, resume=resume)
 
 
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="resume although data, order, objective or teacher have changed; config.json keeps what",
     )
+    parser.add_argument("--verify", action="store_true", help="first compare the checksums of all data and cached teacher vectors")
     processes = parser.add_argument_group("several processes, where they do not find one another as on TPU pods, GKE and under Slurm")
     processes.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
     processes.add_argument("--num_processes", type=positive, metavar="N", help="how many train together")

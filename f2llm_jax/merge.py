@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
+from f2llm_jax.files import check_apart
 from f2llm_jax.release.flags import add_form_flags, form_of
 
 LAST = 5  # the published trainer keeps its last five "for ckpt merging"
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from f2llm_jax.release.merge import merge
     from f2llm_jax.weights.models import find_model
 
+    check_apart(flags.out, {f"input {model}": model for model in flags.models})
     merged = merge([find_model(name) for name in _names(flags.models, flags.last)], flags.weights)
     hf_folder.export(merged, flags.out, form_of(flags), overwrite=flags.overwrite)
     print(f"wrote the {merged.name} to {flags.out}")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
+from f2llm_jax.files import check_apart
 from f2llm_jax.progress import Progress
 from f2llm_jax.pruning.choice import CHANNELS_BY, LAYERS_BY, Method
 from f2llm_jax.release.flags import add_form_flags, form_of
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from f2llm_jax.release.pruned import check_out, write_pruned
     from f2llm_jax.weights.models import find_model
 
+    check_apart(flags.out, {f"--model {flags.model}": flags.model, f"--data {flags.data}": flags.data})
     check_out(flags.out, flags.overwrite)
     source, dataset = find_model(flags.model), local_dataset(flags.data)
     method = Method(hidden_by=flags.hidden_by, ffn_by=flags.ffn_by, layers_by=flags.layers_by)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts
 from f2llm_jax.command import command
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.files import write_json
+from f2llm_jax.files import check_apart, write_json
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.progress import Progress
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     join_hosts(flags)
     from f2llm_jax.evaluation import retrieval
 
+    if flags.json:
+        check_apart(flags.json, {f"--pairs {path}": path for path in flags.pairs} | {f"--model {name}": name for name in flags.model})
     choice = Choice(dict(flags.columns), flags.ignore_columns)
     files = [retrieval.read_pairs(path, choice, flags.qrels) for path in flags.pairs]
     results = {name: _evaluate(name, files, flags) for name in flags.model}

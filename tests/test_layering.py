@@ -37,6 +37,7 @@ FLOORS = {
         "data",
         "errors",
         "files",
+        "folders",
         "jax_version",
         "locks",
         "model",

@@ -17,7 +17,7 @@ from typing import Literal
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote, read_json, write_json
+from f2llm_jax.files import check_name, is_remote, read_json, write_json
 
 DONE_FILE = "chain.json"
 LOCK_FILE = "chain.lock"
@@ -84,6 +84,8 @@ def run(links: Sequence[Link], root: epath.PathLike) -> None:
     Raises:
       ChainError: a command fails, what a link stands for was made by another command, or `root` is not on this machine.
     """
+    for link in links:
+        check_name(link.name, "unit")
     root = epath.Path(root)
     if is_remote(root):
         raise ChainError(f"a chain runs in a local folder, not in {root}; there, type the commands of the plan yourself")

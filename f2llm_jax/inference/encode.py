@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.data.packing import RowShape, lay_out
+from f2llm_jax.errors import UserError
 from f2llm_jax.inference.by_layer import check_ids
 from f2llm_jax.model import attention
 from f2llm_jax.model.decoder import abstract_decoder
@@ -103,6 +104,9 @@ class TextEncoder:
         embeddings = np.empty((len(ids), self.width), np.float32)
         for numbers, vectors in _one_late(self._encoded(ids)):
             embeddings[numbers] = vectors()
+        if len(wrong := np.flatnonzero(~np.isfinite(embeddings).all(axis=1))):
+            text = self._tokenizer.decode(ids[wrong[0]])
+            raise UserError(f"the model's vector of {text[:80]!r} is not finite; compute in float32, or check the model's weights")
         return embeddings
 
     def _encoded(self, ids: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from etils import epath
 
 from f2llm_jax.errors import UserError
+from f2llm_jax.files import check_name
 from f2llm_jax.inputs import folders, pairs
 from f2llm_jax.inputs.columns import BY_NAME, Choice
 
@@ -52,7 +53,9 @@ def read_pairs(path: epath.PathLike, instruction: str | None = None, choice: Cho
 
 
 def check_names(sources: Sequence[Pairs]) -> None:
-    """Raises a UserError if two sources have one name, hence one file to be written to."""
+    """Raises a UserError if two sources have one name, hence one file to be written to, or one has a name that no file can have."""
+    for source in sources:
+        check_name(source.name, "source")
     counts = Counter(source.name for source in sources)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UserError(f"two inputs are one source by name: {', '.join(twice)}; rename one of them")

@@ -106,6 +106,7 @@ def prepare(
     settings = _settings(sources, loaded, recipe)
     for source in sources:
         check_name(source.name, "source")
+        check_name(source.unit, "unit")
     raw = {f"raw file {path}": path for source in sources for path in source.files}
     check_apart(out, {f"--tokenizer {tokenizer}": tokenizer} | raw)
     with lock(out):

@@ -21,6 +21,7 @@ class Resume:
 
     step: int | None = None  # of the checkpoint; None for the last
     with_changes: bool = False  # of what is trained and in which order
+    verify: bool = False  # read data and cached teacher vectors whole, and compare checksums, before the first step
 
 
 AS_IT_WAS = Resume()

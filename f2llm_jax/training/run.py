@@ -24,6 +24,7 @@ from f2llm_jax.data.records import COMPLETE, Dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import Preempted, UserError
 from f2llm_jax.files import absolute
+from f2llm_jax.folders import check_whole
 from f2llm_jax.locks import lock
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
@@ -98,6 +99,7 @@ def _train(
     # Data and model
     _say(log, "reading the dataset and the starting model")
     dataset = local_dataset(_data_folder(config, workdir), config.data.copy_to)
+    check_whole(dataset.folder, "Prepare it again with --overwrite", whole=resume.verify)
     model = start.student(config.init, config.size, config.seed, dataset, config.table_rank, shared=workdir)
     text_limit = automatic.text_limit(config, model.config, dataset)
     config = automatic.batch(config, model.config, dataset, mesh)
@@ -114,6 +116,8 @@ def _train(
     if config.teacher_cache:
         cache = local_copy(config.teacher_cache, config.data.copy_to, last=teacher_cache.COMPLETE)
         cached = TeacherCache(cache, dataset, batch_config.max_length, model.config.hidden_size)
+        if resume.verify:
+            cached.verify()
     if teacher and cached:
         raise UserError("config.teacher and config.teacher_cache are both set: one teacher at a time; clear one of them")
 

@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from f2llm_jax.errors import UserError
+from f2llm_jax.folders import MADE, check_whole
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.weights.hf_mapping import TABLE, Entry
@@ -57,6 +58,7 @@ def open_params(folder: epath.Path, config: DecoderConfig) -> Iterator[FolderPar
     Raises:
       UserError: tensors are unknown, missing, misshapen or not floating point; all are listed at once.
     """
+    check_whole(folder, f"Write it again, or delete {folder}/{MADE} if you changed it yourself", suffix=".safetensors")
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
         _check(folder, tensors, config)
