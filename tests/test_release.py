@@ -191,7 +191,7 @@ def test_refusals_are_one_line_and_touch_nothing(folder, tmp_path, capsys):
     assert "has no .made_by_f2llm_jax.json" in refused("to-hf", folder, tmp_path / "mine", "--overwrite")
     assert "has no .made_by_f2llm_jax.json" in refused("from-hf", folder, tmp_path / "mine", "--overwrite")
     assert (tmp_path / "mine/thesis.txt").read_text() == "dear"
-    assert "pass --overwrite" in refused("to-hf", folder, folder)
+    assert "is read from there" in refused("to-hf", folder, folder)
     assert "is a file" in refused("to-hf", folder, tmp_path / "mine/thesis.txt")
     assert "no local folder" in refused("to-hf", tmp_path / "absent", tmp_path / "out")
     assert "neither a workdir" in refused("to-hf", tmp_path / "absent/7", tmp_path / "out")
