@@ -61,6 +61,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.dtype = "bfloat16"  # compute dtype; parameters and optimizer state are float32
     config.remat = "dots"  # what the backward pass recomputes, of least to most: none, dots, attention or full
     config.attention = "auto"  # kernel: xla, splash (TPU), cudnn (GPU), or the best that serves the devices
+    config.hang_minutes = 10.0  # of an update (or 20 median ones) after which the process ends itself, to be run again; 0 for never
     config.max_skipped_steps = 20  # in a row, without a finite loss and gradient, before the run gives up
     config.log_every = 20  # steps over which losses are averaged by source; between progress lines where there is no terminal
     config.loggers = ("tensorboard",)  # where metrics go besides the workdir's files: tensorboard, wandb, mlflow, trackio
@@ -119,8 +120,9 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.profile = ml_collections.ConfigDict({"start": 0, "steps": 0})  # updates to trace for xprof, in workdir/profile; 0 steps for none
-    config.eval = ml_collections.ConfigDict({"every": 1000, "batches": 4})  # steps between validations; batches a source
+    config.eval = ml_collections.ConfigDict({"every": 1000, "batches": 64})  # steps between; batches over all sources: 2% of the time
     config.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 3})  # steps between; how many of the last stay
+    config.checkpoint.minutes = 10.0  # after which a checkpoint is made that the next one replaces; 0 for never
     config.checkpoint.keep_every = 0  # steps between checkpoints that stay for good; 0 for none
     config.checkpoint.merge_last = 5  # how many checkpoints of the last steps stay for f2llm_jax.merge; 0 for none
     config.checkpoint.merge_every = 500  # steps between these
@@ -138,6 +140,6 @@ def _runlocal(config: ml_collections.ConfigDict, stage: int) -> ml_collections.C
     config.batch.update({"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96, "chunk_rows": 16})
     config.batch.negatives.update({"retrieval": 1, "clustering": 3})  # a small model learns more from more samples
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 20, "warmup_share": 1.0, "min_learning_rate": 1e-5})
-    config.eval.update({"every": 100, "batches": 2})
-    config.checkpoint.update({"every": 50})
+    config.eval.update({"every": 100, "batches": 8})
+    config.checkpoint.update({"every": 50, "minutes": 0.0})
     return config

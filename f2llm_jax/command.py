@@ -3,6 +3,7 @@
     0     done
     1     the user's to fix: a `UserError`, a file that the operating system refused, an extra that is not installed
     75    stopped on SIGTERM with everything saved; the same command resumes (`EX_TEMPFAIL`)
+    76    training hung, and its watchdog ended it; the same command resumes
     130   Ctrl-C
 
 Anything else is a bug, here or in a library, and keeps its traceback.

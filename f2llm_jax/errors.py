@@ -14,3 +14,6 @@ class DivergedError(UserError):
 
 class Preempted(Exception):
     """The run stopped on request with its state saved; the message says where. The same command resumes."""
+
+
+HUNG = 76  # exit code of a run that ended itself because it hung (EX_PROTOCOL of sysexits.h): run the same command again

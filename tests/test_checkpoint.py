@@ -60,6 +60,28 @@ def test_a_rule_that_cannot_be_is_refused():
         CheckpointConfig(every=0, keep=1)
 
 
+def test_a_save_by_minutes_is_replaced_by_the_next(tmp_path):
+    """Saves at 4 and 8 by the rule, at 1, 2, 5, 6 and 7 by the clock: of these the newest stays until the next save."""
+    config, there = CheckpointConfig(every=4, keep=2, minutes=1), []
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints", config) as checkpoints:
+        for step in (0, 1, 2, 4, 5, 6, 7, 8, 9):
+            checkpoint.save(checkpoints, step, STATE, {})
+            checkpoints.wait() if hasattr(checkpoints, "wait") else None
+            there.append(sorted(found.step for found in checkpoints.checkpoints))
+    assert steps_of(tmp_path) == [4, 8, 9]
+
+
+def test_the_clock_is_due_by_minutes_and_starts_anew_with_every_save(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    clock, never = checkpoint.Clock(2), checkpoint.Clock(0)
+    assert not clock.due(1)
+    now[0] += 121
+    assert clock.due(2) and not never.due(2)
+    clock.saved()
+    assert not clock.due(3)
+
+
 def test_the_state_comes_back(tmp_path):
     config = CheckpointConfig(every=1, keep=1)
     with checkpoint.open_checkpoints(tmp_path / "checkpoints", config) as checkpoints:

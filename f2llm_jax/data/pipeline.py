@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import jax
@@ -118,10 +118,7 @@ class Pipeline:
 
     def steps(self, start: int, stop: int, threads: int = 2, ahead: int = 4) -> Iterator[StepData]:
         """The steps `start <= step < stop` in order, read and packed by `threads` threads up to `ahead` steps early."""
-        steps = grain.MapDataset.range(start, stop).map(self._host_arrays)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        for arrays, *about in steps.to_iter_dataset(options):
-            yield StepData(sharding.batch_to_devices(arrays, self._mesh), *about)
+        return _arriving(grain.MapDataset.range(start, stop).map(lambda step: (self, step)), threads, ahead)
 
     def step(self, step: int) -> StepData:
         """One step alone."""
@@ -215,6 +212,17 @@ class Pipeline:
             return ids
 
         return lengths, read
+
+
+def read_steps(chosen: Sequence[tuple[Pipeline, int]], threads: int = 2, ahead: int = 4) -> Iterator[StepData]:
+    """Single steps of several pipelines, in order, read as `Pipeline.steps` reads."""
+    return _arriving(grain.MapDataset.range(len(chosen)).map(lambda i: chosen[i]), threads, ahead)
+
+
+def _arriving(chosen: grain.MapDataset, threads: int, ahead: int) -> Iterator[StepData]:
+    arrays = chosen.map(lambda one: (one[0]._mesh, one[0]._host_arrays(one[1])))
+    for mesh, (batch, *about) in arrays.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)):
+        yield StepData(sharding.batch_to_devices(batch, mesh), *about)
 
 
 def draw_negatives(stored: Int[np.ndarray, "b n"], columns: Int[np.ndarray, "b k"]) -> Int[np.ndarray, "b k"]:

@@ -10,13 +10,14 @@ from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import CORPUS, Dataset
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.text import truncate
+from f2llm_jax.training.held_out import draw
 from f2llm_jax.training.validation import accuracies as accuracies_of_rows
 
 SPLIT = "validation"
 
 
 def as_in_training(encoder: TextEncoder, dataset: Dataset, config: Mapping[str, Any], dims: Sequence[int]) -> dict[str, float]:
-    """The accuracies that training logs beside its held-out losses (`training.validation`), on the very same batches.
+    """The accuracies that training logs with its held-out losses (`training.validation`), on the batches that it scores at every time.
 
     Args:
       encoder: the model, cutting texts where the run cut them.
@@ -25,9 +26,11 @@ def as_in_training(encoder: TextEncoder, dataset: Dataset, config: Mapping[str, 
       dims: widths, ascending; the last is the full one.
     """
     shape, firsts, languages = BatchConfig(**config["batch"]), {}, {}
-    for name in (name for name, source in dataset.sources.items() if source.rows[SPLIT]):
-        pipeline = Pipeline(dataset, SPLIT, shape, config["seed"], None, [name])
-        steps = range(min(config["eval"]["batches"], pipeline.plan.steps_per_epoch))
+    names = [name for name, source in dataset.sources.items() if source.rows[SPLIT]]
+    pipelines = {name: Pipeline(dataset, SPLIT, shape, config["seed"], None, [name]) for name in names}
+    sizes = {name: pipeline.plan.steps_per_epoch for name, pipeline in pipelines.items()}
+    for name, count in draw(sizes, config["eval"]["batches"], config["seed"], 0)[0].items():
+        pipeline, steps = pipelines[name], range(count)
         firsts[name] = np.concatenate([_first(encoder, dataset, pipeline, step, dims) for step in steps], axis=1)
         languages[name] = [language for step in steps for language in pipeline.languages(step)]
     return accuracies_of_rows(firsts, languages, {name: dataset.sources[name].kind for name in firsts}, dims)

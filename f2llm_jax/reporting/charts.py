@@ -6,7 +6,7 @@ around it, so one picture serves a light and a dark page.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -96,6 +96,21 @@ def input_wait(runs: Sequence[RunRecord]) -> Figure | None:
         return [(line["step"], 100 * line["input_wait_seconds"] * line["steps_per_second"]) for line in timed]
 
     return _curves(runs, points, "time waiting for input, %")
+
+
+def horizontal_shares(shares: Mapping[str, Mapping[str, float]]) -> Figure | None:
+    """A bar for each run, cut into its shares, in per cent."""
+    if not shares:
+        return None
+    figure, axes = _figure()
+    parts = list(dict.fromkeys(part for one in shares.values() for part in one))
+    left = dict.fromkeys(shares, 0.0)
+    for part in parts:
+        axes.barh(list(shares), [100 * one.get(part, 0) for one in shares.values()], left=list(left.values()), label=part, height=0.5)
+        left = {name: left[name] + 100 * one.get(part, 0) for name, one in shares.items()}
+    axes.set_xlabel("share of the time, %")
+    axes.legend(fontsize=8)
+    return figure
 
 
 def by_width(runs: Sequence[RunRecord]) -> Figure | None:

@@ -15,6 +15,7 @@ from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.reporting import charts
 from f2llm_jax.reporting.embedding_sample import EmbeddingSample, principal_plane, sample_embeddings
+from f2llm_jax.reporting.goodput import Goodput, goodput_chart, read_goodput
 from f2llm_jax.reporting.page import Chart, RunLine, page
 from f2llm_jax.reporting.run_record import RunRecord, read_record
 from f2llm_jax.weights.models import find_model
@@ -52,7 +53,9 @@ def write_report(workdirs: Sequence[epath.PathLike], out: pathlib.Path) -> pathl
         except UserError as error:
             missing.append(f"No picture of the space of {run.name}: {error}")
         lines.append(RunLine(run, parameters, color))
-    sections = {name: _charts(parts) for name, parts in _sections(runs, glances).items()}
+    kept = {run.name: read_goodput(workdir) for run, workdir in zip(runs, workdirs, strict=True)}
+    goodputs = {name: found for name, found in kept.items() if found}
+    sections = {name: _charts(parts) for name, parts in _sections(runs, glances, goodputs).items()}
     content = page(lines, {name: found for name, found in sections.items() if found}, missing)
     with new_folder(out, PAGE, overwrite=True, inputs={str(workdir): workdir for workdir in workdirs}) as folder:
         for chart in (chart for found in sections.values() for chart in found):
@@ -81,11 +84,12 @@ def _data_folder(run: RunRecord, workdir: epath.PathLike) -> epath.PathLike:
     return run.config.get("data", {}).get("folder") or epath.Path(workdir) / "data"
 
 
-def _sections(runs: Sequence[RunRecord], glances: Mapping[str, EmbeddingSample]) -> dict[str, Parts]:
+def _sections(runs: Sequence[RunRecord], glances: Mapping[str, EmbeddingSample], goodputs: Mapping[str, Goodput]) -> dict[str, Parts]:
     in_batch = "Retrieval alone: each query against the positives of the whole batch."
     weighted = "As it enters the sum."
     padding = "The rest is padding, computed for nothing."
     waiting = "Above a few per cent readers are too slow: raise config.data.threads."
+    told = " ".join(f"{name}: {found}." for name, found in goodputs.items())
     return {
         "Quality": [
             ("widths", "By width", "The matryoshka curve: embeddings cut to their first dimensions.", charts.by_width(runs)),
@@ -106,6 +110,7 @@ def _sections(runs: Sequence[RunRecord], glances: Mapping[str, EmbeddingSample])
             ("throughput", "Throughput", "", charts.throughput(runs)),
             ("token_efficiency", "Token efficiency", padding, charts.token_efficiency(runs)),
             ("input_wait", "Input wait", waiting, charts.input_wait(runs)),
+            ("goodput", "Where the time went", told, goodput_chart(goodputs)),
         ],
     }
 

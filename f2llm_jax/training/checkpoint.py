@@ -8,12 +8,15 @@ order of data follows from the step, so nothing of the input pipeline is stored.
 import dataclasses
 import difflib
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -27,6 +30,7 @@ from f2llm_jax.weights.checkpoint_check import checkpoint_damage, good_steps
 from f2llm_jax.weights.checkpoint_reader import flatten, load_arrays, read_metadata, unflatten
 
 SCORE = "score"
+ASKED_EVERY = 10  # updates between two questions of several hosts to the first one's clock: each answer waits for the devices
 
 # Orbax has no option for a codec of its own. A CRC-32C behind each chunk is compared by tensorstore whenever the chunk is read.
 _orbax_metadata = tensorstore_utils._build_zarr3_metadata
@@ -47,6 +51,7 @@ class CheckpointConfig:
 
     Attributes:
       every: updates between two saves.
+      minutes: after which a checkpoint is made that the next one replaces, if no other rule asks for it; 0 for never.
       keep: how many of the last stay.
       keep_every: the checkpoint of every such update is made and stays; 0 for none.
       merge_every: updates between checkpoints that are made for an average of weights, in the last `merge_last * merge_every` of a run.
@@ -60,18 +65,39 @@ class CheckpointConfig:
     merge_every: int = 500
     merge_last: int = 0
     best: str = ""
+    minutes: float = 0.0
 
     def __post_init__(self):
-        if self.every < 1 or self.keep < 1 or self.keep_every < 0 or self.merge_last < 0 or self.merge_every < 1:
+        if self.minutes < 0 or self.every < 1 or self.keep < 1 or self.keep_every < 0 or self.merge_last < 0 or self.merge_every < 1:
             raise UserError(
                 f"config.checkpoint: every={self.every}, keep={self.keep} and merge_every={self.merge_every} must be at least 1, "
-                f"keep_every={self.keep_every} and merge_last={self.merge_last} at least 0"
+                f"keep_every={self.keep_every}, merge_last={self.merge_last} and minutes={self.minutes:g} at least 0"
             )
 
     def due(self, step: int, total: int) -> bool:
         """Whether the state after update `step` of `total` is to be saved."""
         merging = step > total - self.merge_last * self.merge_every and step % self.merge_every == 0
         return step == total or step % self.every == 0 or merging or bool(self.keep_every and step % self.keep_every == 0)
+
+
+class Clock:
+    """When a save by minutes is due, by the first host's clock."""
+
+    def __init__(self, minutes: float):
+        self._seconds, self._saved = 60 * minutes, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether to save after update `step`; to be asked after every update, by all hosts alike."""
+        if not self._seconds:
+            return False
+        due = time.monotonic() - self._saved > self._seconds
+        if jax.process_count() == 1:
+            return due
+        return step % ASKED_EVERY == 0 and bool(multihost_utils.broadcast_one_to_all(np.int32(due)))
+
+    def saved(self) -> None:
+        """Starts to count again."""
+        self._saved = time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +131,9 @@ def open_checkpoints(folder: epath.PathLike, config: CheckpointConfig, always: S
     Remains of a killed save are removed.
     """
     policies = ocp.training.preservation_policies
-    kept = [policies.LatestN(config.keep), _Steps(always)]
+    # Of saves by minutes the newest stays, until the next save.
+    latest = [policies.LatestN(1), _Multiples(config.every, config.keep)] if config.minutes else [policies.LatestN(config.keep)]
+    kept = [*latest, _Steps(always)]
     if config.keep_every:
         kept.append(_Multiples(config.keep_every))
     if config.merge_last:

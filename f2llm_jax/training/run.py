@@ -30,13 +30,16 @@ from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.objectives import LossFunction
 from f2llm_jax.training import automatic, checkpoint, hosts, loggers, program, resuming, start
+from f2llm_jax.training.held_out import draw
 from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.metrics import Recorder, StepWork
 from f2llm_jax.training.preemption import StopRequest
 from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.prompts import trained_prompts
 from f2llm_jax.training.provenance import Provenance, write_provenance
+from f2llm_jax.training.time_use import TimeUse
 from f2llm_jax.training.validation import validate
+from f2llm_jax.training.watchdog import Watchdog
 from f2llm_jax.weights import checkpoint_reader
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 
@@ -80,14 +83,16 @@ def run(
                 local_copy(folder, config.data.copy_to, last=last, progress=True)  # each host for itself, before they wait for each other
         hosts.join(place, hosts.settings_of(config, workdir, resume), limit)
         mesh = sharding.make_mesh(**config.mesh)
-        with jax.set_mesh(mesh):
-            _train(config, workdir, log, mesh, own, callbacks, resume)
+        use = TimeUse(workdir, place.process_id)
+        with jax.set_mesh(mesh), contextlib.closing(use), Watchdog(use, log, config.hang_minutes):
+            _train(config, workdir, log, use, mesh, own, callbacks, resume)
 
 
 def _train(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
     log: HostLog,
+    use: TimeUse,
     mesh: jax.sharding.Mesh,
     own: LossFunction | None,
     callbacks: Sequence[loggers.Logger],
@@ -132,6 +137,7 @@ def _train(
 
     # State: from this run, else from the given weights, else random
     kept = checkpoint.CheckpointConfig(**config.checkpoint)
+    sizes = {name: pipeline.plan.steps_per_epoch for name, pipeline in held_out.items()}
     scoring = bool(held_out) and config.eval.every > 0 and config.eval.batches > 0
     if kept.best and not scoring:
         raise UserError("config.checkpoint.best needs validations: config.eval.every and config.eval.batches above 0, and held-out rows")
@@ -160,6 +166,8 @@ def _train(
     # Loop: validate and save before the batch is drawn, so that a resumed run repeats neither
     first = int(state.step)
     again = point is not None
+    clock = checkpoint.Clock(kept.minutes)
+    use.resumed(first)
     with (
         checkpoints,
         StopRequest() as stop,
@@ -178,7 +186,7 @@ def _train(
             done, found = step == total, {}
             resumed = step == first and again
             validating = scoring and not resumed and (done or step in ends or step % config.eval.every == 0)
-            saving = not resumed and (step in ends or kept.due(step, total))
+            saving = not resumed and (step in ends or kept.due(step, total) or clock.due(step))
             stopping = not done and stop.before(step)
             saving |= (validating and bool(kept.best)) or (stopping and not resumed)
             if validating or saving:
@@ -187,15 +195,21 @@ def _train(
                 if step in (0, first):
                     recorder.say("scoring held-out rows before training (the first time, this compiles the evaluation step)")
                 begun = time.perf_counter()
-                found = validate(steps.eval_step, state.params, held_out, dataset, config.eval.batches, steps.scored)
+                drawn = draw(sizes, config.eval.batches, config.seed, step // config.eval.every)
+                with use.spending("validation"):
+                    found = validate(steps.eval_step, state.params, held_out, dataset, drawn, steps.scored)
                 recorder.validation(step, found, time.perf_counter() - begun)
             if saving:
-                checkpoint.save(checkpoints, step, state, metadata, checkpoint.score(kept.best, found))
+                with use.spending("saving"):
+                    checkpoint.save(checkpoints, step, state, metadata, checkpoint.score(kept.best, found))
+                clock.saved()
             if done or stopping:
+                use.ends()
                 break
             profile.before(step)
             waited = time.perf_counter()
-            data = next(arrivals)
+            with use.spending("input"):
+                data = next(arrivals)
             waited = time.perf_counter() - waited
             if step == first:
                 recorder.say("compiling the training step; the bar moves once that is done")
@@ -203,6 +217,9 @@ def _train(
             described = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
             needed = training_flops(model.config, Work(data.tokens, data.squares))
             recorder.step(step + 1, means, described, StepWork(data.tokens, data.padded_tokens, needed, waited))
+            use.stepped(step + 1)
+            if line := use.slowest(step + 1):
+                recorder.say(line)
     if stopping:
         raise Preempted(f"stopped on request after update {step} of {total}, which is saved; the same command resumes")
 

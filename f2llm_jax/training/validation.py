@@ -1,5 +1,6 @@
 """Held-out rows: losses as published, and how often the positive comes first, by source, task kind, language and width."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from f2llm_jax.data.pipeline import Pipeline
+from f2llm_jax.data.pipeline import Pipeline, read_steps
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.objectives import Mean
 from f2llm_jax.training.step import OWN, EvalStep
@@ -16,8 +17,22 @@ from f2llm_jax.training.step import OWN, EvalStep
 LOSSES = ("in_batch", "hard")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """What the evaluation step found on the batches of one source."""
+
+    metrics: list[Mapping[str, Mean]]
+    first: Bool[np.ndarray, "J rows"]
+    languages: list[str]
+
+
 def validate(
-    eval_step: EvalStep, params: Any, held_out: Mapping[str, Pipeline], dataset: Dataset, batches: int, dims: Sequence[int]
+    eval_step: EvalStep,
+    params: Any,
+    held_out: Mapping[str, Pipeline],
+    dataset: Dataset,
+    drawn: tuple[Mapping[str, int], Mapping[str, int]],
+    dims: Sequence[int],
 ) -> dict[str, float]:
     """Losses in nats a sample and accuracies in [0, 1], at full width unless said otherwise.
 
@@ -32,37 +47,54 @@ def validate(
       params: of the model.
       held_out: one pipeline of validation rows a source.
       dataset: that they come from.
-      batches: at most so many batches a source, always the same ones.
+      drawn: from `held_out.draw`; sources of the second part have figures of their own and take no part in any other.
       dims: widths, ascending; the last is the full one.
     """
-    if not held_out:
+    every, in_turn = drawn
+    if not every:
         return {}
-    kinds = {name: dataset.sources[name].kind for name in held_out}
+    scored = _score(eval_step, params, held_out, {**every, **in_turn})
+    kinds = {name: dataset.sources[name].kind for name in scored}
+    found = _figures({name: scored[name] for name in every}, kinds, dims)
+    if in_turn:
+        own = _figures({name: scored[name] for name in in_turn}, kinds, dims)
+        found |= {name: value for name, value in own.items() if "/source/" in name}
+    return found
+
+
+def _score(eval_step: EvalStep, params: Any, held_out: Mapping[str, Pipeline], counts: Mapping[str, int]) -> dict[str, _Scored]:
+    """The batches of all sources, read one after the other while the devices compute."""
+    chosen = [(name, step) for name, count in counts.items() for step in range(count)]
+    arrivals = read_steps([(held_out[name], step) for name, step in chosen])
+    outputs = jax.device_get([eval_step(params, data.batch) for data in arrivals])
+    scored = {}
+    for source in counts:
+        mine = [(step, *output) for (name, step), output in zip(chosen, outputs, strict=True) if name == source]
+        rows = [held_out[source].languages(step) for step, _, _ in mine]
+        first = np.concatenate([found[:, : len(of_rows)] for (_, _, found), of_rows in zip(mine, rows, strict=True)], axis=1)
+        scored[source] = _Scored([metrics for _, metrics, _ in mine], first, [language for of_rows in rows for language in of_rows])
+    return scored
+
+
+def _figures(scored: Mapping[str, _Scored], kinds: Mapping[str, str], dims: Sequence[int]) -> dict[str, float]:
     losses: dict[str, dict[str, float]] = {loss: {} for loss in LOSSES}
-    firsts: dict[str, Bool[np.ndarray, "J rows"]] = {}
-    languages: dict[str, list[str]] = {}
-    own: list[Mapping[str, Mean]] = []
-    for name, pipeline in held_out.items():
-        steps = range(min(batches, pipeline.plan.steps_per_epoch))
-        metrics, first = zip(*jax.device_get([eval_step(params, data.batch) for data in pipeline.steps(0, len(steps))]), strict=True)
+    for name, found in scored.items():
         for loss in LOSSES:
             if loss != "in_batch" or kinds[name] == "retrieval":
-                losses[loss][name] = _mean_over_batches([batch[loss] for batch in metrics])
-        own += metrics
-        of_rows = [pipeline.languages(step) for step in steps]
-        firsts[name] = np.concatenate([found[:, : len(rows)] for found, rows in zip(first, of_rows, strict=True)], axis=1)
-        languages[name] = [language for rows in of_rows for language in rows]
-    total = {name: losses["in_batch"].get(name, 0.0) + losses["hard"][name] for name in held_out}
+                losses[loss][name] = _mean_over_batches([batch[loss] for batch in found.metrics])
+    total = {name: losses["in_batch"].get(name, 0.0) + losses["hard"][name] for name in scored}
     parts: dict[str, float] = {}
-    for loss, found in losses.items():
-        if found:
-            parts |= _by_source(f"validation/{loss}", found, kinds) | {f"validation/{loss}": _mean(found.values())}
+    for loss, by_source in losses.items():
+        if by_source:
+            parts |= _by_source(f"validation/{loss}", by_source, kinds) | {f"validation/{loss}": _mean(by_source.values())}
+    firsts = {name: found.first for name, found in scored.items()}
+    languages = {name: found.languages for name, found in scored.items()}
     return {
         **_by_source("validation", total, kinds),
         **parts,
         "validation/loss": _mean(total.values()),
         **accuracies(firsts, languages, kinds, dims),
-        **_own(own),
+        **_own([batch for found in scored.values() for batch in found.metrics]),
     }
 
 
