@@ -14,6 +14,7 @@ from small_mining import LOOSE, export_model, run, shrink_all, text, write_pairs
 
 from f2llm_jax import mine
 from f2llm_jax.errors import UserError
+from f2llm_jax.inputs.judged import read_documents
 from f2llm_jax.mining import builders, inputs
 from f2llm_jax.mining.run import mine as mine_with
 from f2llm_jax.mining.selection import Rules
@@ -64,6 +65,68 @@ def test_a_beir_folder(model, tmp_path, small):
         assert {row[f"negative_{n}"] for n in range(1, 51)} & {text(i) for i in range(100, 150)}
 
 
+def test_a_text_is_never_its_own_negative_nor_that_of_its_paraphrases(model, tmp_path, small):
+    """Rows go both ways: a text is a query with the instruction, a document without; what its paraphrase is paired with says the same."""
+    first, second = [text(0), text(0), text(1), text(3)], [text(1), "caf\u00e9 " + text(2), text(5), text(4)]
+    table = {"sentence1": [*first, *(text(i) for i in range(20, 60))], "sentence2": [*second, *(text(i) for i in range(60, 100))]}
+    path = labelled(tmp_path / "sts.parquet", **table, score=[5.0] * 44)
+    copies = ["cafe\u0301 " + text(2), query_prompt("Any.") + text(1), f" {text(5)}\n"]  # of paraphrases, in another form
+    (tmp_path / "corpus.txt").write_text("\n".join([copies[0], "unrelated"]) + "\n", encoding="utf-8")
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in copies))
+    corpus = ("--corpus", str(tmp_path / "corpus.txt"), str(tmp_path / "corpus.jsonl"))
+    loose = ("--negatives", "70", "--nearest", "90", "--skip", "0", "--max-relative", "none", "--near-duplicate", "2")
+    assert run(model, [path], tmp_path / "out", "--build", "sts", *corpus, *loose) == 0
+    rows = pq.read_table(tmp_path / "out" / "sts.parquet").to_pylist()
+    assert len(rows) == 88
+    same = {text(0), text(1), "caf\u00e9 " + text(2), text(5)}  # 0 is paired with 1 and 2, and 1 with 5
+    prompt = query_prompt("Retrieve semantically similar text.")
+    for row in rows:
+        negatives = {row[f"negative_{n}"] for n in range(1, 71)}
+        own = row["query"].removeprefix(prompt)
+        assert not negatives & {own, row["passage"]}
+        if own in (text(0), text(1)):
+            assert not negatives & same and not negatives & set(copies)
+    assert any(text(5) in row.values() for row in rows if row["query"] == prompt + text(3))  # others are free to take them
+
+
+def test_a_document_that_differs_behind_the_limit_is_no_negative(model, tmp_path, small):
+    """To the model both are one text: their cosines with the query are equal."""
+    start = "word " * 60
+    rows = {"query": [f"what of {i}" for i in range(30)], "passage": [f"{start} one", *(text(i) for i in range(1, 30))]}
+    pq.write_table(pa.table(rows), tmp_path / "pairs.parquet")
+    (tmp_path / "corpus.txt").write_text(f"{start} two\nunrelated\n")
+    more = ("--corpus", str(tmp_path / "corpus.txt"), "--max-length", "24", "--negatives", "29", "--skip", "0", "--nearest", "40", *LOOSE)
+    assert run(model, [tmp_path / "pairs.parquet"], tmp_path / "out", *more) == 0
+    first, *others = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    assert first["query"] == "what of 0" and f"{start} two" not in first.values()
+    assert any(f"{start} two" in row.values() for row in others)
+    total = json.loads((tmp_path / "out" / "summary.json").read_text())["total"]
+    assert total["has the token ids of a positive"] == 1
+
+
+def test_a_corpus_of_beir_named_as_a_file_has_its_titles(tmp_path):
+    """Absent, null and empty titles are none, in a folder and in a file of it alone."""
+
+    def titles(corpus, queries, qrels):
+        corpus[2]["title"], corpus[3]["title"] = None, "A title"
+        del corpus[4]["title"]
+
+    beir = write_beir(tmp_path / "beir", change=titles)
+    as_file = read_documents(beir / "corpus.jsonl").joined()
+    assert as_file == read_documents(beir).joined()
+    assert as_file[2:5] == [text(2), f"A title {text(3)}", text(4)]
+    assert inputs.read_pairs(beir).passages[0] == text(2)
+
+
+@pytest.mark.parametrize("score", ["0.9", "0.5", "1.0", "1", "3"])
+def test_a_relevance_above_zero_is_relevant(tmp_path, score):
+    def change(corpus, queries, qrels):
+        qrels[:] = [("q0", "d2", score), ("q1", "d3", 0), ("q2", "d4", "0.0"), ("q3", "d5", -1)]
+
+    found = inputs.read_pairs(write_beir(tmp_path / "beir", change=change))
+    assert (len(found.queries), found.passages) == (1, [text(2)])
+
+
 def duplicate(corpus, queries, qrels):
     corpus[5]["_id"] = "d4"
 
@@ -88,6 +151,14 @@ def no_text(corpus, queries, qrels):
     corpus[4] |= {"title": "", "text": ""}
 
 
+def not_a_number(corpus, queries, qrels):
+    qrels[2] = ("q2", "d4", "nan")
+
+
+def twice(corpus, queries, qrels):
+    qrels[3] = (*qrels[2][:2], 2)
+
+
 def malformed(corpus, queries, qrels):
     qrels[2] = ("q2", "d4")
 
@@ -102,6 +173,8 @@ def malformed(corpus, queries, qrels):
         (empty, r"corpus.jsonl has no rows"),
         (no_text, r"corpus.jsonl: row 4 has no text"),
         (malformed, r"train.tsv: row 2 has 2 cells, the header 3"),
+        (not_a_number, r"train.tsv: row 2, column 'score' is 'nan', not a finite number"),
+        (twice, r"train.tsv: row 3 \(line 5\) judges 'q2' and 'd4' a second time, and otherwise"),
     ],
 )
 def test_what_is_wrong_with_a_beir_folder(tmp_path, change, message):
