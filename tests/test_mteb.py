@@ -24,7 +24,7 @@ from f2llm_jax import evaluate
 from f2llm_jax.command import INTERRUPTED
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation import instructions
-from f2llm_jax.evaluation.local_tasks import read_manifest
+from f2llm_jax.evaluation.local_tasks import _whole_gains, read_manifest
 from f2llm_jax.files import FileError
 from f2llm_jax.inference import encode
 from f2llm_jax.inference.encode import load_encoder
@@ -280,6 +280,53 @@ def test_a_beir_folder_is_read_as_the_parquet_files(manifest, tmp_path):
     ours, theirs = beir.dataset["default"]["test"], parquet.dataset["default"]["test"]
     assert ours["relevant_docs"] == theirs["relevant_docs"]
     assert ours["corpus"].to_list() == theirs["corpus"].to_list() and ours["queries"].to_list() == theirs["queries"].to_list()
+
+
+def test_labels_of_any_type_and_fractions_of_relevance_score_as_whole_numbers_do(folder, tmp_path):
+    """Two labels that are texts (measures of two labels want numbers), truth values, and gains of halves, in other forms of file."""
+    whole = write_manifest(tmp_path / "whole", ("Retrieval", "Classification", "Clustering", "PairClassification"))
+    other = tmp_path / "other"
+    other.mkdir()
+    read = lambda name: pq.read_table(whole.parent / f"{name}.parquet").to_pylist()  # noqa: E731
+
+    def lines(name, rows):
+        (other / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    tasks = json.loads(whole.read_text())["tasks"]
+    two = {"cat": "yes", "dog": "no", "mat": "no"}
+    for name in ("train", "test"):
+        write(whole.parent / f"{name}.parquet", **{key: [row[key] for row in read(name)] for key in ("text",)},
+              label=[int(two[row["label"]] == "yes") for row in read(name)])  # fmt: skip
+        lines(name, [{"text": row["text"], "label": "yes" if row["label"] else "no"} for row in read(name)])
+    lines("clusters", [{"text": row["sentences"], "label": row["labels"]} for row in read("clusters")])
+    lines("pairs", [row | {"labels": bool(row["labels"])} for row in read("pairs")])
+    lines("corpus", [{key: value for key, value in row.items() if value} for row in read("corpus")])  # empty titles are absent
+    lines("queries", read("queries"))
+    rows = [f"{row['query-id']}\t{row['corpus-id']}\t{row['score'] / 2}\n" for row in read("qrels")]
+    (other / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows))
+    for task in tasks:
+        names = {key: value for key, value in task.items() if value.endswith(".parquet")}
+        task |= {key: value.replace(".parquet", ".tsv" if key == "qrels" else ".jsonl") for key, value in names.items()}
+    (other / "tasks.json").write_text(json.dumps({"tasks": tasks}))
+    found = []
+    for manifest in (whole, other / "tasks.json"):
+        out = tmp_path / f"out-{manifest.parent.name}"
+        assert evaluate.main(["--model", str(folder), "--manifest", str(manifest), "--out", str(out), "--name", "us/tiny"]) == 0
+        found.append(results(out))
+    assert found[0].keys() == found[1].keys() == {"LocalRetrieval", "LocalClassification", "LocalClustering", "LocalPairs"}
+    assert "ap" in found[0]["LocalClassification"] and found[0]["LocalRetrieval"]["ndcg_at_10"] not in (0, 1)
+    for task, scores in found[0].items():
+        exact = {measure: value for measure, value in scores.items() if task != "LocalClassification"}
+        assert found[1][task] == pytest.approx(exact or found[1][task], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("gains", "whole"),
+    [([0.9, 0.5], [9, 5]), ([1.0, 2.0, 0.0], [1, 2, 0]), ([0.333333, 1.0], [333333, 10**6]), ([1e-9, 3.0], [1, 3]), ([-1, 0.5], [-2, 1])],
+)
+def test_gains_are_whole_numbers_in_the_same_proportion(gains, whole):
+    judged = {"q": {f"d{i}": gain for i, gain in enumerate(gains)}}
+    assert list(_whole_gains(judged)["q"].values()) == whole
 
 
 QRELS = {"query-id": ["q0"], "corpus-id": ["d0"], "score": [1]}

@@ -217,16 +217,15 @@ def _whole_gains(relevance: Mapping[str, Mapping[str, float]]) -> dict[str, dict
 
     Gains are linear in nDCG, a ratio, and every other measure asks only whether a relevance is above 0.
     """
-    exact = {(q, d): Fraction(score).limit_denominator(FINEST) for q, of_query in relevance.items() for d, score in of_query.items()}
-    factor = functools.reduce(math.lcm, (score.denominator for score in exact.values()), 1)
-    if factor > FINEST:
-        factor = FINEST
-    return {q: {d: _whole(exact[q, d] * factor) for d in of_query} for q, of_query in relevance.items()}
+    fractions = [Fraction(score).limit_denominator(FINEST) for of_query in relevance.values() for score in of_query.values()]
+    factor = min(FINEST, functools.reduce(math.lcm, (fraction.denominator for fraction in fractions), 1))
+    return {query: {document: _whole(score, factor) for document, score in found.items()} for query, found in relevance.items()}
 
 
-def _whole(gain: Fraction) -> int:
+def _whole(score: float, factor: int) -> int:
     """Rounded, but above 0 what is above 0."""
-    return max(1, round(gain)) if gain > 0 else min(0, round(gain))
+    gain = round(Fraction(score).limit_denominator(FINEST) * factor)
+    return max(1, gain) if score > 0 else min(0, gain)
 
 
 FORMS = {
