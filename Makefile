@@ -40,10 +40,10 @@ tpu-check: $(VENV)/.test  ## Compile every size for its TPU slice, no TPU needed
 	JAX_PLATFORMS=cpu PYTHONPATH='build/$(LIBTPU)' $(BIN)/python -m pytest -q tests/test_compilation.py
 	PYTHONPATH='build/$(LIBTPU)' $(BIN)/python tests/benchmarks/slices.py --out build/slices
 
-lint: $(VENV)/.test  ## Check style and formatting
+lint: $(VENV)/.test  ## Check style, formatting and documentation
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/.test  ## Rewrite the sources in the house format
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {  # in the order of the work
+    "finetune": "a model on data of your own: prepare, train, release, evaluate, verify",
     "main": "train",
     "prepare": "raw files to a prepared dataset",
     "mine": "hard negatives for pairs, or for labelled files",

@@ -10,29 +10,36 @@ print progress to stderr, and never end the process. They are in a module of the
 `f2llm_jax.release` are modules of the package.
 """
 
+import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
 from f2llm_jax import configuration
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, StepData
 from f2llm_jax.data.records import Dataset, Kind, load_dataset
 from f2llm_jax.errors import UserError
+from f2llm_jax.files import write_bytes
 from f2llm_jax.inference.encode import TextEncoder, load_encoder, truncate_and_normalize
+from f2llm_jax.inputs import folders
+from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.objectives import LossFunction
+from f2llm_jax.preparation.selection import Recipe, SplitBy
 from f2llm_jax.release import hf_folder
 from f2llm_jax.reporting.run_record import RunRecord, read_record
+from f2llm_jax.text import find_tokenizer
 from f2llm_jax.training.loggers import Logger
 from f2llm_jax.training.run import run
 from f2llm_jax.weights.models import find_model
 
-__all__ = ["Encoder", "batches", "load", "release", "train"]
+__all__ = ["Encoder", "batches", "load", "prepare", "release", "train"]
 
 
 class Encoder:
@@ -91,6 +98,76 @@ def load(model: str | os.PathLike[str], *, dtype: str = "float32", max_length: i
     """
     found = find_model(str(model))
     return Encoder(load_encoder(found, dtype=jnp.dtype(dtype), max_length=max_length), found.width, found.embedding.prompts)
+
+
+def prepare(
+    data: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    max_length: int = 1024,
+    validation: float = 0.1,
+    split_by: SplitBy = "query",
+    columns: Mapping[str, str] | None = None,
+    instruction: str | None = None,
+    stage: int = 2,
+    cap: int = 0,
+    seed: int = 0,
+    skip_invalid: bool = False,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> Dataset:
+    """Tokenises pairs or triplets, or returns the dataset at `out` if it was made from the same data with the same settings.
+
+    Args:
+      data: a file or a folder of files, of the forms of docs/data.md; or rows, such as `{"query": ..., "passage": ...,
+        "negative": ...}`, which are kept as `OUT.rows/rows.jsonl`.
+      model: whose tokenizer is used: Hugging Face folder, Hub id, or workdir of a run.
+      out: folder to write.
+      max_length: tokens of a text at most, EOS included.
+      validation: share of the rows of each source that is held out.
+      split_by: "query": all rows of a query are on one side; or "row".
+      columns: the data's columns by role, such as `{"query": "question", "passage": "answer"}`, where their names are others.
+      instruction: the task of queries that carry no instruction.
+      stage: 2, or 1 to strip instructions and take retrieval sources alone (paper, section 3.2).
+      cap: rows of a source at most; 0 for all.
+      seed: of what is random.
+      skip_invalid: leave out and count rows without valid texts, in place of an error.
+      workers: processes; one a CPU if None.
+      overwrite: replace another dataset at `out`.
+
+    Raises:
+      UserError: the data, the tokenizer or `out` cannot be used.
+    """
+    from f2llm_jax.preparation import sources, writing  # TFDS and Beam take seconds to import
+
+    raw = _as_path(data, os.fspath(out))
+    names = list(folders.find_sources(raw).paths) if os.path.isdir(raw) else [folders.table_name(raw)]
+    found = sources.find_sources(
+        raw, stage=stage, choice=Choice(dict(columns or {})), instructions=dict.fromkeys(names, instruction) if instruction else None
+    )
+    recipe = Recipe(
+        stage=stage,
+        max_length=max_length,
+        seed=seed,
+        cap=cap,
+        instruct_documents=0.0,
+        policy="skip" if skip_invalid else "default",
+        validation=validation,
+        split_by=split_by,
+    )
+    return writing.prepare(found, find_tokenizer(str(model)), os.fspath(out), recipe, workers=workers, overwrite=overwrite)
+
+
+def _as_path(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], out: str) -> str:
+    """The path of `data`, written to a file if it is rows; an equal file stays as it is."""
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data)
+    content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data).encode()
+    file = epath.Path(f"{out.rstrip('/')}.rows") / "rows.jsonl"
+    if not file.exists() or file.read_bytes() != content:
+        write_bytes(file, content)
+    return str(file)
 
 
 def batches(

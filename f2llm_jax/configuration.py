@@ -114,6 +114,8 @@ def _parsed(field: str, value: str, before: Any) -> Any:
             return TRUTH[value.lower()]
         if isinstance(before, int | float):
             return type(before)(value)
+        if before and isinstance(before, tuple) and isinstance(before[0], str) and not value.startswith(("(", "[")):
+            return tuple(part for part in value.split(",") if part)
         if isinstance(before, tuple):
             read = ast.literal_eval(value or "()")
             return tuple(read) if isinstance(read, tuple | list) else (read,)

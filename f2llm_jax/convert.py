@@ -11,12 +11,13 @@ Models are copied block by block: no device is needed, and memory is bounded by 
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
-from f2llm_jax.files import check_apart
+from f2llm_jax.files import check_apart, check_new_file, write_json
 from f2llm_jax.release.flags import add_form_flags, form_of
 
 TOKEN_VARIABLE = "HF_TOKEN"  # as huggingface_hub reads it
@@ -73,12 +74,17 @@ def _inspect(flags: argparse.Namespace) -> int:
 def _verify(flags: argparse.Namespace) -> int:
     from f2llm_jax.release.verify import compare
 
+    if flags.json:
+        check_new_file(flags.json)
     extra = pathlib.Path(flags.texts).read_text(encoding="utf-8").splitlines() if flags.texts else ()
     results = compare(flags.folder, extra)
     for result in results:
         verdict = "ok" if result.holds else f"FAILED, must be at least {result.required}"
         print(f"{result.peer:<24}{result.case:<22}worst cosine {result.cosine:.8f}  {verdict}")
-    return 0 if all(result.holds for result in results) else 1
+    agree = all(result.holds for result in results)
+    if flags.json and agree:
+        write_json(flags.json, [dataclasses.asdict(result) for result in results])
+    return 0 if agree else 1
 
 
 def _push(flags: argparse.Namespace) -> int:
@@ -119,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare vectors with sentence-transformers and transformers; exit code 1 if they differ")
     verify.add_argument("folder", metavar="FOLDER", help="a release")
     verify.add_argument("--texts", metavar="FILE", help="more texts to compare, one a line")
+    verify.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the worst cosines to this file, if all vectors agree")
     verify.set_defaults(command=_verify)
 
     push_command = commands.add_parser("push", help="list what would be uploaded to the Hugging Face Hub, or upload it")

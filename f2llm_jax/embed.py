@@ -14,7 +14,7 @@ from etils import epath
 from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
 from f2llm_jax.command import command
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import check_apart, new_file
+from f2llm_jax.files import check_apart, check_new_file, new_file
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.fields import TEXTS, read_fields
 from f2llm_jax.inputs.flags import add_column_flags
@@ -42,6 +42,7 @@ def _embed(flags: argparse.Namespace) -> str:
     from f2llm_jax.weights.models import find_model
 
     check_apart(flags.output, {f"--input {flags.input}": flags.input, f"--model {flags.model}": flags.model})
+    check_new_file(flags.output)
     fields = read_fields(
         flags.input, TEXTS, {"text": "any text", "title": "optional text"}, Choice(dict(flags.columns), flags.ignore_columns)
     )
@@ -56,6 +57,7 @@ def _embed(flags: argparse.Namespace) -> str:
     cache = epath.Path(f"{flags.output}.vectors")
     prompt = flags.prompt or query_prompt(flags.instruction)
     with Progress() as progress:
+        progress.begin("compiling and embedding")
         cached = CachedEncoder(encoder, cache, model=model_digest(origin))
         vectors = truncate_and_normalize(cached.encode(texts, prompt, dim, progress.of("embedding", "texts")), dim)
     if is_first():
@@ -66,7 +68,8 @@ def _embed(flags: argparse.Namespace) -> str:
         cache.rmtree()
     empty = sum(not text for text in texts)
     of_empty = f", {empty:,} of them of empty texts" if empty else ""
-    return f"wrote {len(vectors):,} vectors of {dim} dimensions to {flags.output}{of_empty}"
+    cut = f"; {encoder.truncated:,} texts were truncated at {encoder.max_length} tokens" if encoder.truncated else ""
+    return f"wrote {len(vectors):,} vectors of {dim} dimensions to {flags.output}{of_empty}{cut}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -93,6 +93,18 @@ def naming(path: epath.PathLike) -> Iterator[None]:
         raise
 
 
+def check_new_file(path: epath.PathLike) -> None:
+    """Raises a FileError if no file can be written at `path`; to be asked before the work that fills it. Its folder need not exist."""
+    path = epath.Path(path)
+    if is_remote(path):
+        return
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; name a file in it")
+    folder = next(parent for parent in absolute(path).parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise FileError(f"{path} cannot be written: {folder} is not a folder that this user may write to")
+
+
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """Writes a file whole (see `new_file`)."""
     with new_file(path) as file:

@@ -1,7 +1,8 @@
-"""Recall@1 on files of pairs: `python -m f2llm_jax.recall --model M [--model M2 ...] --pairs FILE [...]`.
+"""Recall on files of pairs: `python -m f2llm_jax.recall --model M [--model M2 ...] --pairs FILE [...]`.
 
 A file is one of pairs (forms: docs/data.md), with `instruction` and `language` if it has them, or a BEIR folder. Each query searches the
-distinct documents of its file. Several models are shown side by side, with the last one's ratio to the first.
+distinct documents of its file. With --data the held-out queries of a prepared dataset search all documents of their source. Several
+models are shown side by side, with the last one's ratio to the first.
 """
 
 import argparse
@@ -13,16 +14,20 @@ from typing import TYPE_CHECKING
 from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts
 from f2llm_jax.command import command
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.files import check_apart, write_json
+from f2llm_jax.files import check_apart, check_new_file, write_json
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.progress import Progress
 
 if TYPE_CHECKING:
+    from f2llm_jax.evaluation.held_out import Search
     from f2llm_jax.evaluation.retrieval import Pairs, Recall
+    from f2llm_jax.inference.encode import TextEncoder
+    from f2llm_jax.inference.vector_cache import CachedEncoder
 
 EXTREMES = 3  # languages shown from either end
 Results = dict[str, dict[str, dict[str, "Recall"]]]  # by model, file, width
+Searches = dict[str, dict[str, dict[str, "Search"]]]  # by model, source, width
 
 
 @command("recall")
@@ -30,43 +35,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = _parser()
     flags = parser.parse_args(arguments)
+    if not flags.pairs and not flags.data:
+        parser.error("give --pairs, --data or both")
     if flags.distributed and not flags.cache:
         parser.error("--distributed needs --cache: a folder that all hosts see")
     join_hosts(flags)
     from f2llm_jax.evaluation import retrieval
+    from f2llm_jax.inference.devices import is_first
 
     if flags.json:
+        check_new_file(flags.json)
         check_apart(flags.json, {f"--pairs {path}": path for path in flags.pairs} | {f"--model {name}": name for name in flags.model})
     choice = Choice(dict(flags.columns), flags.ignore_columns)
     files = [retrieval.read_pairs(path, choice, flags.qrels) for path in flags.pairs]
-    results = {name: _evaluate(name, files, flags) for name in flags.model}
-    from f2llm_jax.inference.devices import is_first
-
+    results: Results = {}
+    searches: Searches = {}
+    for name in flags.model:
+        encoder, cached = _encoders(name, flags)
+        results[name] = _evaluate(cached, files, flags.dims)
+        searches[name] = _search(encoder, flags.data, flags.dims)
     if not is_first():
         return 0
     for line in (line for pairs in files for line in pairs.described):
         print(line)
     if flags.json:
-        write_json(flags.json, _plain(results))
+        plain = _plain(results)
+        write_json(flags.json, {name: {**plain[name], **_plain_searches(searches[name])} for name in flags.model})
     _print(files, results, flags.dims)
+    _print_searches(searches, flags.dims)
     return 0
 
 
-def _evaluate(name: str, files: Sequence["Pairs"], flags: argparse.Namespace) -> dict[str, dict[str, "Recall"]]:
+def _encoders(name: str, flags: argparse.Namespace) -> "tuple[TextEncoder, TextEncoder | CachedEncoder]":
+    """The model's encoder, and the same over the cache if there is one."""
     import jax.numpy as jnp
 
-    from f2llm_jax.evaluation import retrieval
     from f2llm_jax.inference.devices import local_mesh
     from f2llm_jax.inference.encode import load_encoder
     from f2llm_jax.inference.vector_cache import CachedEncoder
     from f2llm_jax.weights.digest import model_digest
     from f2llm_jax.weights.models import find_model
 
+    print(f"loading {name}", file=sys.stderr, flush=True)
     origin = find_model(name)
     encoder = load_encoder(origin, mesh=local_mesh(), dtype=jnp.dtype(flags.dtype))
-    if flags.cache:
-        encoder = CachedEncoder(encoder, flags.cache, model=model_digest(origin))
-    widths = {dim: encoder.width if dim == FULL else int(dim) for dim in flags.dims}
+    return encoder, CachedEncoder(encoder, flags.cache, model=model_digest(origin)) if flags.cache else encoder
+
+
+def _search(encoder: "TextEncoder", folders: Sequence[str], dims: Sequence[str]) -> dict[str, dict[str, "Search"]]:
+    """By source and width."""
+    from f2llm_jax.data.records import load_dataset
+    from f2llm_jax.evaluation import held_out
+
+    found: dict[str, dict[str, Search]] = {}
+    for dataset in map(load_dataset, folders):
+        for source in (name for name, info in dataset.sources.items() if info.rows[held_out.SPLIT]):
+            widths = {dim: None if dim == FULL else int(dim) for dim in dims}
+            found[source] = {dim: held_out.search(encoder, dataset, source, dim=width) for dim, width in widths.items()}
+    return found
+
+
+def _print_searches(searches: "Searches", dims: Sequence[str]) -> None:
+    columns = [f"[{i}]" for i in range(1, len(searches) + 1)]
+    compared = [f"{columns[-1]}/{columns[0]}"] if len(columns) > 1 else []
+    for source, by_dim in next(iter(searches.values())).items():
+        first = by_dim[dims[0]]
+        print(f"\n{source}, held out: {first.queries:,} queries, {first.documents:,} documents")
+        print(_line("", [*columns, *compared]))
+        for dim in dims:
+            for k in first.recalls:
+                print(_figures(f"{_width(dim)}, recall@{k}", [of_model[source][dim].recalls[k] for of_model in searches.values()]))
+
+
+def _plain_searches(searches: Mapping[str, Mapping[str, "Search"]]) -> dict[str, object]:
+    return {
+        source: {dim: {f"recall@{k}": recall for k, recall in found.recalls.items()} for dim, found in by_dim.items()}
+        for source, by_dim in searches.items()
+    }
+
+
+def _evaluate(encoder: "TextEncoder | CachedEncoder", files: Sequence["Pairs"], dims: Sequence[str]) -> dict[str, dict[str, "Recall"]]:
+    from f2llm_jax.evaluation import retrieval
+
+    widths = {dim: encoder.width if dim == FULL else int(dim) for dim in dims}
     results = {}
     for pairs in files:
         with Progress() as progress:
@@ -124,7 +175,8 @@ def _plain(results: Results) -> Mapping[str, object]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="recall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, action="append", help="Hugging Face folder, Hub id, workdir or checkpoint; repeatable")
-    parser.add_argument("--pairs", required=True, nargs="+", help="files, folders that are tables, or BEIR folders")
+    parser.add_argument("--pairs", default=[], nargs="+", help="files, folders that are tables, or BEIR folders")
+    parser.add_argument("--data", default=[], nargs="+", help="prepared datasets, of whose held-out rows recall@1 and recall@10 are taken")
     add_column_flags(parser)
     parser.add_argument("--qrels", default="test", help="split of BEIR folders (default test)")
     parser.add_argument("--dims", type=parse_dims, default=FULL, help='widths to cut to, as in "32,full" (default: full)')

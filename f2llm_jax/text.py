@@ -128,13 +128,14 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
 
 
 def find_tokenizer(name: str) -> epath.Path:
-    """The folder of a tokenizer: `name` itself, local or remote, or else that of a Hub repository, of which no weights are fetched.
+    """The folder of a tokenizer: `name` itself or, of a workdir, `name/tokenizer`; else that of a Hub repository, without its weights.
 
     Raises:
       UserError: neither exists, or the Hub cannot be reached.
     """
     if is_remote(name) or epath.Path(name).exists():
-        return epath.Path(name)
+        folder = epath.Path(name)
+        return folder / "tokenizer" if (folder / "tokenizer" / "tokenizer.json").exists() else folder
     import huggingface_hub  # only here: a local folder needs no hub client
 
     try:

@@ -85,6 +85,20 @@ def test_one_text_in_place_of_a_list_is_refused_further_down(encoder):
         encoder._encoder.encode("hello")
 
 
+def test_rows_and_files_are_prepared_alike(base, folder):
+    rows = [{"frage": f"the cat {i // 2}", "antwort": f"die Katze {i}"} for i in range(80)]
+    options = {"columns": {"query": "frage", "passage": "antwort"}, "instruction": "Find the cat.", "validation": 0.2, "workers": 1}
+    dataset = api.prepare(rows, base, folder / "of_rows", **options)
+    again = api.prepare(iter(rows), base, folder / "of_rows", **options)
+    assert again.digest == dataset.digest == api.prepare(folder / "of_rows.rows", base, folder / "of_file", **options).digest
+    info = dataset.sources["rows"]
+    assert info.kind == "retrieval" and sum(info.rows.values()) == 80 and info.rows["train"] % 2 == 0  # both rows of a question on one side
+    first = dataset.tokenizer().decode(dataset.reader("rows", "train").read([0])[0])
+    assert first.startswith("Instruct: Find the cat.\nQuery: the cat")
+    with pytest.raises(UserError, match="overwrite"):
+        api.prepare(rows[:50], base, folder / "of_rows", **options)
+
+
 def test_an_epoch_has_every_row_once(data):
     seen = {}
     for step in api.batches(data, 16):

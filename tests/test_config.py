@@ -124,6 +124,7 @@ def test_overrides_have_the_types_of_their_fields():
         "objective.matryoshka_dims": ("(8, 16)", (8, 16)),
         "objective.matryoshka_weights": ("0.5", (0.5,)),
         "data.folder": ("a=b", "a=b"),
+        "loggers": ("tensorboard,wandb", ("tensorboard", "wandb")),
         "teacher": ("", ""),
     }
     config = configuration.load("stage2", [(field, text) for field, (text, _) in typed.items()])

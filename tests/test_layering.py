@@ -53,7 +53,7 @@ FLOORS = {
     "pruning": {"batch", "data", "errors", "inference", "model", "progress", "sharding", "text", "weights"},
     "mining": {"errors", "files", "folders", "inference", "inputs", "locks", "preparation", "sharding", "text", "vectors", "weights"},
     "release": {"errors", "files", "folders", "inference", "model", "progress", "pruning", "reporting", "text", "weights"},
-    "chain": {"data", "errors", "evaluation", "files", "inference", "model", "weights"},
+    "chain": {"data", "errors", "evaluation", "files", "inference", "inputs", "model", "weights"},
 }  # any other module at the top is a command and may import every room, but no other command
 
 

@@ -56,7 +56,7 @@ class Link:
 def statuses(links: Sequence[Link], root: epath.PathLike) -> dict[str, Status]:
     """What there is of each link, by name; "changed" if it was made by another command than the link's."""
     root = epath.Path(root)
-    done = _done(root)
+    done = commands_done(root)
     found: dict[str, Status] = {}
     for link in links:
         exists = (root / link.name).exists()
@@ -95,7 +95,7 @@ def run(links: Sequence[Link], root: epath.PathLike) -> None:
         if changed := [link for link in links if found[link.name] == "changed"]:
             raise ChainError(
                 f"{root / changed[0].name} was made by another command than this chain's; remove it, or choose another --root\n"
-                f"  it was: {_done(root)[changed[0].name]}\n  now is: {changed[0].command}"
+                f"  it was: {commands_done(root)[changed[0].name]}\n  now is: {changed[0].command}"
             )
         for number, link in enumerate(links, start=1):
             if found[link.name] != "done":
@@ -109,11 +109,11 @@ def _run(link: Link, root: epath.Path, label: str, lock: int) -> None:
     code = subprocess.run([sys.executable, "-m", link.module, *link.arguments], pass_fds=(lock,)).returncode
     if code:
         raise ChainError(f"{link.name} ended with exit code {code}; mend what its own message says and run the chain again")
-    write_json(root / DONE_FILE, _done(root) | {link.name: link.command}, sealed=True)
+    write_json(root / DONE_FILE, commands_done(root) | {link.name: link.command}, sealed=True)
     print(f"{label}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def _done(root: epath.Path) -> dict[str, str]:
+def commands_done(root: epath.Path) -> dict[str, str]:
     """Commands that ended well, by what they made."""
     file = root / DONE_FILE
     return read_json(file, sealed=True) if file.exists() else {}

@@ -1,5 +1,6 @@
 """Scores of a finished model on held-out rows of any task kind: does the positive come first?"""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,39 @@ def _accuracy(encoder: TextEncoder, dataset: Dataset, source: str) -> float:
     return float((scores[:, 0] > scores[:, 1:].max(axis=1, initial=-np.inf)).mean())
 
 
-def encode_stored(encoder: TextEncoder, dataset: Dataset, ids: list[np.ndarray]) -> Float[np.ndarray, "S D"]:
-    """Normalised embeddings of texts as a dataset stores them, cut where the encoder cuts."""
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How well the held-out queries of a source find their documents among all documents of the source."""
+
+    queries: int  # Q
+    documents: int  # U, distinct
+    recalls: dict[int, float]  # by k: the share of a query's documents among the k nearest by cosine, mean over queries
+
+
+def search(encoder: TextEncoder, dataset: Dataset, source: str, ks: Sequence[int] = (1, 10), dim: int | None = None) -> Search:
+    """Scores the validation rows of a source; rows of one query are one query with several right documents.
+
+    Of equal cosines the wrong document is nearer, so a model that collapsed scores 0. `dim` truncates vectors; None for all dimensions.
+    """
+    ids = dataset.reader(source, SPLIT).read(range(dataset.sources[source].rows[SPLIT]))
+    positives = np.asarray(dataset.tables(source, SPLIT).documents)[:, 0]
+    right: dict[bytes, set[int]] = {}
+    for query, document in zip(ids, positives.tolist(), strict=True):
+        right.setdefault(query.tobytes(), set()).add(document)
+    queries = encode_stored(encoder, dataset, [np.frombuffer(query, np.int32) for query in right], dim)
+    documents = encode_stored(encoder, dataset, dataset.reader(source, CORPUS).read(range(dataset.sources[source].documents)), dim)
+    found: dict[int, list[float]] = {k: [] for k in ks}
+    for vector, own in zip(queries, right.values(), strict=True):
+        cosines, mine = documents @ vector, np.array(sorted(own))
+        wrong = np.delete(cosines, mine)
+        above = np.array([(wrong >= cosine).sum() for cosine in cosines[mine]])
+        ranks = above + np.argsort(np.argsort(above, kind="stable"), kind="stable")  # from 0, among all documents
+        for k in ks:
+            found[k].append((ranks < k).sum() / len(mine))
+    return Search(len(queries), len(documents), {k: float(np.mean(shares)) for k, shares in found.items()})
+
+
+def encode_stored(encoder: TextEncoder, dataset: Dataset, ids: list[np.ndarray], dim: int | None = None) -> Float[np.ndarray, "S D"]:
+    """Normalised embeddings of texts as a dataset stores them, truncated where the encoder truncates, and to `dim` dimensions."""
     cut = [truncate(one, encoder.max_length, dataset.eos_id) for one in ids]
-    return truncate_and_normalize(encoder.encode_ids(cut), encoder.width)
+    return truncate_and_normalize(encoder.encode_ids(cut), dim or encoder.width)

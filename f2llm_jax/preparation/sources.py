@@ -85,7 +85,7 @@ def find_sources(
     Stage 1 takes the sources that the catalogue marks, or all retrieval sources; stage 2 takes all (paper, section 3.2).
 
     Args:
-      raw: folder of the files.
+      raw: folder of the files, or one file.
       stage: 1 or 2.
       tasks: the tasks file, where there is no catalogue; default `raw/tasks.json` if it exists.
       catalogue: which files make which source.
@@ -175,11 +175,14 @@ def _catalogue_groups(raw: epath.Path, catalogue: Catalogue, stage: int) -> list
 
 
 def _names(raw: epath.Path) -> set[str]:
-    return {path.name for path in raw.iterdir()} if raw.exists() else set()
+    return {path.name for path in raw.iterdir()} if raw.is_dir() else set()
 
 
 def _folder_groups(raw: epath.Path, tasks: epath.PathLike | None, known: Catalogue | None, stage: int) -> list[_Group]:
     """Each file and each table by itself, but for those that the catalogue `known` knows."""
+    if raw.is_file():
+        name = folders.table_name(raw)
+        return [_Group(name, None, ((raw, 0, None),), False, name, "")]
     found = folders.find_sources(raw)
     if not found.paths:
         forms = ", ".join(f"*.{form}" for form in folders.LISTED)
