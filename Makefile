@@ -41,6 +41,7 @@ tpu-check: $(VENV)/.test  ## Compile every size for its TPU slice, no TPU needed
 	PYTHONPATH='build/$(LIBTPU)' $(BIN)/python tests/benchmarks/slices.py --out build/slices
 
 lint: $(VENV)/.test  ## Check style, formatting and documentation
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

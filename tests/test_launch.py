@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, folder, command, states=(), **environment):
         (folder / "bin").mkdir(exist_ok=True)
-        for name in ("gcloud", "kubectl", "xpk", "git"):
+        for name in ("gcloud", "kubectl", "xpk", "docker", "git"):
             (folder / "bin" / name).write_text(RECORDER)
             (folder / "bin" / name).chmod(0o755)
         (folder / "states").write_text("".join(f"{state}\n" for state in states))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One slice or several on GKE. Usage: launch/gke/gke.sh [--dry-run] SUBCOMMAND
 #
+#   build              build the image from this folder and push it, with docker
 #   manifest FLAGS...  print the JobSet: flags of f2llm_jax.main
 #   apply FLAGS...     create it, or leave it as it is if it is the same
 #   logs [LINES]       the last lines of every host
@@ -8,7 +9,7 @@
 #   xpk FLAGS...       the same run through XPK instead, which also queues and finds the topology
 #   xpk-delete         delete that
 #
-# Settings, from the environment: NAME, IMAGE (has this project and its [tpu,gcs] extras installed, configs/ in its folder), WORKDIR (gs://).
+# Settings, from the environment: NAME, IMAGE (its full name; `build` makes it), WORKDIR (gs://).
 #   JobSet: ACCELERATOR (value of the node label cloud.google.com/gke-tpu-accelerator, as tpu7x), TOPOLOGY (as 4x4x4), HOSTS (of a slice),
 #           CHIPS (of a host, 4), NAMESPACE (default), SERVICE_ACCOUNT (default), SPOT (no; yes for spot nodes)
 #   XPK:    CLUSTER, PROJECT, ZONE, TPU_TYPE (as tpu7x-128)
@@ -86,6 +87,13 @@ manifest() {
   printf '%s\n' "${text//@COMMAND@/"$words"}"
 }
 
+build() {
+  need IMAGE
+  cd "$here/../.."
+  do_it docker build --platform=linux/amd64 "--tag=$IMAGE" .
+  do_it docker push "$IMAGE"
+}
+
 apply() {
   local text
   text="$(manifest "$@")"
@@ -108,10 +116,10 @@ xpk_create() {
   need NAME IMAGE CLUSTER PROJECT ZONE TPU_TYPE
   local line
   training "$@"
-  # XPK restarts on 42 and 127 to 255 only; 75 is "saved, go on", 1 may be a host that came late to the startup check.
+  # XPK restarts on 42 and 127 to 255 only; 75 is "saved, go on", 76 "hung", 1 may be a host that came late to the startup check.
   do_it xpk workload create --workload="$NAME" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
     --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" --max-restarts="${MAX_RESTARTS:-20}" \
-    --restart-on-exit-codes=1,75 --termination-grace-period-seconds="${GRACE_SECONDS:-600}" --command="$(show "${line[@]}")"
+    --restart-on-exit-codes=1,75,76 --termination-grace-period-seconds="${GRACE_SECONDS:-600}" --command="$(show "${line[@]}")"
 }
 
 xpk_delete() {
@@ -120,8 +128,8 @@ xpk_delete() {
 }
 
 case "$command" in
-  manifest | apply | logs | delete) "$command" "$@" ;;
+  build | manifest | apply | logs | delete) "$command" "$@" ;;
   xpk) xpk_create "$@" ;;
   xpk-delete) xpk_delete ;;
-  *) fail "unknown subcommand '$command'; there are manifest, apply, logs, delete, xpk, xpk-delete" ;;
+  *) fail "unknown subcommand '$command'; there are build, manifest, apply, logs, delete, xpk, xpk-delete" ;;
 esac
