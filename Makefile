@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(if $(wildcard $(VENV)/.python-*),$(BIN)/python,python3)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-SOURCES := f2llm_jax configs tests setup.py
+SOURCES := f2llm_jax configs examples tests setup.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # PyPI's torch for Linux brings 15 packages and 4 GB of CUDA along; PyTorch's own index has the build without. Where that index cannot be
 # reached, pip takes the torch that it finds. pyproject.toml says the same to uv.
@@ -40,10 +40,11 @@ tpu-check: $(VENV)/.test  ## Compile every size for its TPU slice, no TPU needed
 	JAX_PLATFORMS=cpu PYTHONPATH='build/$(LIBTPU)' $(BIN)/python -m pytest -q tests/test_compilation.py
 	PYTHONPATH='build/$(LIBTPU)' $(BIN)/python tests/benchmarks/slices.py --out build/slices
 
-lint: $(VENV)/.test  ## Check style, formatting and documentation
+lint: $(VENV)/.test  ## Check style, formatting, types and documentation
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/.test  ## Rewrite the sources in the house format

@@ -119,7 +119,7 @@ def _describe(error: BaseException) -> str:
         refused = refused or error.errno
         if error.filename is not None and error.strerror:
             files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
-            return f"{files}: {error.strerror}{REFUSED.get(refused, '')}"
+            return f"{files}: {error.strerror}{REFUSED.get(refused or 0, '')}"
     elif refused is None or not isinstance(error, Exception):
         return ""
-    return f"{str(error).splitlines()[0]}{REFUSED.get(refused, '')}"
+    return f"{str(error).splitlines()[0]}{REFUSED.get(refused or 0, '')}"

@@ -101,7 +101,7 @@ def _mesh(sizes: Sequence[int] | None) -> "jax.sharding.Mesh | None":
     from f2llm_jax import sharding
     from f2llm_jax.inference.devices import local_mesh
 
-    return sharding.make_mesh(*sizes, devices=jax.local_devices()) if sizes else local_mesh()
+    return sharding.make_mesh(sizes[0], sizes[1], sizes[2], devices=jax.local_devices()) if sizes else local_mesh()
 
 
 def _widths(dims: Sequence[str], origin: "ModelSource") -> list[int]:

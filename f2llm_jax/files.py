@@ -13,7 +13,7 @@ import re
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import xxhash
@@ -145,7 +145,7 @@ def read_json(path: epath.PathLike, *, sealed: bool = False, kind: type = object
         raise FileError(f"{path} is not readable as JSON ({error})") from error
     if not isinstance(content, dict if sealed else kind):
         raise FileError(f"{path} holds a JSON {type(content).__name__}, not what this command writes there")
-    return unseal(content, path) if sealed else content
+    return unseal(cast(dict[str, Any], content), path) if sealed else content
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def _digest(content: np.ndarray, salt: str) -> bytes:
 def write_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes named arrays as `.npz`, whose members carry a CRC-32 each."""
     with new_file(path) as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=True, **arrays)
 
 
 def read_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:

@@ -154,8 +154,8 @@ def local_part(count: int, mesh: jax.sharding.Mesh | None) -> np.ndarray:
     mine = np.ones(count, bool)
     if mesh is not None:
         mine[:] = False
-        for (part,) in NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,)).values():
-            mine[part] = True
+        for index in NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,)).values():
+            mine[index or ()] = True
     return mine
 
 

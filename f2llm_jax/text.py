@@ -76,7 +76,7 @@ class Tokenizer:
         encoded = self.backend.encode_batch_fast(list(texts))
         return [truncate(np.array(e.ids, np.int32), max_length, self.end_id) for e in encoded]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, special tokens shown."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
@@ -172,8 +172,9 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], f
             numbers[token] = vocabulary.get(token)
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(key) or []
-        numbers |= {_content(token): vocabulary.get(_content(token)) for token in (listed.values() if isinstance(listed, dict) else listed)}
-    numbers |= {_content(token): int(number) for number, token in (config.get("added_tokens_decoder") or {}).items()}
+        tokens = [str(_content(token)) for token in (listed.values() if isinstance(listed, dict) else listed)]
+        numbers |= {token: vocabulary.get(token) for token in tokens}
+    numbers |= {str(_content(token)): int(number) for number, token in (config.get("added_tokens_decoder") or {}).items()}
     if wrong := [token for token, number in numbers.items() if number is None or vocabulary.get(token) != number]:
         raise UserError(
             f"{folder}/tokenizer_config.json names special tokens that tokenizer.json lacks or numbers otherwise: {', '.join(wrong)}; "

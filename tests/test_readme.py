@@ -74,19 +74,13 @@ def test_the_commands_run_in_their_order(folder):
         if any(part in command for part in ELSEWHERE):
             continue
         words = in_small(command)
-        files = [sorted(map(str, folder.glob(word))) if "*" in word else [word] for word in words]
+        words = [file for word in words for file in (sorted(map(str, folder.glob(word))) if "*" in word else [word])]
         runs_in = environment(1, folder / "compiled")
-        done = subprocess.run(sum(files, []), cwd=folder, env=runs_in, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(words, cwd=folder, env=runs_in, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
         ran += 1
     assert ran == len(WRITTEN) - sum(any(part in command for part in ELSEWHERE) for command in WRITTEN)
-    for made in (
-        "MODEL/model.safetensors",
-        "vectors.npy",
-        "MINED/summary.json",
-        "EVAL/results",
-        "REPORT/report.html",
-        "RUNS/pruned-330m/model",
-    ):
-        assert (folder / made).exists(), made
+    made = ("MODEL/model.safetensors", "vectors.npy", "MINED/summary.json", "EVAL/results", "REPORT/report.html", "RUNS/pruned-330m/model")
+    for name in made:
+        assert (folder / name).exists(), name
     shutil.rmtree(folder / "compiled", ignore_errors=True)

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import ml_collections
@@ -111,7 +111,7 @@ def check(request: Request) -> CompiledStepReport:
 
 def _compile(steps: program.Program, arguments: Arguments) -> jax.stages.Compiled:
     try:
-        return steps.train_step.lower(*arguments).compile()
+        return cast(Any, steps.train_step).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if not (found := _TOO_LARGE.search(str(error))):
             raise
@@ -167,7 +167,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _summary(found: list[Collective], slice_devices: int) -> list[Moved]:
-    times: collections.Counter[tuple[str, str, bool]] = collections.Counter()
+    times: dict[tuple[str, str, bool], float] = collections.defaultdict(float)
     received: dict[tuple[str, str, bool], float] = collections.defaultdict(float)
     for one in found:
         phase = one.phase.split("/")[0].removeprefix("transpose(").removeprefix("jvp(").rstrip(")") or "other"

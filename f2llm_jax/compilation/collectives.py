@@ -51,7 +51,7 @@ class Collective:
     shapes: tuple[str, ...]
     group: tuple[int, ...]
     phase: str
-    times: int
+    times: float
     received: float
 
     @property

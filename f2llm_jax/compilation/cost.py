@@ -8,6 +8,7 @@ The names of primitives and of their parameters are known from JAX 0.10 to 0.12.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax.extend import core
@@ -62,10 +63,14 @@ def _equation(equation: core.JaxprEqn) -> Cost:
 
 def _inner(equation: core.JaxprEqn) -> list[core.Jaxpr]:
     values = [v for value in equation.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
-    return [getattr(value, "jaxpr", value) for value in values if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
+    return [
+        value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+        for value in values
+        if isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+    ]
 
 
-def _product(equation: core.JaxprEqn) -> Cost:
+def _product(equation: Any) -> Cost:
     (contracted, _), _ = equation.params["dimension_numbers"]
     if not contracted:  # a scaling, written as a product
         return Cost()
@@ -75,7 +80,7 @@ def _product(equation: core.JaxprEqn) -> Cost:
     return Cost(2.0 * math.prod(out.shape) * over, float(sum(x.size * x.dtype.itemsize for x in (left, right, out))))
 
 
-def _kernel(equation: core.JaxprEqn) -> Cost:
+def _kernel(equation: Any) -> Cost:
     """A splash attention kernel: its body at each point of its grid whose block of queries and keys is not all above the diagonal."""
     (body,) = _inner(equation)
     queries, keys = equation.invars[0].aval.shape[-2:]  # blocks of each, from the kernel's list of the blocks that there are

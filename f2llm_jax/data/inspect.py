@@ -84,7 +84,7 @@ def draw_packing(packing: Packing, planned: PlannedStep, row_tokens: int, title:
         row, start, length = (values[texts][there] for values in (packing.row, packing.start, packing.lengths))
         corners = [(start, row), (start + length, row), (start + length, row + 0.9), (start, row + 0.9)]
         bars = np.stack([np.stack(corner, axis=-1) for corner in corners], axis=1)
-        axes.add_collection(PolyCollection(bars, facecolors=COLOURS[role], edgecolors="white", linewidths=0.3, label=role))
+        axes.add_collection(PolyCollection(list(bars), facecolors=COLOURS[role], edgecolors="white", linewidths=0.3, label=role))
     axes.set(xlim=(0, row_tokens), ylim=(packing.rows, 0), xlabel="token", ylabel="row", title=title)
     axes.legend(loc="upper right")
     return figure

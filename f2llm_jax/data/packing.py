@@ -113,5 +113,5 @@ def lay_out(
         token_ids.reshape(-1)[flat] = np.concatenate(read(here))
     positions.reshape(-1)[flat] = within
     segment_ids.reshape(-1)[flat] = np.repeat(slot + 1, length)
-    chunked = (a.reshape(-1, M, a.shape[-1]) for a in (token_ids, positions, segment_ids, last, text))
-    return PackedTexts(*chunked, chunks=np.int32(used), at_once=shape.at_once)
+    token_ids, positions, segment_ids, last, text = (a.reshape(-1, M, a.shape[-1]) for a in (token_ids, positions, segment_ids, last, text))
+    return PackedTexts(token_ids, positions, segment_ids, last, text, np.int32(used), shape.at_once)

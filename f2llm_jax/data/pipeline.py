@@ -122,8 +122,8 @@ class Pipeline:
 
     def step(self, step: int) -> StepData:
         """One step alone."""
-        arrays, *about = self._host_arrays(step)
-        return StepData(sharding.batch_to_devices(arrays, self._mesh), *about)
+        batch, plan, tokens, squares, padded = self._host_arrays(step)
+        return StepData(sharding.batch_to_devices(batch, self._mesh), plan, tokens, squares, padded)
 
     def languages(self, step: int) -> list[str]:
         """Of each of the step's samples, in order; "" where unknown."""
@@ -158,22 +158,22 @@ class Pipeline:
                 passage_ids=documents[:B].astype(np.int32),
                 negative_ids=documents[B:].reshape(B, -1).astype(np.int32),
             ),
-            teacher=None if self._teacher is None else self._teacher_vectors(plan.source, where),
+            teacher=None if self._teacher is None else self._teacher_vectors(self._teacher, plan.source, where),
         )
         padded = int(texts.chunks) * self._shape.chunk_rows * self._config.row_tokens
         lengths = packing.lengths.astype(np.int64)
         return batch, plan, int(lengths.sum()), int(lengths @ lengths), padded
 
-    def _teacher_vectors(self, source: str, where: Int[np.ndarray, " S"]) -> Float[np.ndarray, "B 2+N W"]:
+    def _teacher_vectors(self, teacher: TeacherCache, source: str, where: Int[np.ndarray, " S"]) -> Float[np.ndarray, "B 2+N W"]:
         """Of each sample's query, positive and negatives; 0 for what does not exist or lives elsewhere."""
         B = self._samples
         here = sharding.local_part(B, self._mesh)
-        vectors = np.zeros((B, len(where) // B, self._teacher.content.width), np.float32)
+        vectors = np.zeros((B, len(where) // B, teacher.content.width), np.float32)
         queries = here & (where[:B] >= 0)
-        vectors[queries, 0] = self._teacher.read(source, self._split, where[:B][queries])
+        vectors[queries, 0] = teacher.read(source, self._split, where[:B][queries])
         documents = np.concatenate([where[B : 2 * B, None], where[2 * B :].reshape(B, -1)], axis=1)
         present = here[:, None] & (documents >= 0)
-        vectors[:, 1:][present] = self._teacher.read(source, "corpus", documents[present])
+        vectors[:, 1:][present] = teacher.read(source, "corpus", documents[present])
         return vectors
 
     def _where(self, plan: StepPlan) -> Int[np.ndarray, " S"]:

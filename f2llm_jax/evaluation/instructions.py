@@ -76,7 +76,7 @@ def prompt(table: Mapping[str, str], task, prompt_type) -> str:
     if kind == "document":
         return ""
     for key in (task.name, task.type, kind):
-        if key in table:
+        if key is not None and key in table:
             return query_prompt(table[key])
     if isinstance(task.prompt, dict) and kind:
         return query_prompt(task.prompt.get(kind, ""))

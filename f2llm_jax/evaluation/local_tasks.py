@@ -105,7 +105,7 @@ def _task(manifest: epath.Path, entry: Mapping[str, Any]) -> Any:
         members = {"metadata": mteb.TaskMetadata(**metadata), "load_data": load_data, **form.settings(dataset)}
     except ValueError as error:
         raise UserError(f"{manifest}: task {name!r}: {error}") from error
-    return type(name, (getattr(mteb.abstasks, form.base),), members)()
+    return type(str(name), (getattr(mteb.abstasks, form.base),), members)()
 
 
 def _form(manifest: epath.Path, entry: Mapping[str, Any]) -> _Form:

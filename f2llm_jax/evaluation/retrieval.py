@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
+from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.inputs import folders, judged, pairs
 from f2llm_jax.inputs.columns import BY_NAME, Choice
 from f2llm_jax.progress import ProgressCallback
@@ -66,7 +67,9 @@ def read_pairs(path: epath.PathLike, choice: Choice = BY_NAME, qrels: str = "tes
     return Pairs(folders.table_name(path), queries, list(pool), target, np.array(languages), [described.describe() for described in files])
 
 
-def evaluate(encoder: TextEncoder, pairs: Pairs, dims: Sequence[int], report: ProgressCallback | None = None) -> dict[int, Recall]:
+def evaluate(
+    encoder: TextEncoder | CachedEncoder, pairs: Pairs, dims: Sequence[int], report: ProgressCallback | None = None
+) -> dict[int, Recall]:
     """Recall@1 by width.
 
     Raises:

@@ -33,7 +33,8 @@ def encode_by_layer(config: DecoderConfig, parameters: Parameters, ids: Sequence
             weights = {name: parameters.read(entry, i, i + 1)[0] for name, entry in ENTRIES.items() if entry.stacked}
             x = layer(weights, x, positions, segment_ids)
     hidden = np.asarray(x).reshape(*token_ids.shape, -1)[np.arange(len(ids)), last]
-    return np.asarray(rms_norm(jnp.asarray(hidden), parameters.read(ENTRIES["norm"], 0, config.hidden_size), config.rms_norm_eps))
+    norm = jnp.asarray(parameters.read(ENTRIES["norm"], 0, config.hidden_size))
+    return np.asarray(rms_norm(jnp.asarray(hidden), norm, config.rms_norm_eps))
 
 
 def check_ids(ids: Int[np.ndarray, " N"], config: DecoderConfig) -> None:

@@ -118,11 +118,11 @@ class TextEncoder:
             members = np.flatnonzero(row_length == k)
             if not len(members):
                 continue
-            packed = lay_out(shape.pack(lengths[members]), shape, lambda which, members=members: [ids[i] for i in members[which]])
+            packed = lay_out(shape.pack(lengths[members]), shape, lambda which, members=members: [ids[i] for i in members[which]])  # type: ignore[misc]
             for c in range(int(packed.chunks)):
                 used = packed.text[c] < len(members)
                 pooled = self._run(packed.token_ids[c], packed.positions[c], packed.segment_ids[c], packed.last[c])
-                yield members[packed.text[c][used]], lambda pooled=pooled, used=used: np.asarray(pooled)[used]
+                yield members[packed.text[c][used]], lambda pooled=pooled, used=used: np.asarray(pooled)[used]  # type: ignore[misc]
 
     def _run(self, *rows: np.ndarray) -> jax.Array:
         in_mesh = jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()

@@ -43,10 +43,8 @@ def read_judged(paths: Sequence[epath.PathLike], choice: Choice = BY_NAME) -> Ju
     Raises:
       UserError: a file is missing or malformed, an id repeats or is unknown, or nothing is relevant.
     """
-    corpus, queries = (
-        read_fields(path, form, {"_id": "label", "text": kind, "title": "optional text"}, choice)
-        for path, form, kind in zip(paths, (CORPUS, QUERIES), ("optional text", "text"), strict=False)
-    )
+    corpus = read_fields(paths[0], CORPUS, {"_id": "label", "text": "optional text", "title": "optional text"}, choice)
+    queries = read_fields(paths[1], QUERIES, {"_id": "label", "text": "text", "title": "optional text"}, choice)
     qrels = read_fields(paths[2], QRELS, {"query-id": "label", "corpus-id": "label", "score": "number"}, choice)
     documents, texts = _by_id(corpus), _by_id(queries)
     relevance: dict[str, dict[str, float]] = {}

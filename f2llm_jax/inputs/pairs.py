@@ -170,10 +170,10 @@ def read_pairs(pairs: PairFile, start: int = 0, stop: int | None = None, instruc
     names = list(dict.fromkeys([*read, *columns.negatives]))
     first = 0
     for block in read_blocks(pairs.file, names, start, stop):
-        texts = {role: joined_texts(block, columns.roles[role]) for role in ("query", "lang") if role in columns.roles}
+        texts: dict[str, Texts] = {role: joined_texts(block, columns.roles[role]) for role in ("query", "lang") if role in columns.roles}
         instructions = cells.texts(block.cells[columns.roles["instruction"][0]]) if "instruction" in columns.roles else None
         texts["query"] = _instructed(texts["query"], instructions, instruction or "")
-        labels = {role: "+".join(columns.roles[role]) for role in ("query", "passage", "lang") if role in columns.roles}
+        labels: dict[str, str] = {role: "+".join(columns.roles[role]) for role in ("query", "passage", "lang") if role in columns.roles}
         _add_negatives(pairs, block, texts, labels)
         rows = block.first_row + np.arange(len(texts["query"].values))
         if pairs.expands:

@@ -97,7 +97,7 @@ def _opened(path: epath.PathLike, suffix: str) -> Iterator[IO[bytes]]:
     compression = {"gz": "gzip", "zst": "zstd"}.get(suffix.rsplit(".", 1)[-1])
     with epath.Path(path).open("rb") as raw:
         stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), compression) if compression else raw
-        file = io.BufferedReader(stream, 1 << 20)  # type: ignore[arg-type]
+        file = io.BufferedReader(stream, 1 << 20)
         start = file.peek(3)[:3]
         if start.startswith(OTHER_BOMS):
             raise UserError(f"{path} is UTF-16 and not UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`")

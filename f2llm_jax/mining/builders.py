@@ -119,7 +119,8 @@ def _clustering(rows: Fields, instruction: str, negatives: int, seed: int) -> tu
     members = [np.flatnonzero(label == number) for number in range(label.max() + 1)]
     if max(map(len, members)) + negatives > len(texts):
         raise UserError(f"{rows.files[0].path}: a row has fewer than --negatives {negatives} texts of other labels; lower it")
-    counters, queries, passages, given = Counter(), [], [], []
+    counters: Counter[str] = Counter()
+    queries, passages, given = [], [], []
     for row, text in enumerate(texts):
         fellows = members[label[row]]
         if len(fellows) < 2 or text in ambiguous:

@@ -116,8 +116,8 @@ def _merge_scores(best: tuple[Float[Array, "T K"], Int[Array, "T K"]], scores: F
     return jax.lax.switch(rung, [functools.partial(merge_groups, number) for number in ladder])
 
 
-def _together(first, second):
-    return [jnp.concatenate(pair, axis=1) for pair in zip(first, second, strict=True)]
+def _together(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jnp.concatenate([first[0], second[0]], axis=1), jnp.concatenate([first[1], second[1]], axis=1)
 
 
 def _best_of(scores: Float[Array, "T N"], index: Int[Array, "T N"], k: int) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:

@@ -123,7 +123,7 @@ def _write(
     for one in found:
         for source in one.pool.sources:
             before = sum(counted["rows"] for counted in counters.values())
-            parts = mined(one, source, rules, ids, lambda done, before=before: report("select", before + done, rows))
+            parts = mined(one, source, rules, ids, lambda done, before=before: report("select", before + done, rows))  # type: ignore[misc]
             counters[source.name] = writing.write_source(folder, one.pool, source, parts, rules.negatives, seen)
             kinds[source.name] = source.kind
     total = sum(counters.values(), Counter())

@@ -44,7 +44,8 @@ class ShardedVectors:
           load: makes the encoder; called when the first shard is missing.
         """
         self._store = VectorStore(folder, made_by, width, dtype)
-        self._load, self._encoder = load, None
+        self._load = load
+        self._encoder: TextEncoder | None = None
 
     def shards(self, texts: pa.LargeStringArray) -> list[Shard]:
         """The shards of a list of texts, in order, whether they exist or not."""

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def choose(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_d
         raise UserError(f"attention=splash: JAX {jax.__version__} does not have the kernel; take attention=auto or xla")
     if wanted == "cudnn" and not (platform == "gpu" and dtype != jnp.float32):
         raise UserError(f"attention=cudnn needs an NVIDIA GPU and 16 bits, here are {platform!r} and {dtype}: take attention=auto or xla")
-    return wanted
+    return cast(Kernel, wanted)
 
 
 def attention(

@@ -7,6 +7,7 @@ transformers' `Qwen3RMSNorm` to the cast: statistics in fp32, back to the comput
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,8 @@ class Layer(nnx.Module):
             q = rotate(rms_norm(self._heads(x, self.query), _at_use(self.query_norm, x.dtype), eps), *rotary)
             k = rotate(rms_norm(self._heads(x, self.key), _at_use(self.key_norm, x.dtype), eps), *rotary)
             v = self._heads(x, self.value)
-            mixed = attention(*(_rows(heads, segment_ids.shape) for heads in (q, k, v)), segment_ids, kernel)
+            q, k, v = (_rows(heads, segment_ids.shape) for heads in (q, k, v))
+            mixed = attention(q, k, v, segment_ids, kernel)
             out = _project("rhte,dhe->rtd", mixed, self.output, sharding.ROWS_TD)
             return out.reshape(x.shape, out_sharding=sharding.spec(sharding.POSITIONS_D))
 
@@ -143,7 +145,7 @@ class Layer(nnx.Module):
             return _project("pf,df->pd", gated, self.down, sharding.POSITIONS_D)
 
 
-def _rows(heads: Float[Array, "H P E"], shape: tuple[int, int]) -> Float[Array, "H R T E"]:
+def _rows(heads: Float[Array, "H P E"], shape: tuple[int, ...]) -> Float[Array, "H R T E"]:
     return heads.reshape(heads.shape[0], *shape, heads.shape[-1], out_sharding=sharding.spec(sharding.HEADS_RTE))
 
 
@@ -252,7 +254,7 @@ def abstract_decoder(config: DecoderConfig, mesh: jax.sharding.Mesh | None = Non
     if mesh is None:
         return graphdef, params
 
-    def place(path, parameter: Parameter) -> Parameter:
+    def place(path: tuple[str, ...], parameter: Any) -> Any:
         spec = sharding.PARAMETER_SPECS[parameter.dims]
         spec = sharding.stacked(spec) if path[0] == "layers" else spec
         value, placed = parameter.get_value(), NamedSharding(mesh, spec)

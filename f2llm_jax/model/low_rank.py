@@ -5,6 +5,8 @@ table's singular value decomposition, left factor `U S` `[V, Z]` and right facto
 each step, so that the first 64, 128, ... columns are a table too.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def narrowed(params: nnx.State, rank: Int[Array, ""]) -> nnx.State:
 
     Applied to gradients it makes them those of the narrowed table: the right factor's rows from `rank` on get none by themselves.
     """
-    left = params["embedding_left"].get_value()
+    left = _value(params, "embedding_left")
     within = sharding.shard(jnp.arange(left.shape[1]) < rank, sharding.P(sharding.PARAMETER_SPECS["VZ"][1]))
     return _with(params, embedding_left=jnp.where(within, left, 0))
 
@@ -46,7 +48,7 @@ def factorised(params: nnx.State, rank: int) -> nnx.State:
     With W the leading eigenvectors of `table^T table` they are `table W` and `W^T`. At full rank the product is the table up to
     rounding, however exact W is, since it is orthonormal. Only `[D, D]` leaves the devices.
     """
-    table = params["embedding"].get_value()
+    table = _value(params, "embedding")
     gram = jax.jit(lambda table: _product("vd,ve->de", _gathered(table), table))(table)
     _, vectors = np.linalg.eigh(np.asarray(_gathered(gram), np.float64))
     leading = np.ascontiguousarray(vectors[:, : -rank - 1 : -1], np.float32)  # eigenvalues come ascending
@@ -56,7 +58,7 @@ def factorised(params: nnx.State, rank: int) -> nnx.State:
 
 def multiplied(params: nnx.State) -> nnx.State:
     """The parameters with the plain table that the two factors stand for."""
-    left, right = params["embedding_left"].get_value(), params["embedding_right"].get_value()
+    left, right = _value(params, "embedding_left"), _value(params, "embedding_right")
     table = jax.jit(lambda left, right: _product("vz,zd->vd", _gathered(left), right))(left, right)
     return _with(params, embedding=table, embedding_left=None, embedding_right=None)
 
@@ -72,6 +74,10 @@ def _gathered(x: Float[Array, "A B"]) -> Float[Array, "A B"]:
 
 def _split(x: Float[Array, "A B"]) -> Float[Array, "A B"]:
     return sharding.shard(x, sharding.PARAMETER_SPECS["VD"])
+
+
+def _value(params: Any, name: str) -> Array:
+    return params[name].get_value()
 
 
 def _with(params: nnx.State, **tables: Float[Array, "A B"] | None) -> nnx.State:

@@ -10,7 +10,7 @@ class Mean(NamedTuple):
     """A weighted sum and its count; divided once, at the very end."""
 
     sum: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # type: ignore[assignment]  # a tuple's own `count` is not for us
 
     @property
     def value(self) -> Float[Array, ""]:

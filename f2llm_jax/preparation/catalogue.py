@@ -17,7 +17,7 @@ import dataclasses
 import importlib.resources
 import json
 from collections.abc import Collection, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from etils import epath
 
@@ -179,7 +179,7 @@ def _read_sources(content: object, problems: list[str]) -> list[CatalogueSource]
             rows = None
         symmetric = kind == "clustering" or entry.get("category") in SYMMETRIC_CATEGORIES
         units = _read_units(entry.get("units"), place, problems)
-        sources.append(CatalogueSource(entry["source"], kind, units, rows, entry.get("stage1") is True, symmetric))
+        sources.append(CatalogueSource(entry["source"], cast(Kind, kind), units, rows, entry.get("stage1") is True, symmetric))
     return sources
 
 

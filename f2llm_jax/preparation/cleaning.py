@@ -82,7 +82,7 @@ def clean(path: str, block: PairBlock, negatives: int, needs_negatives: bool, po
     there &= judge.keep_others(names[1:], there & _is_positive(forms, same[codes[0]], block.rows), POSITIVE)
     there &= judge.keep_others(names[1:], _repeats(np.where(there, forms, -1)), "repeats an earlier one")
     if needs_negatives:
-        kept = kept & judge.keep_rows_with_negatives(there.any(axis=0))
+        kept = kept & judge.keep_rows_with_negatives(np.any(there, axis=0))
     documents = np.full((len(queries), 1 + negatives), -1, np.int64)
     documents[:, 0] = codes[0]
     documents[:, 1 : len(names)] = np.where(there, codes[1:], -1).T

@@ -34,7 +34,7 @@ class Encoder:
         whole = self._tokenizer.encode(texts, max_length + 1)
         spelled = np.array([self._special.search(text) is not None for text in texts], bool)
         for i in np.flatnonzero(spelled):
-            whole[i] = self._spelling.encode([texts[i]], max_length + 1)[0]
+            whole[i] = self._spelling.encode([texts[int(i)]], max_length + 1)[0]
         cut = np.array([len(ids) > max_length for ids in whole], bool)
         return Encoded([truncate(ids, max_length, self._tokenizer.end_id) for ids in whole], cut, spelled)
 

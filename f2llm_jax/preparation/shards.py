@@ -54,7 +54,9 @@ class WriteRows(beam.DoFn):
         index, part = element
         encoder, recipe = load(self.tokenizer), self.rules.recipe
         spill = _Spill(self.work, index, bucket_count(self.source))
-        counts, rows_by_split, languages = Counter(), Counter(), Counter()
+        counts: Counter[str] = Counter()
+        rows_by_split: Counter[str] = Counter()
+        languages: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
             sinks = {split: stack.enter_context(_row_sink(self.shards, self.work, index, split)) for split in records.QUERY_SPLITS}
             for numbers, rows in read_rows(self.source, part, recipe, choose_rows(self.source, recipe)):

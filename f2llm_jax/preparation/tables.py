@@ -44,7 +44,8 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
             _stream(work, counts[split], split, "query_length", np.int32, (), target, lambda values: values)
             width = (1 + source.negatives,)
             _stream(work, counts[split], split, "documents", np.int64, width, target, lambda found: _positions(keys, found))
-    counters, languages = Counter(), Counter()
+    counters: Counter[str] = Counter()
+    languages: Counter[str] = Counter()
     digests = {split: xxhash.xxh3_128() for split in records.SPLITS}
     for _, arrays in _buckets(work):
         digests[records.CORPUS].update(str(arrays["digest"]).encode())

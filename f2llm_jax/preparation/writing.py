@@ -231,6 +231,8 @@ def _results(jobs: Sequence[_Job], workers: int) -> Iterator[records.SourceInfo]
 def _die_with_parent() -> None:
     """Ends this worker when its parent is killed: a survivor would write into the folder that the next run rebuilds."""
     parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def watch() -> None:
         connection.wait([parent.sentinel])

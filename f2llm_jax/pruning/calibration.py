@@ -125,7 +125,7 @@ def _weights(config: DecoderConfig, parameters: Parameters, i: int, mesh: jax.sh
     """One layer's weights, split as training splits them."""
     _, state = abstract_layer(config)
     return {
-        path[0]: _place(parameters.read(ENTRIES[path[0]], i, i + 1)[0], mesh, sharding.PARAMETER_SPECS[leaf.dims])
+        str(path[0]): _place(parameters.read(ENTRIES[str(path[0])], i, i + 1)[0], mesh, sharding.PARAMETER_SPECS[leaf.dims])
         for path, leaf in nnx.to_flat_state(state)
     }
 

@@ -46,7 +46,7 @@ def merge(sources: Sequence[ModelSource], weights: Sequence[float] | None = None
             "name": f"linear merge of {listed}",
             "open_params": open_params,
             "run_folder": first.run_folder if same_run else None,
-            "step": max(s.step for s in sources) if same_run and first.run_folder else None,
+            "step": max(s.step or 0 for s in sources) if same_run and first.run_folder else None,
         }
     )
 

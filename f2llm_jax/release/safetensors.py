@@ -54,7 +54,7 @@ def write_weights(
     if len(shards) == 1:
         _write_file(folder / "model.safetensors", shards[0], dtype, pieces, report)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / name, shard, dtype, pieces, report)

@@ -7,6 +7,7 @@ around it, so one picture serves a light and a dark page.
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -173,7 +174,7 @@ def similarities(positive: Float[np.ndarray, "B"], negative: Float[np.ndarray, "
     figure, axes = _figure()
     bins = np.linspace(min(positive.min(), negative.min()), 1, 41)
     for values, color, label in ((negative, COLORS[1], "hard negatives"), (positive, COLORS[0], "positives")):
-        axes.hist(values, bins, weights=np.full(len(values), 100 / len(values)), color=color, alpha=0.6, label=label)
+        axes.hist(values, list(bins), weights=np.full(len(values), 100 / len(values)), color=color, alpha=0.6, label=label)
     axes.set(xlabel="cosine with the query", ylabel="% of pairs")
     _legend(axes)
     return figure
@@ -186,9 +187,10 @@ def text_map(places: Float[np.ndarray, "S 2"], groups: Sequence[str]) -> Figure:
     named = names[np.argsort(-counts, kind="stable")][: len(COLORS) - 1]
     rest = ~np.isin(groups, named)
     if rest.any():
-        axes.scatter(*places[rest].T, s=6, color=COLORS[-1], alpha=0.4, linewidths=0, label="others")
+        axes.scatter(places[rest, 0], places[rest, 1], s=6, color=COLORS[-1], alpha=0.4, linewidths=0, label="others")
     for name, color in zip(named, COLORS, strict=False):
-        axes.scatter(*places[np.asarray(groups) == name].T, s=6, color=color, alpha=0.7, linewidths=0, label=name)
+        mine = places[np.asarray(groups) == name]
+        axes.scatter(mine[:, 0], mine[:, 1], s=6, color=color, alpha=0.7, linewidths=0, label=name)
     axes.set(xticks=[], yticks=[])
     _legend(axes, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, markerscale=2, handletextpad=0.2)
     return figure
@@ -219,7 +221,8 @@ def _dots(runs: Sequence[RunRecord], part: str, label: str) -> Figure | None:
     names = sorted(after, key=lambda name: (after[name], name), reverse=True)  # the lowest stands on top
     figure, axes = _figure(height=max(HEIGHT, 0.19 * len(names) + 0.8))
     for run, color in zip(runs, colors(runs), strict=True):
-        for values, style in zip(found.get(run.name, []), ({"markerfacecolor": "none", "alpha": 0.6}, {"label": run.name}), strict=False):
+        styles: tuple[dict[str, Any], ...] = ({"markerfacecolor": "none", "alpha": 0.6}, {"label": run.name})
+        for values, style in zip(found.get(run.name, []), styles, strict=False):
             axes.plot([100 * values.get(name, np.nan) for name in names], range(len(names)), "o", color=color, markersize=4.5, **style)
     axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
     axes.set_ylim(-0.7, len(names) - 0.3)

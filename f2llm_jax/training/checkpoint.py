@@ -262,5 +262,5 @@ def restore(checkpoints: ocp.training.Checkpointer, step: int, abstract: TrainSt
     )
 
 
-def _like(abstract: jax.ShapeDtypeStruct, value: int) -> jax.Array:
+def _like(abstract: Any, value: int) -> jax.Array:
     return jax.device_put(jnp.asarray(value, abstract.dtype), abstract.sharding)

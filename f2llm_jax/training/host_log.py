@@ -29,7 +29,7 @@ class HostLog:
         if error is None or isinstance(error, Preempted):
             self.say(str(error or "done"))
         elif isinstance(error, UserError):
-            self.say(f"ended by {kind.__name__}: {error}")
+            self.say(f"ended by {type(error).__name__}: {error}")
         else:
             self.say("ended by\n" + "".join(traceback.format_exception(kind, error, trace)).rstrip())
         self.store()

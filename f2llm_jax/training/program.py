@@ -106,7 +106,7 @@ def keep_compiled(folder: epath.Path, platform: str) -> None:
 
     JAX_COMPILATION_CACHE_DIR names another folder. Not on CPUs, whose programs are for one model of CPU alone.
     """
-    if platform != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if platform != "cpu" and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

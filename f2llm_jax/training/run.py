@@ -132,7 +132,7 @@ def _train(
     total = config.steps or epochs.steps(config.epochs)
     ends = () if config.steps else [epochs.steps(epoch) for epoch in range(1, config.epochs + 1)]
     config = automatic.schedule(config, total)
-    device, frozen = mesh.devices.flat[0], teacher and teacher.config
+    device, frozen = mesh.devices.flat[0], teacher.config if teacher else None
     steps = program.build(config, model.config, total, device.platform, frozen, cached is not None, own, device.device_kind)
 
     # State: from this run, else from the given weights, else random
@@ -142,7 +142,9 @@ def _train(
     if kept.best and not scoring:
         raise UserError("config.checkpoint.best needs validations: config.eval.every and config.eval.batches above 0, and held-out rows")
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", kept, ends)
-    provenance = Provenance.of(config, dataset, resuming.teacher_digest(teacher and teacher.digest, cached), hosts.source_digest(), own)
+    provenance = Provenance.of(
+        config, dataset, resuming.teacher_digest(teacher.digest if teacher else None, cached), hosts.source_digest(), own
+    )
     point = resuming.find(checkpoints, resume, provenance, total, model.config)
     if point is not None:
         _say(log, f"reading checkpoint {point.step}")

@@ -19,7 +19,7 @@ import selectors
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from f2llm_jax.errors import UserError
 
@@ -114,7 +114,7 @@ class _Listener:
             try:
                 while not self._done():
                     for key, _ in selector.select(min(1.0, max(0.0, self._deadline - time.monotonic()))):
-                        self._accept(server, selector) if key.fileobj is server else self._read(key.fileobj, selector)
+                        self._accept(server, selector) if key.fileobj is server else self._read(cast(socket.socket, key.fileobj), selector)
                 return self._problem
             finally:
                 self._tell()
@@ -195,7 +195,7 @@ class _Listener:
 
 def _understood(said: Mapping[str, Any], connection: socket.socket) -> _Answer | None:
     """The answer in a line, if its fields are of the right types."""
-    index, host, settings, left = (said.get(name) for name in ("index", "host", "settings", "left"))
+    index, host, settings, left = (said.get(name, math.nan) for name in ("index", "host", "settings", "left"))
     right = (
         isinstance(index, int)
         and not isinstance(index, bool)
@@ -222,7 +222,7 @@ def _missing(processes: Processes, present: Mapping[int, _Answer], absent: Seque
 def _differences(present: Mapping[int, _Answer]) -> str:
     """Who differs from the most common answer (process 0's among equals) and in what; "" if nobody does."""
     kinds = collections.Counter(json.dumps(answer.settings, sort_keys=True) for answer in present.values())
-    usual = json.loads(max(kinds, key=kinds.get))
+    usual = json.loads(max(kinds, key=lambda kind: kinds[kind]))
     reference = next(answer for answer in present.values() if answer.settings == usual)
     lines = []
     for answer in present.values():

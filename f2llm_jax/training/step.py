@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,9 @@ def make_train_step(
     1 where loss or gradient was not finite: then weights and moments stay as they were and only counters advance.
     """
     optimizer = make_optimizer(optimizer_config)
-    loss_function = functools.partial(objectives.total, objective=objective) if isinstance(objective, Objective) else objective
+    loss_function: Callable[..., tuple[Float[Array, ""], dict[str, Mean]]] = (
+        functools.partial(objectives.total, objective=objective) if isinstance(objective, Objective) else objective
+    )
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         target = teacher_embeddings(teacher, teacher_params, batch)
@@ -98,7 +100,7 @@ def make_train_step(
             depths = [embeddings] if embeddings.ndim == 2 else [embeddings[:, j] for j in range(embeddings.shape[1])]
             losses = [loss_function(by_role(e, batch.samples.negative_mask), batch.samples, teacher=target) for e in depths]
             # The mean over depths, as ML-Embed's `utils.py`; metrics are those of the whole depth.
-            return sum(value for value, _ in losses) / len(losses), losses[-1][1]
+            return cast(Array, sum(value for value, _ in losses)) / len(losses), losses[-1][1]
 
         narrowed, facts = (lambda params: params), {}
         if table_ranks:

@@ -51,7 +51,7 @@ def _read_arrays(folder: epath.Path) -> None:
             array.read().result()
             continue
         size = array.dtype.numpy_dtype.itemsize * max(1, array.size // max(1, array.shape[0]))
-        chunk = array.chunk_layout.read_chunk.shape[0]
+        chunk = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1)
         rows = max(chunk, BLOCK_BYTES // size // chunk * chunk)
         for start in range(0, array.shape[0], rows):
             array[start : min(start + rows, array.shape[0])].read().result()

@@ -74,7 +74,7 @@ class StoredParameters:
 
     def unit(self, entry: Entry) -> int:
         """Layers or rows of a stored chunk, which can only be decoded whole."""
-        return self._arrays[entry].chunk_layout.read_chunk.shape[0] * self._rows(entry)
+        return int((self._arrays[entry].chunk_layout.read_chunk.shape or (1,))[0] or 1) * self._rows(entry)
 
     def read(self, entry: Entry, start: int, stop: int) -> Float[np.ndarray, "..."]:
         """Our parameter's `[start:stop]` along its first axis, float32."""
@@ -154,7 +154,7 @@ def find_checkpoint(path: epath.PathLike) -> SavedModel:
     with ocp.training.Checkpointer(folder) as checkpoints:
         steps = [m.step for m in checkpoints.checkpoints]
         step = max(steps, default=None) if step is None else step
-        if step not in steps:
+        if step is None or step not in steps:
             raise UserError(f"{path}: no complete checkpoint{'' if step is None else f' of step {step}'}; there are: {steps or 'none'}")
         stored = read_metadata(checkpoints, step)
     try:

@@ -121,7 +121,7 @@ def _limit(folder: epath.Path, decoder: DecoderConfig) -> tuple[int, Note]:
             return limit, Note(name, "max_seq_length", limit, "computed", "taken as the longest text")
     path = folder / "tokenizer_config.json"
     limit = read_json(path, kind=dict).get("model_max_length") if path.exists() else None
-    if type(limit) in (int, float) and 1 <= limit <= positions:
+    if isinstance(limit, int | float) and not isinstance(limit, bool) and 1 <= limit <= positions:
         return int(limit), Note(path.name, "model_max_length", limit, "computed", "taken as the longest text")
     return positions, Note("config.json", "max_position_embeddings", positions, "computed", "taken as the longest text")
 

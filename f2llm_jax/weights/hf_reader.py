@@ -77,7 +77,7 @@ def load_params(folder: epath.Path, config: DecoderConfig, mesh: jax.sharding.Me
     return nnx.map_state(lambda path, leaf: leaf.replace(loaded[path]), abstract)
 
 
-def _leaf(state: nnx.State, entry: Entry) -> jax.ShapeDtypeStruct:
+def _leaf(state: Any, entry: Entry) -> jax.ShapeDtypeStruct:
     for key in entry.path:
         state = state[key]
     return state.get_value()
@@ -125,7 +125,7 @@ def _load(parameters: FolderParameters, entry: Entry, leaf: jax.ShapeDtypeStruct
     """One of our parameters, each shard read from the slices it needs."""
     if leaf.sharding is None:
         return jax.numpy.asarray(parameters.read(entry, 0, leaf.shape[0]))
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parameters.read_index(entry, index))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parameters.read_index(entry, index or ()))
 
 
 def _read(entry: Entry, tensor: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:

@@ -8,7 +8,7 @@ bounded by a block and not by the model, and no device is touched.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -51,7 +51,7 @@ def parameter_dims(config: DecoderConfig) -> dict[Entry, str]:
 def _leaves(config: DecoderConfig) -> Iterator[tuple[Entry, DecoderParameter]]:
     _, abstract = abstract_decoder(config)
     for entry in (LEFT, RIGHT, *TABLE[1:]) if config.table_rank else TABLE:
-        leaf = abstract
+        leaf: Any = abstract
         for key in entry.path:
             leaf = leaf[key]
         yield entry, leaf
