@@ -35,7 +35,7 @@ class TimeUse:
         self._file = workdir / FOLDER / f"host-{process_id}.{int(1000 * begun)}.jsonl"
         self._lines: list[dict[str, float]] = [{"begun": begun}]
         self._stored = -STORED_EVERY
-        self._spent: collections.Counter[str] = collections.Counter()
+        self._spent: dict[str, float] = collections.defaultdict(float)
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._busy: list[float] = []
         self.phase, self.since = "starting", time.monotonic()

@@ -52,7 +52,7 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)  # first what can neither wait nor fail
         print(reason, file=sys.stderr, flush=True)
         # The log may be in a bucket that does not answer: it has a limit of its own.
-        writer = threading.Thread(target=lambda: (self._log.say(f"{reason}\n{stacks()}"), self._log.store()), daemon=True)
+        writer = threading.Thread(target=lambda: (self._log.say(f"{reason}\n{stacks()}"), self._log.store()), daemon=True)  # type: ignore[func-returns-value]
         writer.start()
         writer.join(60)
         os._exit(HUNG)
