@@ -31,7 +31,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train_flags = ()  # for every training, as in ("--config.mesh.tensor=4",)
     if toy:
         config.calibration_rows = 64
-        settings: dict[str, int | str] = {"steps": TOY_STEPS, "batch.size": 32, "batch.microbatch_rows": 16, "eval.every": 1000, "eval.batches": 1}
+        settings: dict[str, int | str] = {
+            "steps": TOY_STEPS,
+            "batch.size": 32,
+            "batch.microbatch_rows": 16,
+            "eval.every": 1000,
+            "eval.batches": 1,
+        }
         settings |= {"optimizer.warmup_steps": 2, "remat": "none"}
         config.train_flags = tuple(f"--config.{name}={value}" for name, value in settings.items())
     return config
