@@ -75,7 +75,7 @@ install() {
   # Images bring Python 3.10; uv fetches one that is new enough. Old code goes first, so that no deleted file stays.
   on_every_host "mkdir -p $code_folder && cd $code_folder && rm -rf f2llm_jax configs launch && tar -xzf ../f2llm_jax.tar.gz \
 && python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv \
-&& python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]'"
+&& python3 -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt -e '.[tpu,gcs]'"
 }
 
 run() {
