@@ -45,15 +45,35 @@ def parse_arg(arg: str | None, **defaults: str | bool) -> ml_collections.ConfigD
     return ml_collections.ConfigDict(values)
 
 
-def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
-    """Every field of a run, for one of the eight sizes or, with `runlocal`, for a toy on a laptop."""
+# Where the default differs from the published code by choice (docs/recipe.md). `prepare --recipe published` does the same for data.
+PUBLISHED = {
+    "data.order": "published",
+    "batch.tail": "repeated",
+    "batch.single_negative": "first",
+    "objective.in_batch_passage_grad": "none",
+    "objective.loss_dtype": "bfloat16",
+    "checkpoint.every": 5000,
+}
+
+
+def base(size: str, runlocal: bool, stage: int, recipe: str = "") -> ml_collections.ConfigDict:
+    """Every field of a run, for one of the eight sizes or, with `runlocal`, for a toy on a laptop; `recipe` is "" or "published".
+
+    Raises:
+      UserError: there is no such size or recipe.
+    """
+    if recipe not in ("", "published"):
+        raise UserError(
+            f"unknown recipe {recipe!r}; recipe=published takes every choice of the published code, without it the defaults are ours"
+        )
     if size not in LEARNING_RATE:
         raise UserError(f"unknown size {size!r}; there are: {', '.join(LEARNING_RATE)}")
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.size = size  # a row of f2llm_jax/model/sizes.py
     config.init = ""  # weights to start from: HF folder, Hub id, workdir or checkpoint; empty for random
-    config.table_rank = 0  # train the embedding table as two factors of this rank, any prefix of which serves (ML-Embed); 0 for one
+    config.table_rank = 0  # train the embedding table as two factors of this rank (ML-Embed); 0 for one table
+    config.table_rank_sampled = True  # draw a rank up to it for each step, so that any prefix of the factors serves; else always all of it
     config.teacher = ""  # model to distil from, named like init; empty for none
     config.teacher_cache = ""  # folder of cached teacher vectors to distil from instead (f2llm_jax.cache_teacher)
     config.epochs = EPOCHS[size]
@@ -102,6 +122,7 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.objective.layer_matryoshka = False  # also train depths 1, 2, 4, 8, 16, ... to serve alone (ML-Embed)
     config.objective.in_batch_pool = "positives"  # or "positives_and_negatives": everybody's hard negatives too
     config.objective.in_batch_passage_grad = "full"  # "none" is what the published multi-GPU trainer computes
+    config.objective.loss_dtype = "float32"  # of cosines and logits; "bfloat16" rounds them as the published trainer does
     config.objective.mask_false_negatives = False  # leave out candidates whose text is the positive's
     config.objective.false_negative_margin = float("inf")  # leave out candidates nearer than the positive by more than this cosine
     config.objective.distillation = "mse"  # of raw embeddings (published), or "cosine", or "scores"
@@ -127,6 +148,8 @@ def base(size: str, runlocal: bool, stage: int) -> ml_collections.ConfigDict:
     config.checkpoint.merge_last = 5  # how many checkpoints of the last steps stay for f2llm_jax.merge; 0 for none
     config.checkpoint.merge_every = 500  # steps between these
     config.checkpoint.best = ""  # also keep the best by this metric of a validation, as "validation/accuracy"; empty for none
+    if recipe:
+        config.update_from_flattened_dict(PUBLISHED)
     return _runlocal(config, stage) if runlocal else config
 
 

@@ -16,6 +16,6 @@ STAGE = 1
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`size=...` (0.6b to 14b; smaller models are pruned after stage 1) and `runlocal`."""
-    chosen = common.parse_arg(arg, size="0.6b", runlocal=False)
-    return common.base(chosen.size, chosen.runlocal, STAGE)
+    """`size=...` (0.6b to 14b; smaller models are pruned after stage 1), `runlocal` and `recipe=published` (see docs/recipe.md)."""
+    chosen = common.parse_arg(arg, size="0.6b", runlocal=False, recipe="")
+    return common.base(chosen.size, chosen.runlocal, STAGE, chosen.recipe)

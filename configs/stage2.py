@@ -16,6 +16,6 @@ STAGE = 2
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`size=...` (all eight) and `runlocal`."""
-    chosen = common.parse_arg(arg, size="0.6b", runlocal=False)
-    return common.base(chosen.size, chosen.runlocal, STAGE)
+    """`size=...` (all eight), `runlocal` and `recipe=published` (see docs/recipe.md)."""
+    chosen = common.parse_arg(arg, size="0.6b", runlocal=False, recipe="")
+    return common.base(chosen.size, chosen.runlocal, STAGE, chosen.recipe)

@@ -13,7 +13,7 @@ import pytest
 import f2llm_jax
 from f2llm_jax import __main__, configuration
 from f2llm_jax.__main__ import COMMANDS
-from f2llm_jax.configs import common, stage1, stage2
+from f2llm_jax.configs import common, ml_embed, stage1, stage2
 from f2llm_jax.data.pipeline import BatchConfig
 from f2llm_jax.errors import UserError
 from f2llm_jax.model.sizes import SIZES
@@ -59,6 +59,28 @@ def test_groups_that_are_handed_on_by_name_fit(stage, arg):
     OptimizerConfig(total_steps=1000, **config.optimizer)
 
 
+@STAGES
+def test_the_published_recipe_is_set_as_a_whole(stage):
+    """The choices of F2LLM's code that the defaults leave (docs/recipe.md); nothing else changes."""
+    ours, published = (stage.get_config(arg).to_dict() for arg in ("size=4b", "size=4b,recipe=published"))
+    changed = {
+        "data": {"order": "published"},
+        "batch": {"tail": "repeated", "single_negative": "first"},
+        "objective": {"in_batch_passage_grad": "none", "loss_dtype": "bfloat16"},
+        "checkpoint": {"every": 5000},
+    }
+    for group, values in changed.items():
+        assert all(ours[group][name] != value for name, value in values.items())
+        ours[group] |= values
+    assert published == ours
+
+
+def test_ml_embed_is_the_released_configuration():
+    config = ml_embed.get_config("size=0.6b")
+    assert (config.table_rank, config.table_rank_sampled, config.objective.layer_matryoshka) == (512, False, True)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps, config.epochs) == (1e-5, 100, 2)
+
+
 @pytest.mark.parametrize(("stage", "number"), [(stage1, 1), (stage2, 2)])
 def test_runlocal_is_a_toy_on_the_embedded_corpus(stage, number):
     config = stage.get_config("runlocal")
@@ -78,7 +100,8 @@ def names(config):
     [
         ("siz=4b", "unknown configuration argument 'siz'; did you mean 'size'?"),
         ("runlocl", "unknown configuration argument 'runlocl'; did you mean 'runlocal'?"),
-        ("zzz=1", "unknown configuration argument 'zzz'; there are: size, runlocal"),
+        ("zzz=1", "unknown configuration argument 'zzz'; there are: size, runlocal, recipe"),
+        ("recipe=publishd", "unknown recipe 'publishd'; recipe=published takes every choice of the published code"),
         ("size=5b", "unknown size '5b'; there are: 80m, 160m, 330m, 0.6b, 1.7b, 4b, 8b, 14b"),
     ],
 )

@@ -200,6 +200,11 @@ def _read_units(entries: object, place: str, problems: list[str]) -> tuple[Unit,
             if found is None
         ]
         joined = batch == "unit" or len(files) == 1
+        stems = [_stem(r.path) for r in ranges if r]
+        if not joined and len(set(stems)) < len(stems):
+            problems.append(
+                f'{place}, unit {name!r} has two files of one name; rename one, or draw batches from all of them: "batch": "unit"'
+            )
         units.append(Unit(name, tuple(dataclasses.replace(r, batch=name if joined else _stem(r.path)) for r in ranges if r)))
     if not units:
         problems.append(f"{place} has no units; name at least one with its files")
@@ -229,11 +234,9 @@ def _repeats(sources: Sequence[CatalogueSource]) -> list[str]:
         for unit in source.units:
             if unit.name in units:
                 problems.append(f"source {source.name!r}: unit {unit.name!r} exists already; rename one of them")
+            clash = sorted(groups & unit.batch_groups().keys()) if unit.name not in units else []
+            problems += [f"source {source.name!r}: batches named {name!r} exist already; rename the file or the unit" for name in clash]
             units.add(unit.name)
-            clash = sorted(groups & unit.batch_groups().keys() - {unit.name})
-            problems += [
-                f"source {source.name!r}, unit {unit.name!r}: the batches of {name!r} exist already; rename the file" for name in clash
-            ]
             groups |= unit.batch_groups().keys()
             for file in unit.files:
                 stop = float("inf") if file.stop is None else file.stop
