@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from f2llm_jax.command import command
+from f2llm_jax.errors import UserError
 from f2llm_jax.files import check_apart, check_new_file, write_json
 from f2llm_jax.release.flags import add_form_flags, form_of
 
@@ -40,12 +41,17 @@ def _to_hf(flags: argparse.Namespace) -> int:
         pairs = [(f"{flags.model}/checkpoints/{step}", f"{flags.out}/step-{step}") for step in steps_of(flags.model)]
     else:
         pairs = [(flags.model, flags.out)]
-    cut = Truncation(flags.layers, flags.table_rank)
+    left = Truncation(flags.layers, flags.table_rank, flags.refactorise)
+    if flags.refactorise and not flags.table_rank:
+        raise UserError("--refactorise needs the rank of the table: add --table-rank Z")
     for model, out in pairs:
         check_apart(out, {f"CKPT {model}": model})
         hf_folder.check_out(out, flags.overwrite)  # all of them before the first is written
     for model, out in pairs:
-        hf_folder.export(find_model(model, cut), out, form_of(flags), overwrite=flags.overwrite)
+        factored = find_model(model, dataclasses.replace(left, factored=True)) if flags.factors else None
+        if factored and not factored.config.table_rank:
+            raise UserError(f"{model} has a plain embedding table and no factors; leave out --factors")
+        hf_folder.export(find_model(model, left), out, form_of(flags), overwrite=flags.overwrite, factored=factored)
         print(f"released {model} to {out} in {flags.dtype}")
     return 0
 
@@ -109,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--all-steps", action="store_true", help="every checkpoint of the workdir CKPT, each to OUT/step-STEP")
     to_hf.add_argument("--layers", type=int, metavar="N", help="the first N layers alone, of a model trained with layer_matryoshka")
     to_hf.add_argument("--table-rank", type=int, metavar="Z", help="an embedding table of rank Z, of a model trained with table_rank")
+    to_hf.add_argument(
+        "--refactorise", action="store_true", help="with --table-rank: the nearest table of that rank, which need not have been trained"
+    )
+    to_hf.add_argument("--factors", action="store_true", help="also write the two factors of the table, to factors/embedding.safetensors")
     add_form_flags(to_hf)
     to_hf.set_defaults(command=_to_hf)
 

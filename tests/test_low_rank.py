@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import tiny
+from safetensors.numpy import load_file
 from small_batches import TEXTS, B, N, encode_chunk, packed, shallow
 
 from f2llm_jax import convert, sharding
@@ -20,7 +22,7 @@ from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective
 from f2llm_jax.text import load_tokenizer
-from f2llm_jax.training import checkpoint
+from f2llm_jax.training import checkpoint, start
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import TableRanks, TrainState, make_train_step
 from f2llm_jax.weights.models import find_model
@@ -28,6 +30,7 @@ from f2llm_jax.weights.truncation import Truncation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RANK = 16
+MARKER = ".made_by_f2llm_jax.json"  # lists the others
 CONFIG = dataclasses.replace(tiny.CONFIG, table_rank=RANK)
 
 
@@ -158,6 +161,71 @@ def test_every_cut_is_a_model_that_sentence_transformers_loads(trained, tmp_path
     _, cut = shallow(weights, layers or 3)
     last = theirs[0].auto_model.layers[-1].mlp.down_proj.weight.detach().numpy()
     np.testing.assert_array_equal(last, cut["layers"]["down"].get_value()[-1])
+
+
+def released(folder, out, *flags):
+    assert convert.main(["to-hf", str(folder), str(out), "--no-golden", *flags]) == 0
+    return out
+
+
+def test_factors_are_released_next_to_an_unchanged_release_and_come_back_bit_exact(trained, tmp_path):
+    folder, weights = trained
+    plain, both = released(folder, tmp_path / "plain"), released(folder, tmp_path / "both", "--factors")
+    files = lambda out: {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != MARKER}  # noqa: E731
+    added = files(both).keys() - files(plain).keys()
+    assert added == {"factors/embedding.safetensors"} and {name: files(both)[name] for name in files(plain)} == files(plain)
+    stored = load_file(both / "factors" / "embedding.safetensors")
+    np.testing.assert_array_equal(stored["U"], weights["embedding_left"].get_value())
+    np.testing.assert_array_equal(stored["V"], weights["embedding_right"].get_value())
+    for mesh in (None, sharding.make_mesh(1, 2, 2)):
+        back = find_model(str(both), Truncation(factored=True))
+        assert back.config.table_rank == 96
+        loaded = back.load(mesh)
+        for name in ("embedding_left", "embedding_right"):
+            np.testing.assert_array_equal(loaded[name].get_value(), weights[name].get_value())
+    ours, served = load_encoder(back), load_encoder(find_model(str(both)))
+    np.testing.assert_allclose(ours.encode(tiny.TEXTS), served.encode(tiny.TEXTS), atol=2e-5)
+    transformers_reads = sentence_transformers.SentenceTransformer(str(both), device="cpu")
+    np.testing.assert_allclose(transformers_reads[0].auto_model.embed_tokens.weight.detach(), nearest_table(weights, 96), atol=1e-6)
+
+
+def test_training_starts_from_released_factors_as_they_are(trained, tmp_path):
+    folder, weights = trained
+    both = released(folder, tmp_path / "both", "--factors")
+    dataset = types.SimpleNamespace(
+        vocab_size=300, tokenizer_fingerprint=load_tokenizer(folder / "tokenizer").fingerprint, folder="data", eos_id=0
+    )
+    point = start.student(str(both), "toy", 0, dataset, table_rank=96)
+    np.testing.assert_array_equal(point.load(None)["embedding_left"].get_value(), weights["embedding_left"].get_value())
+
+
+@pytest.mark.parametrize("rank", [16, 64, 96])
+def test_a_refactorisation_is_the_nearest_table_of_its_rank(trained, tmp_path, rank):
+    folder, weights = trained
+    flags = ("--table-rank", str(rank), "--refactorise")
+    out = released(folder, tmp_path / "out", *flags, "--factors")
+    want = nearest(nearest_table(weights, 96), rank)
+    stored = load_file(out / "factors" / "embedding.safetensors")
+    assert stored["U"].shape == (tiny.CONFIG.vocab_size, rank) and stored["V"].shape == (rank, 128)
+    np.testing.assert_allclose(stored["U"] @ stored["V"], want, atol=2e-6)
+    np.testing.assert_allclose(load_file(out / "model.safetensors")["embed_tokens.weight"], want, atol=2e-6)
+    loaded = find_model(str(folder), Truncation(table_rank=rank, refactorise=True)).load(None)
+    np.testing.assert_allclose(loaded["embedding"].get_value(), want, atol=5e-6)
+
+
+def test_ranks_that_cannot_be_released_are_refused(trained, tmp_path, capsys):
+    folder, _ = trained
+    plain = released(folder, tmp_path / "plain")
+    for source, flags, message in (
+        (folder, ("--table-rank", "32"), "--refactorise takes the nearest table of any rank up to 96"),
+        (folder, ("--table-rank", "128", "--refactorise"), "was not trained for a table of rank 128"),
+        (folder, ("--refactorise",), "add --table-rank Z"),
+        (plain, ("--factors",), "has a plain embedding table and no factors"),
+    ):
+        assert convert.main(["to-hf", str(source), str(tmp_path / "refused"), *flags]) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="only for 96"):
+        Truncation(table_rank=64).check("it", dataclasses.replace(CONFIG, table_rank=96, hidden_size=128), (3,), (96,))
 
 
 def nearest_table(weights, rank):

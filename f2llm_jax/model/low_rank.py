@@ -42,6 +42,13 @@ def narrowed(params: nnx.State, rank: Int[Array, ""]) -> nnx.State:
     return _with(params, embedding_left=jnp.where(within, left, 0))
 
 
+def prefix(params: nnx.State, rank: int) -> nnx.State:
+    """The parameters with the first `rank` columns and rows of the two factors alone."""
+    left, right = params["embedding_left"].get_value(), params["embedding_right"].get_value()
+    left, right = jax.jit(lambda left, right: (_split(_gathered(left)[:, :rank]), _split(_gathered(right)[:rank])))(left, right)
+    return _with(params, embedding_left=left, embedding_right=right)
+
+
 def factorised(params: nnx.State, rank: int) -> nnx.State:
     """The parameters with the table in the two factors of rank Z whose product is nearest to it.
 

@@ -17,9 +17,10 @@ from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.progress import Progress
 from f2llm_jax.release import card, sentence_transformers
 from f2llm_jax.release.golden import GOLDEN_FILE, golden_vectors
-from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_weights
+from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_factors, write_weights
 from f2llm_jax.text import Tokenizer, query_prompt
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
+from f2llm_jax.weights.factors import FILE
 from f2llm_jax.weights.models import ModelSource
 
 CONFIG_FILE = "config.json"  # every reader opens it first, so it is written last
@@ -57,7 +58,7 @@ class Form:
         return declared
 
 
-def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: bool = False) -> None:
+def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: bool = False, factored: ModelSource | None = None) -> None:
     """Writes the release of a model: every file that sentence-transformers, transformers, TEI, vLLM and llama.cpp read.
 
     Args:
@@ -65,6 +66,7 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
       out: folder to make, local or `gs://`; complete or absent.
       form: how.
       overwrite: replace an older release at `out`.
+      factored: the same model with its table in two factors, which are then released too (see `weights.factors`).
 
     Raises:
       UserError: `out` may not be written, the weights are not those of the model's shape, one is not finite in the dtype, the model
@@ -79,6 +81,9 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
             if form.golden:
                 golden = golden_vectors(source.config, parameters, DTYPES[form.dtype][0], tokenizer, limit, embedding.query_prompt)
                 write_json(folder / GOLDEN_FILE, golden)
+        if factored:
+            with factored.open_params() as parameters:
+                write_factors(folder / FILE, factored.config, parameters, form.dtype)
         write_tokenizer(folder, tokenizer, limit)
         sentence_transformers.write_modules(folder, source.config.hidden_size, limit, embedding)
         card.write_card(folder, source, embedding, form.dtype, form.labels)

@@ -15,6 +15,7 @@ from etils import epath
 from f2llm_jax.errors import UserError
 from f2llm_jax.files import write_json
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.weights.hf_mapping import LEFT, RIGHT, Entry
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, hf_tensors, parameter_shapes
 
 # What a release may be stored in: numpy's type and safetensors' name of it.
@@ -50,7 +51,7 @@ def write_weights(
     """
     width = DTYPES[dtype][0].itemsize
     shards = _shards(hf_tensors(config), width, max_shard_bytes)
-    pieces = _pieces(config, parameters, dtype)
+    pieces = _pieces(parameter_shapes(config), parameters, dtype)
     if len(shards) == 1:
         _write_file(folder / "model.safetensors", shards[0], dtype, pieces, report)
         return
@@ -61,6 +62,18 @@ def write_weights(
         weight_map |= dict.fromkeys(shard, name)
     total = stored_bytes(config, dtype)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_factors(path: epath.Path, config: DecoderConfig, parameters: Parameters, dtype: str) -> None:
+    """A file of the two factors of the embedding table of a decoder that has them.
+
+    Raises:
+      UserError: a weight is not finite in `dtype`.
+    """
+    shapes = {entry: shape for entry, shape in parameter_shapes(config).items() if entry in (LEFT, RIGHT)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = {entry.name: shape for entry, shape in shapes.items()}
+    _write_file(path, named, dtype, _pieces(shapes, parameters, dtype), lambda size: None)
 
 
 def header(shapes: Mapping[str, Shape], dtype: str) -> bytes:
@@ -90,13 +103,13 @@ def _shards(tensors: Iterable[tuple[str, Shape]], width: int, max_bytes: int) ->
     return shards
 
 
-def _pieces(config: DecoderConfig, parameters: Parameters, dtype: str) -> Iterator[np.ndarray]:
-    """The bytes of all tensors in the order of `hf_tensors`, in the Hugging Face layout and the dtype of the release.
+def _pieces(shapes: Mapping[Entry, Shape], parameters: Parameters, dtype: str) -> Iterator[np.ndarray]:
+    """The bytes of these parameters, in the Hugging Face layout and the dtype of the release.
 
     A piece is a tensor, or some rows of one that is not stacked; none reaches into the next tensor.
     """
     kind = DTYPES[dtype][0]
-    for entry, shape in parameter_shapes(config).items():
+    for entry, shape in shapes.items():
         for start, stop in blocks(parameters, entry, shape):
             block = parameters.read(entry, start, stop)
             for i in range(start, stop) if entry.stacked else (start,):

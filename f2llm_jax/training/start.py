@@ -12,9 +12,9 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.low_rank import factorised
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
-from f2llm_jax.weights.checkpoint_reader import find_checkpoint
 from f2llm_jax.weights.digest import model_digest
 from f2llm_jax.weights.models import LoadableModel, find_model
+from f2llm_jax.weights.truncation import Truncation
 
 TOY_VOCAB_MULTIPLE = 64  # toy sizes take the tokenizer's vocabulary, rounded up so that it splits over devices
 
@@ -50,8 +50,8 @@ def student(
     if not table_rank:
         return plain
     config = dataclasses.replace(plain.config, table_rank=table_rank)
-    if init and (origin := find_model(init, shared=shared)).run_folder and (saved := find_checkpoint(init)).config == config:
-        return StartingPoint(config, f"from {origin.name}, table in its factors", saved.load)
+    if init and (stored := find_model(init, Truncation(factored=True), shared)).config == config:
+        return StartingPoint(config, f"from {stored.name}, table in its factors", stored.load)
     return StartingPoint(config, f"{plain.description}, table of rank {table_rank}", lambda mesh: factorised(plain.load(mesh), table_rank))
 
 

@@ -16,6 +16,7 @@ class EmbeddingConfig:
 
     matryoshka_dims: tuple[int, ...] = ()  # widths it was trained for, ascending
     depths: tuple[int, ...] = ()  # numbers of layers it was trained to serve with, ascending
+    table_ranks: tuple[int, ...] = ()  # of the embedding table that it was trained to serve with, ascending
     max_length: int | None = None  # longest text in tokens, the end token included, that it was trained on or that its folder declares
     truncate_dim: int | None = None  # width that it serves for good; None for all
     prompts: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_PROMPTS))  # before a text, by name
@@ -24,6 +25,7 @@ class EmbeddingConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "matryoshka_dims", tuple(sorted(self.matryoshka_dims)))
         object.__setattr__(self, "depths", tuple(sorted(self.depths)))
+        object.__setattr__(self, "table_ranks", tuple(sorted(self.table_ranks)))
 
     @property
     def query_prompt(self) -> str:

@@ -19,7 +19,8 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.folders import MADE, check_whole
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.weights.hf_mapping import TABLE, Entry
+from f2llm_jax.weights.factors import FILE
+from f2llm_jax.weights.hf_mapping import EMBEDDING, Entry
 from f2llm_jax.weights.parameters import Shape, hf_tensors, parameter_shapes
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
@@ -60,7 +61,7 @@ def open_params(folder: epath.Path, config: DecoderConfig) -> Iterator[FolderPar
     """
     check_whole(folder, f"Write it again, or delete {folder}/{MADE} if you changed it yourself", suffix=".safetensors")
     with contextlib.ExitStack() as stack:
-        tensors = _open(folder, stack)
+        tensors = _open(folder, stack, factored=bool(config.table_rank))
         _check(folder, tensors, config)
         yield FolderParameters(tensors, parameter_shapes(config))
 
@@ -73,7 +74,7 @@ def load_params(folder: epath.Path, config: DecoderConfig, mesh: jax.sharding.Me
     """
     _, abstract = abstract_decoder(config, mesh)
     with open_params(folder, config) as parameters:
-        loaded = {entry.path: _load(parameters, entry, _leaf(abstract, entry)) for entry in TABLE}
+        loaded = {entry.path: _load(parameters, entry, _leaf(abstract, entry)) for entry in parameter_shapes(config)}
     return nnx.map_state(lambda path, leaf: leaf.replace(loaded[path]), abstract)
 
 
@@ -83,14 +84,14 @@ def _leaf(state: Any, entry: Entry) -> jax.ShapeDtypeStruct:
     return state.get_value()
 
 
-def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Lazy slices of every tensor by its `Qwen3Model` name."""
+def _open(folder: epath.Path, stack: contextlib.ExitStack, factored: bool) -> dict[str, Any]:
+    """Lazy slices of every tensor by its `Qwen3Model` name; with `factored` the factors of the embedding table instead of the table."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no *.safetensors; convert other formats with `save_pretrained(safe_serialization=True)`")
     tensors: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for file in files:
+    for file in [*files, folder / FILE] if factored else files:
         try:
             handle = stack.enter_context(safe_open(file, framework="numpy"))
         except Exception as error:  # safetensors raises its own class without a common base
@@ -103,7 +104,8 @@ def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     adapters = [place for name, place in places.items() if ".lora_" in name]
     if adapters:
         raise UserError(f"{folder} holds a LoRA adapter ({adapters[0]}); merge it with peft's `merge_and_unload()` and save that")
-    return {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
+    unused = UNUSED | {EMBEDDING.name} if factored else UNUSED
+    return {name: tensor for name, tensor in tensors.items() if name not in unused}
 
 
 def _check(folder: epath.Path, tensors: Mapping[str, Any], config: DecoderConfig) -> None:

@@ -14,6 +14,7 @@ from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer, load_tokenizer
 from f2llm_jax.weights import checkpoint_reader, hf_config, hf_fetch, hf_reader
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
+from f2llm_jax.weights.factors import stored_rank
 from f2llm_jax.weights.parameters import OpenParameters
 from f2llm_jax.weights.truncation import Truncation
 
@@ -77,7 +78,7 @@ def find_model(name: str, truncation: Truncation = WHOLE, shared: epath.PathLike
 
     Args:
       name: a local or `gs://` path, or a Hub id.
-      truncation: layers and table rank to keep.
+      truncation: layers and table rank to keep, and whether to keep the table's factors.
       shared: of several processes, a folder that all see; a Hub model is then downloaded once.
 
     Raises:
@@ -89,13 +90,15 @@ def find_model(name: str, truncation: Truncation = WHOLE, shared: epath.PathLike
     folder = hf_fetch.local_folder(name, shared)
     settings = hf_config.read_settings(folder)
     config = settings.decoder
+    if truncation.factored or truncation.table_rank:
+        config = dataclasses.replace(config, table_rank=stored_rank(folder))
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-    truncation.check(name, config, (config.num_hidden_layers,))
+    truncation.check(name, config, (config.num_hidden_layers,), (config.table_rank,))
     return LoadableModel(
         name=name,
-        config=config,
-        open_params=lambda: hf_reader.open_params(folder, config),
-        load=lambda mesh: hf_reader.load_params(folder, config, mesh),
+        config=truncation.config(config),
+        open_params=truncation.open(config, lambda: hf_reader.open_params(folder, config)),
+        load=lambda mesh: truncation.state(config, hf_reader.load_params(folder, config, mesh)),
         tokenizer=tokenizer,
         embedding=settings.embedding,
         notes=settings.notes + (tokenizer.notes if tokenizer else ()),
@@ -104,7 +107,7 @@ def find_model(name: str, truncation: Truncation = WHOLE, shared: epath.PathLike
 
 def _checkpoint(name: str, path: epath.Path, truncation: Truncation) -> LoadableModel:
     saved = checkpoint_reader.find_checkpoint(path)
-    truncation.check(name, saved.config, saved.depths)
+    truncation.check(name, saved.config, saved.depths, saved.embedding.table_ranks)
     config = truncation.config(saved.config)
     depths = tuple(depth for depth in saved.depths if depth <= config.num_hidden_layers)
     return LoadableModel(

@@ -63,7 +63,7 @@ def call(*command: object) -> None:
 
 def prepared(out: pathlib.Path, arm: str) -> pathlib.Path:
     units = [{"unit": unit, "batch": arm, "files": sorted(path.name for path in (out / "raw").glob(f"{unit}_*.parquet"))} for unit in UNITS]
-    sources = [{"source": unit["unit"], "task": "retrieval", "units": [unit]} for unit in units]
+    sources = [{"source": unit["unit"], "task": "retrieval", "stage1": True, "units": [unit]} for unit in units]
     (out / f"{arm}.json").write_text(json.dumps({"sources": sources}))
     where = ("--raw", out / "raw", "--tokenizer", out / "tokenizer", "--out", out / f"data-{arm}", "--workers", 1)
     call("f2llm_jax.prepare", *where, "--catalogue", out / f"{arm}.json", "--cap", 0, "--stage", 1, "--max-length", MAX_LENGTH)
