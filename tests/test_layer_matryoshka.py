@@ -1,19 +1,24 @@
 """Every depth is the model that ends there, and the loss is the mean over depths."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch
 from small_batches import TEXTS, B, N, packed, shallow
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch, Samples
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, encode, layer_matryoshka
 from f2llm_jax.objectives import ContrastiveConfig, Objective
+from f2llm_jax.training import program
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from f2llm_jax.training.step import TrainState, make_train_step
+from f2llm_jax.training.step import Teacher, TrainState, by_depth, make_train_step
 
 DEPTHS = (1, 2, 3)
 
@@ -51,6 +56,49 @@ def test_the_loss_is_the_mean_over_depths(params):
     alone = [step(*shallow(params, depth)) for depth in DEPTHS]
     np.testing.assert_allclose(got["loss"].value, np.mean([m["loss"].value for m in alone]), rtol=1e-6)
     np.testing.assert_allclose(got["hard"].value, alone[-1]["hard"].value, rtol=1e-6)
+
+
+def torch_losses(student, teacher, there, weight):
+    """ML-Embed `utils.py` in float64: the two softmaxes and the three means of squared errors, for one depth of each."""
+    query, passage, negatives = (torch.tensor(np.asarray(e, np.float64)) for e in student)
+    target = [torch.tensor(np.asarray(e, np.float64))[..., : query.shape[-1]] for e in teacher]
+    unit = lambda x: torch.nn.functional.normalize(x, dim=-1)  # noqa: E731
+    query, passage, negatives, *target = (x[there] for x in (query, passage, negatives, *target))
+    in_batch = torch.nn.functional.cross_entropy(unit(query) @ unit(passage).T / 0.05, torch.arange(len(query)))
+    candidates = torch.cat([passage[:, None], negatives], 1)
+    logits = torch.einsum("bd,bnd->bn", unit(query), unit(candidates)) / 0.05
+    hard = torch.nn.functional.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+    followed = sum(torch.nn.functional.mse_loss(s, t) for s, t in zip((query, passage, negatives), target, strict=True))
+    return in_batch + hard + weight * followed
+
+
+def test_each_depth_follows_the_teachers_of_its_place(params):
+    """Against float64 torch: a teacher of five layers, half as wide again, has depths 1, 2, 4, 5; the last three are followed."""
+    large = dataclasses.replace(tiny.CONFIG, hidden_size=96, num_hidden_layers=5)
+    teacher_params = init_decoder(large, 7)
+    ids = jnp.arange(B), jnp.arange(B, B + B * N).reshape(B, N)
+    there = np.arange(B) != 3
+    batch = Batch(packed(2), Samples(jnp.asarray(there, jnp.float32), jnp.ones((B, N)).at[3].set(0), jnp.float32(1), *ids))
+    objective = Objective(contrastive=ContrastiveConfig(), distillation_weight=0.5)
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, total_steps=9)
+    followed = program.followed_depths(DEPTHS, large)
+    assert followed == (2, 4, 5)
+    step = make_train_step(encoder(tiny.CONFIG, DEPTHS), objective, optimizer, Teacher(encoder(large, followed)))
+    state = TrainState(jnp.int32(0), params, make_optimizer(optimizer).init(params))
+    got = jax.jit(step)(state, teacher_params, batch)[1]["loss"].value
+    of = lambda config, weights, layers: by_depth(  # noqa: E731
+        jax.jit(lambda p, t: encode(encoder(config, layers), p, t, TEXTS))(weights, packed(2)), batch.samples.negative_mask
+    )
+    student, teacher = of(tiny.CONFIG, params, DEPTHS), of(large, teacher_params, followed)
+    want = np.mean([float(torch_losses(s, t, there, 0.5)) for s, t in zip(student, teacher, strict=True)])
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    last = np.mean([float(torch_losses(s, teacher[-1], there, 0.5)) for s in student])
+    assert abs(last / want - 1) > 1e-3  # every depth following the last is another loss
+
+
+def test_a_teacher_with_too_few_depths_is_refused():
+    with pytest.raises(UserError, match=r"the student trains 3 depths .* and the teacher has 2 to follow"):
+        program.followed_depths(DEPTHS, dataclasses.replace(tiny.CONFIG, num_hidden_layers=2))
 
 
 def test_on_a_mesh_a_step_is_that_of_one_device():

@@ -177,7 +177,7 @@ def test_factors_are_released_next_to_an_unchanged_release_and_come_back_bit_exa
     stored = load_file(both / "factors" / "embedding.safetensors")
     np.testing.assert_array_equal(stored["U"], weights["embedding_left"].get_value())
     np.testing.assert_array_equal(stored["V"], weights["embedding_right"].get_value())
-    for mesh in (None, sharding.make_mesh(1, 2, 2)):
+    for mesh in (None, sharding.make_mesh(2, 2, 2)):
         back = find_model(str(both), Truncation(factored=True))
         assert back.config.table_rank == 96
         loaded = back.load(mesh)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from random_samples import DIMS, B, D, N, masks, of, random_embeddings
 from scipy.special import log_softmax, logsumexp
 
@@ -71,6 +72,34 @@ def test_false_negatives_and_pool(options):
     in_batch, hard = oracle(e, samples, config)
     np.testing.assert_allclose(parts["in_batch"].value, in_batch, rtol=2e-6)
     np.testing.assert_allclose(parts["hard"].value, hard, rtol=2e-6)
+
+
+def test_losses_in_bfloat16_are_those_of_torch_on_bfloat16_tensors():
+    """The published trainer's own lines, on tensors as its model gives them. What is logged of accuracy keeps its meaning."""
+    e, samples = random_embeddings(3), of(np.ones(B), np.ones((B, N)))
+    dims = (8, D)
+    config = ContrastiveConfig(dims=dims, loss_dtype="bfloat16")
+    query, passage, negatives = (torch.tensor(np.asarray(x)).bfloat16() for x in e)
+    weights = {D: 1.0, 8: 1 / (2 * np.sqrt(D / 8))}
+    unit = lambda x: torch.nn.functional.normalize(x, p=2, dim=-1)  # noqa: E731
+    in_batch, hard = 0.0, 0.0
+    for dim, weight in weights.items():
+        q = unit(query[:, :dim])
+        logits = q @ unit(passage[:, :dim]).t() / TAU
+        in_batch += weight * float(torch.nn.functional.cross_entropy(logits.float(), torch.arange(B)))
+        candidates = torch.cat([passage[:, None], negatives], 1)[..., :dim]
+        logits = (q.unsqueeze(1) * unit(candidates)).sum(-1) / TAU
+        hard += weight * float(torch.nn.functional.cross_entropy(logits.float(), torch.zeros(B, dtype=torch.long)))
+    _, parts = contrastive_loss(e, samples, config)
+    _, exact = contrastive_loss(e, samples, ContrastiveConfig(dims=dims))
+    np.testing.assert_allclose(
+        parts["in_batch"].value, in_batch, rtol=2e-3
+    )  # one sum of products in another order is one unit of a logit's last place
+    np.testing.assert_allclose(parts["hard"].value, hard, rtol=5e-3)  # torch rounds each product too
+    assert parts["in_batch"].value != exact["in_batch"].value and parts["hard"].value != exact["hard"].value
+    assert {parts[name].value.dtype for name in ("in_batch", "hard", "in_batch_accuracy")} == {jnp.dtype("float32")}
+    gradient = jax.grad(lambda query: contrastive_loss(e._replace(query=query), samples, config)[0])(e.query)
+    assert np.isfinite(gradient).all() and gradient.dtype == jnp.float32
 
 
 def test_options_change_the_loss():

@@ -8,6 +8,7 @@ from f2llm_jax.objectives.matryoshka import check_dims, matryoshka_weights
 
 PassageGrad = Literal["full", "none"]
 Pool = Literal["positives", "positives_and_negatives"]
+LossDtype = Literal["float32", "bfloat16"]
 DistillationKind = Literal["mse", "cosine", "scores"]
 
 
@@ -29,6 +30,7 @@ class ContrastiveConfig:
         multi-GPU trainer does, whose gather carries no gradient.
       mask_false_negatives: leave out candidates whose text is the positive's.
       false_negative_margin: leave out candidates whose cosine exceeds the positive's by more than this; inf for never.
+      loss_dtype: normalised vectors, cosines and logits are rounded to it; "bfloat16" is what the published trainer computes in.
     """
 
     temperature: float = 0.05
@@ -38,11 +40,13 @@ class ContrastiveConfig:
     in_batch_passage_grad: PassageGrad = "full"
     mask_false_negatives: bool = False
     false_negative_margin: float = float("inf")
+    loss_dtype: LossDtype = "float32"
 
     def __post_init__(self):
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be positive; the published value is 0.05")
         _one_of("in_batch_passage_grad", self.in_batch_passage_grad, ("full", "none"))
+        _one_of("loss_dtype", self.loss_dtype, ("float32", "bfloat16"))
         _one_of("in_batch_pool", self.in_batch_pool, ("positives", "positives_and_negatives"))
         if self.weights and len(self.weights) != len(self.dims):
             raise UserError(f"{len(self.weights)} matryoshka weights for {len(self.dims)} dims; give one a dim, or none for the published")

@@ -63,7 +63,7 @@ def in_batch_loss(
     stop = jax.lax.stop_gradient if config.in_batch_passage_grad == "none" else lambda x: x
     dims, weights = config.widths(query.shape[-1])
     passage = sharding.shard(stop(embeddings.passage.astype(jnp.float32)), sharding.SAMPLES_D)
-    own = prefix_cosines("bd,bd->b", query, passage, jnp.multiply, dims)
+    own = prefix_cosines("bd,bd->b", query, passage, jnp.multiply, dims, config.loss_dtype)
     pool = Embeddings(query, *(stop(e) for e in embeddings[1:]))
     blocks = candidate_blocks(pool, samples, config.in_batch_pool)
     ids = sharding.shard(samples.passage_ids, sharding.P(sharding.BATCH))
@@ -72,20 +72,20 @@ def in_batch_loss(
     @jax.checkpoint
     def stream(carry, block: Candidates):
         running, hardest, masked, pool = carry
-        cosines = prefix_cosines("bd,gd->bg", query, block.vectors, lambda q, p: q[:, None] * p[None, :], dims)
+        cosines = prefix_cosines("bd,gd->bg", query, block.vectors, lambda q, p: q[:, None] * p[None, :], dims, config.loss_dtype)
         other = (block.mask > 0)[None, :] & (block.owner[None, :] != rows[:, None])
         false = other & _false_negatives(cosines[-1], own[-1][:, None], block.ids[None, :], ids[:, None], config)
         allowed = other & ~false
-        logits = jnp.where(allowed, cosines / config.temperature, -jnp.inf)
+        logits = jnp.where(allowed, _logits(cosines, config), -jnp.inf)
         # With the running value among the terms, a block of nothing but masked candidates leaves value and gradient alone.
         running = jax.nn.logsumexp(jnp.concatenate([running[..., None], logits], axis=-1), axis=-1)
         hardest = jnp.maximum(hardest, jnp.max(jnp.where(allowed, cosines[-1], -jnp.inf), axis=-1))
         return (running, hardest, masked + false.sum(-1), pool + other.sum(-1)), None
 
     none = sharding.shard(jnp.zeros(query.shape[0], jnp.int32), sharding.P(sharding.BATCH))
-    start = (own / config.temperature, jnp.full_like(own[-1], -jnp.inf), none, none)
+    start = (_logits(own, config), jnp.full_like(own[-1], -jnp.inf), none, none)
     (running, hardest, masked, pool), _ = jax.lax.scan(stream, start, blocks)
-    losses = jnp.einsum("j,jb->b", jnp.asarray(weights), running - own / config.temperature)
+    losses = jnp.einsum("j,jb->b", jnp.asarray(weights), running - _logits(own, config))
     counted = samples.in_batch_weight * samples.sample_mask
     compared = counted * (hardest > -jnp.inf)
     return mean_of(losses, counted), {
@@ -102,11 +102,11 @@ def hard_loss(
     dims, weights = config.widths(query.shape[-1])
     candidates = jnp.concatenate([embeddings.passage[:, None], embeddings.negatives], axis=1)
     candidates = sharding.shard(candidates, sharding.P(sharding.BATCH, None, None))
-    cosines = prefix_cosines("bd,bnd->bn", query, candidates, lambda q, c: q[:, None] * c, dims)
+    cosines = prefix_cosines("bd,bnd->bn", query, candidates, lambda q, c: q[:, None] * c, dims, config.loss_dtype)
     own, others = cosines[..., :1], cosines[..., 1:]
     false = _false_negatives(others[-1], own[-1], samples.negative_ids, samples.passage_ids[:, None], config)
     allowed = (samples.negative_mask > 0) & ~false
-    logits = jnp.concatenate([own, jnp.where(allowed, others, -jnp.inf)], axis=-1) / config.temperature
+    logits = _logits(jnp.concatenate([own, jnp.where(allowed, others, -jnp.inf)], axis=-1), config)
     losses = jnp.einsum("j,jb->b", jnp.asarray(weights), jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
     hardest = jnp.max(jnp.where(allowed, others[-1], -jnp.inf), axis=-1, initial=-jnp.inf)
     some = samples.sample_mask * (hardest > -jnp.inf)
@@ -114,6 +114,11 @@ def hard_loss(
         "positive_cosine": mean_of(own[-1, :, 0], samples.sample_mask),
         "hard_negative_cosine": mean_of(jnp.where(hardest > -jnp.inf, hardest, 0.0), some),
     }
+
+
+def _logits(cosines: Float[Array, "..."], config: ContrastiveConfig) -> Float[Array, "..."]:
+    """fp32, after a division in the dtype of the cosines."""
+    return (cosines / config.temperature).astype(jnp.float32)
 
 
 def _false_negatives(

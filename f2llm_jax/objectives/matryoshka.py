@@ -36,10 +36,12 @@ def prefix_cosines(
     b: Float[Array, "... D"],
     outer: Callable[[Array, Array], Array],
     dims: Sequence[int],
+    dtype: str = "float32",
 ) -> Float[Array, "J ..."]:
-    """Cosines of `a[..., :d]` and `b[..., :d]` for each of the J ascending dims, in fp32.
+    """Cosines of `a[..., :d]` and `b[..., :d]` for each of the J ascending dims, in `dtype`.
 
-    Running sums over the bands between the dims: each component is multiplied and squared once, whatever J.
+    In another dtype than float32 every intermediate result is rounded to it, as torch does.
+    Otherwise running sums over the bands between the dims: each component is multiplied and squared once, whatever J.
 
     Args:
       contract: einsum of the dot product over the last axes, e.g. "bd,cd->bc".
@@ -48,6 +50,8 @@ def prefix_cosines(
       dims: ascending, the last at most D.
     """
     check_dims(dims, a.shape[-1])
+    if dtype != "float32":
+        return jnp.stack([_rounded_cosine(contract, a[..., :dim], b[..., :dim], jnp.dtype(dtype)) for dim in dims])
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     dot = squares_a = squares_b = jnp.float32(0)
     cosines = []
@@ -58,6 +62,15 @@ def prefix_cosines(
         squares_b = squares_b + jnp.sum(band_b * band_b, axis=-1)
         cosines.append(dot * outer(_inverse_norm(squares_a), _inverse_norm(squares_b)))
     return jnp.stack(cosines)
+
+
+def _rounded_cosine(contract: str, a: Float[Array, "... D"], b: Float[Array, "... D"], dtype: jnp.dtype) -> Float[Array, "..."]:
+    def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x = x.astype(dtype).astype(jnp.float32)
+        norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), TINY)).astype(dtype).astype(jnp.float32)
+        return (x / norm).astype(dtype)
+
+    return jnp.einsum(contract, unit(a), unit(b), preferred_element_type=jnp.float32).astype(dtype)
 
 
 def _inverse_norm(squares: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from f2llm_jax import sharding
-from f2llm_jax.model import attention
+from f2llm_jax.errors import UserError
+from f2llm_jax.model import attention, low_rank
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import EncodeChunk, chunk_encoder, layer_matryoshka
 from f2llm_jax.model.sizes import DecoderConfig
@@ -53,6 +54,7 @@ class Program:
       dims: widths that are trained, ascending; empty for the full one alone.
       scored: widths that the evaluation step scores, ascending; the last is the full one.
       depths: numbers of layers that are trained to serve, ascending; empty for all layers alone.
+      table_ranks: of the embedding table that are trained to serve, ascending; empty for a plain table.
       kernel: of attention, of student and teacher.
     """
 
@@ -62,6 +64,7 @@ class Program:
     dims: tuple[int, ...]
     scored: tuple[int, ...]
     depths: tuple[int, ...]
+    table_ranks: tuple[int, ...]
     kernel: attention.Kernel
 
 
@@ -92,13 +95,34 @@ def build(
     scored = tuple(sorted({*widths, model.hidden_size}))
     objective = _objective(config.objective, dims, distil=teacher is not None or cached)
     optimizer = OptimizerConfig(total_steps=total_steps, **config.optimizer)
-    frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none", kernel))
-    ranks = TableRanks(config.table_rank, config.seed) if config.table_rank else None
+    frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none", kernel, followed_depths(depths, teacher)))
+    if cached and depths:
+        raise UserError(
+            "config.teacher_cache holds embeddings of the whole teacher alone, but with config.objective.layer_matryoshka each depth "
+            "follows one of the teacher's; set config.teacher instead"
+        )
+    ranks = TableRanks(config.table_rank, config.seed) if config.table_rank and config.table_rank_sampled else None
+    trained = low_rank.ranks(config.table_rank) if ranks else (config.table_rank,) if config.table_rank else ()
     own = own and _gathered(own)
     train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, kernel, depths), own or objective, optimizer, frozen, ranks)
     eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat, kernel), objective, scored, own)
     compile_for = functools.partial(jax.jit, compiler_options=compiler_options(device_kind))
-    return Program(compile_for(train_step, donate_argnums=0), compile_for(eval_step), optimizer, dims, scored, depths, kernel)
+    return Program(compile_for(train_step, donate_argnums=0), compile_for(eval_step), optimizer, dims, scored, depths, trained, kernel)
+
+
+def followed_depths(depths: tuple[int, ...], teacher: DecoderConfig) -> tuple[int, ...]:
+    """The teacher's depths for a student's: the deepest follows the deepest, the next the next (ML-Embed `utils.py`).
+
+    Raises:
+      UserError: the teacher has fewer.
+    """
+    own = layer_matryoshka(teacher.num_hidden_layers)
+    if len(own) < len(depths):
+        raise UserError(
+            f"the student trains {len(depths)} depths ({', '.join(map(str, depths))}) and the teacher has {len(own)} to follow "
+            f"({', '.join(map(str, own))}); take a teacher at least as deep, or set config.objective.layer_matryoshka=False"
+        )
+    return own[-len(depths) :] if depths else ()
 
 
 def keep_compiled(folder: epath.Path, platform: str) -> None:

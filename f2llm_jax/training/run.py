@@ -159,6 +159,7 @@ def _train(
     embedding = EmbeddingConfig(
         matryoshka_dims=steps.dims,
         depths=steps.depths,
+        table_ranks=steps.table_ranks,
         max_length=text_limit,
         prompts=trained_prompts(dataset),
         tokenizer_fingerprint=dataset.tokenizer_fingerprint,

@@ -64,14 +64,20 @@ def by_role(embeddings: Float[Array, "S D"], negative_mask: Float[Array, "B N"])
     )
 
 
-def teacher_embeddings(teacher: Teacher | None, teacher_params: Any, batch: Batch) -> Embeddings | None:
-    """What to distil from: the cached vectors that came with the batch, else the online teacher's, else nothing."""
+def by_depth(embeddings: Float[Array, "S D"] | Float[Array, "S J D"], negative_mask: Float[Array, "B N"]) -> list[Embeddings]:
+    """Those of each depth by role, the deepest last."""
+    depths = [embeddings] if embeddings.ndim == 2 else [embeddings[:, j] for j in range(embeddings.shape[1])]
+    return [by_role(depth, negative_mask) for depth in depths]
+
+
+def teacher_embeddings(teacher: Teacher | None, teacher_params: Any, batch: Batch) -> list[Embeddings] | None:
+    """What to distil from: the cached vectors that came with the batch, else the online teacher's of each depth, else nothing."""
     if batch.teacher is not None:
-        return Embeddings(batch.teacher[:, 0], batch.teacher[:, 1], batch.teacher[:, 2:])
+        return [Embeddings(batch.teacher[:, 0], batch.teacher[:, 1], batch.teacher[:, 2:])]
     if teacher is None:
         return None
     with jax.named_scope("teacher"):
-        return by_role(encoder.encode(teacher.encode_chunk, teacher_params, batch.texts, batch.text_count), batch.samples.negative_mask)
+        return by_depth(encoder.encode(teacher.encode_chunk, teacher_params, batch.texts, batch.text_count), batch.samples.negative_mask)
 
 
 def make_train_step(
@@ -83,7 +89,8 @@ def make_train_step(
 ) -> Step:
     """`(state, teacher_params, batch) -> (state, metrics)`; `teacher_params` is None without a teacher.
 
-    If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka). With `table_ranks` only that many
+    If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka), each following the teacher's of its place,
+    counted from the deepest. With `table_ranks` only that many
     columns of the factored embedding table take part in a step.
     Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, the `learning_rate` of this update, and `skipped`, which is
     1 where loss or gradient was not finite: then weights and moments stay as they were and only counters advance.
@@ -94,11 +101,12 @@ def make_train_step(
     )
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        target = teacher_embeddings(teacher, teacher_params, batch)
+        targets = teacher_embeddings(teacher, teacher_params, batch)
 
         def loss(embeddings: Float[Array, "S D"] | Float[Array, "S J D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
-            depths = [embeddings] if embeddings.ndim == 2 else [embeddings[:, j] for j in range(embeddings.shape[1])]
-            losses = [loss_function(by_role(e, batch.samples.negative_mask), batch.samples, teacher=target) for e in depths]
+            depths = by_depth(embeddings, batch.samples.negative_mask)
+            followed = targets[-len(depths) :] if targets else [None] * len(depths)
+            losses = [loss_function(depth, batch.samples, teacher=target) for depth, target in zip(depths, followed, strict=True)]
             # The mean over depths, as ML-Embed's `utils.py`; metrics are those of the whole depth.
             return cast(Array, sum(value for value, _ in losses)) / len(losses), losses[-1][1]
 
