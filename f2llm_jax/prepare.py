@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from f2llm_jax.preparation import writing
 
 NO_CATALOGUE = "none"
+PUBLISHED_SHARE = 0.3  # of documents with an instruction (paper, section 3.2)
 
 
 @command("prepare")
@@ -60,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max_length=flags.max_length,
         seed=flags.seed,
         cap=(CAP if flags.stage == 2 else 0) if flags.cap is None else flags.cap,
-        instruct_documents=flags.instruct_documents,
+        instruct_documents=PUBLISHED_SHARE if flags.recipe == "published" else flags.instruct_documents,
         policy=flags.policy,
+        repeated_negatives=flags.keep_repeated_negatives or flags.recipe == "published",
         validation=flags.validation if isinstance(flags.validation, float) else 0.0,
         split_by=flags.split_by,
     )
@@ -121,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-length", type=positive, default=1024, help="tokens a text at most, EOS included (default 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of split, cap and instructed documents (default 0)")
+    parser.add_argument(
+        "--recipe",
+        choices=("published",),
+        help=f"every choice of the published code: --keep-repeated-negatives --instruct-documents {PUBLISHED_SHARE} (docs/recipe.md)",
+    )
+    parser.add_argument("--keep-repeated-negatives", action="store_true", help="train on negatives that repeat or are the positive")
     policy = parser.add_mutually_exclusive_group()
     policy.add_argument(
         "--skip-invalid",

@@ -104,14 +104,22 @@ def test_the_file_decides_the_batch_and_the_unit_the_cap(dataset):
         assert dataset.sources["fiqa2018"].unit == "fiqa2018"
 
 
-def test_known_oddities_are_counted_and_a_flag_turns_recognition_off(release, capsys):
+def test_known_oddities_are_counted_and_a_flag_turns_recognition_off(release, tmp_path, capsys):
     prepared(release, 1, "again")
     told = capsys.readouterr()
     assert "8 files have names of the F2LLM-v2 release" in told.err
     assert re.search(r"rows: passage is empty: 2\b", told.out) and re.search(r"negatives: is null: 2\b", told.out)
-    flags = ["--raw", release / "raw", "--tokenizer", release / "tokenizer", "--out", release / "none", "--catalogue", "none"]
+    release_rehearsal.write(tmp_path / "raw", files=("webfaq_kor", "squad"), mela=False)
+    flags = ["--raw", tmp_path / "raw", "--tokenizer", release / "tokenizer", "--out", tmp_path / "none", "--catalogue", "none"]
     assert prepare.main([str(part) for part in (*flags, "--stage", 1)]) == 1
     assert "give it a text or drop the row" in capsys.readouterr().err
+
+
+def test_the_published_recipe_keeps_what_repeats_and_adds_no_instruction(release):
+    dataset = prepared(release, 2, "published", "--recipe", "published")
+    found = check(release, dataset, an_epoch(dataset, single_negative="first"), repeated_negatives=True)
+    assert found["files"] == {*release_rehearsal.FILES, "mela"}
+    assert not any("repeats" in reason or "positive" in reason for source in dataset.sources.values() for reason in source.counters)
 
 
 VIOLATIONS = {

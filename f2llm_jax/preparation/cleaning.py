@@ -51,7 +51,15 @@ class Rows:
     counters: Counter[str]  # what was skipped ("rows: ..."), repaired ("negatives: ...") and is remarkable ("warning: ...")
 
 
-def clean(path: str, block: PairBlock, negatives: int, needs_negatives: bool, policy: Policy, wanted: Bool[np.ndarray, " B"]) -> Rows:
+def clean(
+    path: str,
+    block: PairBlock,
+    negatives: int,
+    needs_negatives: bool,
+    policy: Policy,
+    wanted: Bool[np.ndarray, " B"],
+    repeated: bool = False,
+) -> Rows:
     """Applies the rules above.
 
     Args:
@@ -61,6 +69,7 @@ def clean(path: str, block: PairBlock, negatives: int, needs_negatives: bool, po
       needs_negatives: a row without any is skipped.
       policy: the column of the table above.
       wanted: the other rows are left out, unseen and uncounted.
+      repeated: negatives that repeat or are a positive stay.
 
     Raises:
       UserError: an anomaly that is an error; names the first one, with row and field.
@@ -79,8 +88,9 @@ def clean(path: str, block: PairBlock, negatives: int, needs_negatives: bool, po
     there = np.array([judge.keep_negatives(name, codes[i], empty) for i, name in enumerate(names) if i], bool)
     there = there.reshape(len(names) - 1, len(queries))
     forms = same[codes[1:]]
-    there &= judge.keep_others(names[1:], there & _is_positive(forms, same[codes[0]], block.rows), POSITIVE)
-    there &= judge.keep_others(names[1:], _repeats(np.where(there, forms, -1)), "repeats an earlier one")
+    if not repeated:
+        there &= judge.keep_others(names[1:], there & _is_positive(forms, same[codes[0]], block.rows), POSITIVE)
+        there &= judge.keep_others(names[1:], _repeats(np.where(there, forms, -1)), "repeats an earlier one")
     if needs_negatives:
         kept = kept & judge.keep_rows_with_negatives(np.any(there, axis=0))
     documents = np.full((len(queries), 1 + negatives), -1, np.int64)

@@ -29,8 +29,9 @@ class Recipe:
     max_length: int  # tokens of a text at most, EOS included
     seed: int  # of what is random
     cap: int  # queries of a unit at most; 0 for no cap
-    instruct_documents: float  # share of the documents of symmetric sources that get an instruction, where they have none
+    instruct_documents: float  # share of symmetric sources' documents that get an instruction, where they have none; not of the release
     policy: Policy  # what becomes of malformed rows, see `cleaning`
+    repeated_negatives: bool = False  # whether negatives that repeat or are the positive stay, as published
     validation: float = VALIDATION_SHARE  # share of the rows that are held out
     split_by: SplitBy = "row"
 
@@ -52,7 +53,9 @@ def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) ->
         numbers = part.number + block.first + np.arange(len(block.rows))
         wanted = np.ones(len(numbers), bool) if part.split else chosen[numbers]
         if wanted.any():
-            rows = clean(part.pairs.file.path, block, source.negatives, source.kind != "retrieval", policy, wanted)
+            rows = clean(
+                part.pairs.file.path, block, source.negatives, source.kind != "retrieval", policy, wanted, recipe.repeated_negatives
+            )
             yield numbers[rows.index], rows
 
 
@@ -102,7 +105,7 @@ class Rules:
         chosen = choose_rows(source, recipe)
         parts = [part for part in source.parts if not part.split]
         for _, rows in (found for part in parts for found in read_rows(source, part, recipe, chosen)):
-            if not values and rows.queries and recipe.stage == 2 and recipe.instruct_documents and source.symmetric:
+            if not values and rows.queries and recipe.stage == 2 and recipe.instruct_documents and source.symmetric and not source.released:
                 prompt = leading_prompt(rows.queries[0])
             values += map(plain.value, rows.queries, (rows.texts[i] for i in rows.documents[:, 0]))
             if len({plain.side(value) for value in values}) == 2 or (values and not share):

@@ -82,6 +82,8 @@ class WriteRows(beam.DoFn):
         new = spill.unseen(keys[used])
         found = encoder.encode([shown[i] for i in new], self.rules.recipe.max_length)
         spill.add(keys[used][new], found.ids, found.cut.astype(np.uint8) * CUT + found.spelled * SPECIAL)
+        if self.rules.recipe.repeated_negatives:
+            return rows, numbers, keys[rows.documents]
         same = np.full(len(rows.texts) + 1, -1, np.int64)
         same[used] = spill.ids_hashes(keys[used])
         rows, kept = drop_same_ids(rows, same[rows.documents], self.source.kind != "retrieval", self.rules.recipe.policy == "strict")
