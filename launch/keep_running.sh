@@ -12,6 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/await.sh"
 workdir="$1"
 shift
 max_crashes="${MAX_CRASHES:-5}"
+healthy="${HEALTHY_SECONDS:-300}" # a process that loses another host (134) or hangs (76) after so long has not crashed
 pause="${RESTART_SECONDS:-10}" # before a restart: the network forgets the old connections
 # A folder that nobody else can write to. The lock of a WORKDIR holds this script's process id, which means nothing once it is free.
 locks="${XDG_RUNTIME_DIR:-$HOME/.cache}/f2llm_jax"
@@ -41,13 +42,18 @@ trap 'asked=yes; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' T
 
 crashes=0 before="$(newest_checkpoint)"
 while [[ -z "$asked" ]]; do
+  begun=$SECONDS
   "$@" 9>&- &
   child=$!
   await "$child"
   child=""
   ((code != 0)) || { say "done"; exit 0; }
   now="$(newest_checkpoint)"
-  if ((code == 75)) || ((${now:--1} > ${before:--1})); then crashes=0; else crashes=$((crashes + 1)); fi
+  if ((code == 75)) || ((${now:--1} > ${before:--1})); then
+    crashes=0
+  elif ! (((code == 134 || code == 76) && SECONDS - begun >= healthy)); then
+    crashes=$((crashes + 1))
+  fi
   before="$now"
   if ((crashes >= max_crashes)); then
     say "gives up: exit code $code, $crashes times without a checkpoint newer than ${now:-none}"

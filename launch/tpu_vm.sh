@@ -10,7 +10,9 @@
 #   delete               give the slice back; nothing is left that costs
 #
 # Settings, from the environment: TPU_NAME, PROJECT, ZONE, ACCELERATOR (as v5p-128), RUNTIME (as v2-alpha-tpuv5), WORKDIR (local to the
-# one host, or gs://), SLICES (1), TIER (on-demand, spot or reserved), SERVICE_ACCOUNT (the project's default), POLL_SECONDS (30).
+# one host, or gs://), SLICES (1), TIER (on-demand, spot or reserved), SERVICE_ACCOUNT (the project's default), POLL_SECONDS (30),
+# AUTOCHECKPOINT (no; yes for a SIGTERM before maintenance, which saves the state), DATA_DISK (a disk of the project in the same zone,
+# attached read-only to every host, say with a copy of the data; empty for none).
 set -euo pipefail
 # shellcheck source=launch/quote.sh
 source "$(dirname "${BASH_SOURCE[0]}")/quote.sh"
@@ -46,6 +48,8 @@ create() {
     *) fail "TIER=$TIER must be on-demand, spot or reserved" ;;
   esac
   [[ -z "${SERVICE_ACCOUNT:-}" ]] || request+=(--service-account="$SERVICE_ACCOUNT")
+  [[ "${AUTOCHECKPOINT:-no}" != yes ]] || request+=(--autocheckpoint-enabled)
+  [[ -z "${DATA_DISK:-}" ]] || request+=("--data-disk=source=projects/$PROJECT/zones/$ZONE/disks/$DATA_DISK,mode=read-only")
   local now
   now="$(state)"
   case "$now" in

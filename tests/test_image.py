@@ -45,6 +45,8 @@ def test_what_is_copied_is_there_and_sent_to_the_builder():
 def test_its_pip_line_makes_an_environment_that_trains(tmp_path):
     """The COPY and RUN lines of the first stage, with another folder for /venv and /src."""
     python = shutil.which("python3.12") or sys.executable
+    if subprocess.run([python, "--version"], capture_output=True).returncode:
+        python = sys.executable  # a shim without a Python behind it
     source, venv = tmp_path / "src", tmp_path / "venv"
     source.mkdir()
     for line in of("COPY"):

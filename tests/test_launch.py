@@ -201,12 +201,12 @@ exit "$code"
 """
 
 
-def keep_running(folder, plan):
+def keep_running(folder, plan, **more):
     (folder / "plan").write_text("".join(f"{line}\n" for line in plan))
     (folder / "starts").write_text("")
     (folder / "training").write_text(TRAINING)
     (folder / "training").chmod(0o755)
-    environment = os.environ | {"XDG_RUNTIME_DIR": str(folder), "RESTART_SECONDS": "0", "MAX_CRASHES": "3"}
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(folder), "RESTART_SECONDS": "0", "MAX_CRASHES": "3"} | more
     command = [LAUNCH / "keep_running.sh", "run", "./training"]
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -226,6 +226,23 @@ def test_training_is_started_again_while_it_gets_on(tmp_path, plan, code, starts
     assert process.returncode == code, printed
     assert len((tmp_path / "starts").read_text().split()) == starts
     assert ("gives up" in printed) == (code != 0)
+
+
+@pytest.mark.parametrize(("healthy", "code", "starts"), [("0", 0, 7), ("300", 134, 3)])
+def test_lost_hosts_end_no_healthy_run(tmp_path, healthy, code, starts):
+    """Five hosts lost or hanging between two checkpoints, after a while or at once."""
+    process = keep_running(tmp_path, ["134", "76", "134", "134", "76", "134", "0"], HEALTHY_SECONDS=healthy)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert len((tmp_path / "starts").read_text().split()) == starts
+
+
+def test_the_options_of_a_slice(tmp_path):
+    """Maintenance announced by SIGTERM, and a disk with the data."""
+    settings = settings_of("launch/tpu_vm.sh")
+    run = Run(tmp_path, ["launch/tpu_vm.sh", "create"], ["", "ACTIVE"], **settings, AUTOCHECKPOINT="yes", DATA_DISK="corpus")
+    disk = f"--data-disk=source=projects/{settings['PROJECT']}/zones/{settings['ZONE']}/disks/corpus,mode=read-only"
+    assert run.code == 0 and run.commands[1][-2:] == ["--autocheckpoint-enabled", disk]
 
 
 def test_sigterm_goes_to_training_and_a_second_loop_leaves_it_alone(tmp_path):

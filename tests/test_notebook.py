@@ -3,7 +3,9 @@
 import os
 import pathlib
 import re
+import sys
 
+import numpy as np
 import pytest
 import tiny
 
@@ -31,3 +33,21 @@ def test_an_objective_and_a_metric_of_ones_own_in_a_notebook(tmp_path, monkeypat
     assert re.search(r"held out, by a margin: \S+ -> \S+", printed)
     assert "step/s" in printed or "s/step" in printed or f"{STEPS}/{STEPS}" in printed  # a bar, as somebody watches
     assert os.path.exists(tmp_path / "model" / "config.json")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_training_and_release_on_a_free_tpu_here_without_one(tmp_path, monkeypatch):
+    """On the embedded corpus, twice: the second time everything is there already."""
+    settings = {"SOURCE": "", "DATA": "", "STEPS": "6", "WORK": str(tmp_path / "work"), "JAX_PLATFORMS": "cpu"}
+    settings |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "IPYTHONDIR": str(tmp_path / "ipython")}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    for _ in range(2):
+        notebook = nbformat.read(ROOT / "examples" / "free_tpu.ipynb", as_version=4)
+        nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    vectors = np.load(tmp_path / "work" / "vectors.npy")
+    assert vectors.shape[0] == 3 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    written = {path.name for path in (tmp_path / "work" / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json"} <= written
