@@ -71,9 +71,11 @@ def _plan(flags: argparse.Namespace) -> "Finetune":
 def _check_out(plan: "Finetune", chain: Sequence["Link"]) -> None:
     """Raises a UserError, before any work, if the release is there and was not made by these commands."""
     from f2llm_jax.chain import links
+    from f2llm_jax.chain.finetune import release_name
 
-    strange = plan.out.exists() and any(plan.out.iterdir()) and str(plan.out) not in links.commands_done(plan.root)
-    if strange or links.statuses(chain, plan.root)[str(plan.out)] == "changed":
+    name = release_name(plan)
+    strange = plan.out.exists() and any(plan.out.iterdir()) and name not in links.commands_done(plan.root)
+    if strange or links.statuses(chain, plan.root)[name] == "changed":
         raise UserError(f"{plan.out} exists and was made from other data, model or settings; remove it or choose another --out")
 
 

@@ -56,13 +56,19 @@ def finetune_links(plan: Finetune) -> list[Link]:
     flags = ["--config", plan.config, "--workdir", str(plan.root / run), *(f"--config.{field}={value}" for field, value in settings)]
     links.append(Link(run, "f2llm_jax.main", tuple(flags), (data, plan.model), whole=False))
     out = str(plan.out)
-    links.append(Link(out, "f2llm_jax.convert", ("to-hf", str(plan.root / run), out, "--dtype", plan.dtype), (run,)))
+    released = release_name(plan)
+    links.append(Link(released, "f2llm_jax.convert", ("to-hf", str(plan.root / run), out, "--dtype", plan.dtype), (run,), place=out))
     recall = f"recall-{run.removeprefix('run-')}.json"
     flags = ["--model", plan.model, "--model", out, "--data", folder, "--json", str(plan.root / recall)]
-    links.append(Link(recall, "f2llm_jax.recall", tuple(flags), (plan.model, out, data)))
+    links.append(Link(recall, "f2llm_jax.recall", tuple(flags), (plan.model, released, data)))
     verified = f"verified-{run.removeprefix('run-')}.json"
-    links.append(Link(verified, "f2llm_jax.convert", ("verify", out, "--json", str(plan.root / verified)), (out,)))
+    links.append(Link(verified, "f2llm_jax.convert", ("verify", out, "--json", str(plan.root / verified)), (released,)))
     return links
+
+
+def release_name(plan: Finetune) -> str:
+    """Of the link that makes `plan.out`."""
+    return f"release-{_digest(str(plan.out))}"
 
 
 def _prepare(plan: Finetune, raw: pathlib.Path, columns: str, folder: str) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ class Link:
       arguments: of the command.
       needs: names of other links, or anything else that must be there (a Hub id, a folder elsewhere).
       whole: whether what it makes exists only when complete; of other links (training) only `DONE_FILE` tells.
+      place: what it makes, where that is not `name` under the root.
     """
 
     name: str
@@ -46,6 +47,11 @@ class Link:
     arguments: tuple[str, ...]
     needs: tuple[str, ...] = ()
     whole: bool = True
+    place: str = ""
+
+    def path(self, root: epath.PathLike) -> epath.Path:
+        """Of what it makes."""
+        return epath.Path(self.place) if self.place else epath.Path(root) / self.name
 
     @property
     def command(self) -> str:
@@ -59,7 +65,7 @@ def statuses(links: Sequence[Link], root: epath.PathLike) -> dict[str, Status]:
     done = commands_done(root)
     found: dict[str, Status] = {}
     for link in links:
-        exists = (root / link.name).exists()
+        exists = link.path(root).exists()
         if exists and link.name in done:
             found[link.name] = "done" if done[link.name] == link.command else "changed"
         else:
@@ -73,7 +79,7 @@ def describe(links: Sequence[Link], root: epath.PathLike) -> str:
     lines = []
     for number, link in enumerate(links, start=1):
         needs = ", ".join(link.needs) or "nothing"
-        lines += [f"{number:>3}  {found[link.name]:<8} {link.command}", f"{'':14}needs {needs}; makes {epath.Path(root) / link.name}"]
+        lines += [f"{number:>3}  {found[link.name]:<8} {link.command}", f"{'':14}needs {needs}; makes {link.path(root)}"]
     count = list(found.values()).count("done")
     return "\n".join([*lines, f"{count} of {len(links)} done"])
 
@@ -94,7 +100,7 @@ def run(links: Sequence[Link], root: epath.PathLike) -> None:
         found = statuses(links, root)
         if changed := [link for link in links if found[link.name] == "changed"]:
             raise ChainError(
-                f"{root / changed[0].name} was made by another command than this chain's; remove it, or choose another --root\n"
+                f"{changed[0].path(root)} was made by another command than this chain's; remove it, or choose another --root\n"
                 f"  it was: {commands_done(root)[changed[0].name]}\n  now is: {changed[0].command}"
             )
         for number, link in enumerate(links, start=1):

@@ -12,6 +12,7 @@ import io
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -215,11 +216,12 @@ def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[Progress], 
 
 def _results(jobs: Sequence[_Job], workers: int) -> Iterator[records.SourceInfo]:
     """Results as they come. The first failure cancels what has not begun."""
-    if workers <= 1:
+    # In a notebook Beam imports a part of its own that fails with pandas 3; a process of its own is no notebook.
+    if workers <= 1 and "IPython" not in sys.modules:
         yield from map(_build, jobs)
         return
     context = multiprocessing.get_context("spawn")  # Beam and the tokenizer start threads, which a fork would break
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(max(1, workers), context, initializer=_die_with_parent) as pool:
         futures = [pool.submit(_build, job) for job in jobs]
         try:
             for future in concurrent.futures.as_completed(futures):
