@@ -55,7 +55,7 @@ def _embed(flags: argparse.Namespace) -> str:
         raise UserError(f"--dim {dim} exceeds the {origin.width} dimensions of {flags.model}")
     encoder = load_encoder(origin, mesh=local_mesh(), dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
     cache = epath.Path(f"{flags.output}.vectors")
-    prompt = flags.prompt or query_prompt(flags.instruction)
+    prompt = flags.prompt or query_prompt(flags.instruction, origin.embedding.instruction_template)
     with Progress() as progress:
         progress.begin("compiling and embedding")
         cached = CachedEncoder(encoder, cache, model=model_digest(origin))

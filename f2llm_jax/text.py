@@ -37,9 +37,15 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 TokenIds = Int[np.ndarray, " length"]
 
 
-def query_prompt(instruction: str) -> str:
+def query_prompt(instruction: str, template: str = INSTRUCTION_TEMPLATE) -> str:
     """The prefix of a query that carries `instruction`; documents get none. Empty for an empty instruction."""
-    return INSTRUCTION_TEMPLATE.format(instruction=instruction) if instruction else ""
+    return template.replace("{instruction}", instruction) if instruction else ""
+
+
+def template_of(prompt: str) -> str:
+    """The template of a query prompt: Qwen3-Embedding has no space after `Query:`. A prompt of another form gives the published one."""
+    found = _INSTRUCTION.fullmatch(prompt)
+    return INSTRUCTION_TEMPLATE.rstrip(" ") if found and not prompt.endswith(" ") else INSTRUCTION_TEMPLATE
 
 
 def strip_instruction(text: str) -> str:

@@ -5,6 +5,7 @@ import shutil
 
 import foreign
 import gcs
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from f2llm_jax import convert
+from f2llm_jax import convert, embed
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
+from f2llm_jax.weights import hf_fetch
+from f2llm_jax.weights.digest import model_digest
 from f2llm_jax.weights.models import find_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -92,6 +95,26 @@ def test_a_folder_in_a_bucket_is_the_folder_on_disk(embedding, monkeypatch, tmp_
         (epath.Path(f"{bucket}/model") / "1_Pooling/config.json").write_text('{"pooling_mode": "mean", "embedding_dimension": 64}')
         with pytest.raises(UserError, match="pooling_mode"):  # no stale copy
             find_model(f"{bucket}/model")
+
+
+def test_a_hub_model_is_downloaded_once_for_all_processes(embedding, monkeypatch, tmp_path):
+    """The Hub is huggingface_hub's own cache, offline, of which nothing is left once the first process has shared the model."""
+    snapshot = tmp_path / "hub/models--owner--name/snapshots" / ("0" * 40)
+    shutil.copytree(embedding, snapshot)
+    (tmp_path / "hub/models--owner--name/refs").mkdir()
+    (tmp_path / "hub/models--owner--name/refs/main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hf_fetch.share("owner/name", tmp_path / "run")
+    shutil.rmtree(tmp_path / "hub")
+    hf_fetch.share("owner/name", tmp_path / "run")
+    hf_fetch.share(str(embedding), tmp_path / "run")  # which is a folder
+    assert [path.name for path in (tmp_path / "run/downloads").iterdir()] == ["owner--name"]
+    model = find_model("owner/name", shared=tmp_path / "run")
+    assert model.embedding.query_prompt == foreign.QWEN3_EMBEDDING_PROMPT
+    np.testing.assert_array_equal(model.load(None)["norm"].get_value(), find_model(str(embedding)).load(None)["norm"].get_value())
+    with pytest.raises(UserError, match="could not be downloaded"):
+        find_model("owner/name")
 
 
 # Round trips
@@ -258,3 +281,33 @@ def test_inspect_names_what_is_taken_and_what_is_ignored(embedding, tmp_path, ca
     foreign.write(tmp_path / "model/config.json", config | {"is_causal": False})
     assert convert.main(["inspect", str(tmp_path / "model")]) == 1
     assert "is_causal is False, must be True" in capsys.readouterr().err
+
+
+def test_an_instruction_of_the_users_takes_the_form_of_the_models_prompt(embedding, tmp_path):
+    (tmp_path / "in.txt").write_text("how do plants make food\n")
+    flags = [
+        "--model",
+        str(embedding),
+        "--input",
+        str(tmp_path / "in.txt"),
+        "--output",
+        str(tmp_path / "out.npy"),
+        "--instruction",
+        "Find it.",
+    ]
+    assert embed.main(flags) == 0
+    peer = sentence_transformers.SentenceTransformer(str(embedding), device="cpu")
+    want = peer.encode(["how do plants make food"], prompt="Instruct: Find it.\nQuery:")
+    assert (np.load(tmp_path / "out.npy") * want).sum() >= SAME
+    assert (np.load(tmp_path / "out.npy") * peer.encode(["how do plants make food"], prompt="Instruct: Find it.\nQuery: ")).sum() < 0.9999
+
+
+def test_every_command_serves_the_width_of_a_release(tmp_path):
+    """The vectors of the encoder, their digest and what `embed` writes are those of the truncated model."""
+    origin = tiny.origin(tmp_path / "t")
+    hf_folder.export(origin, tmp_path / "whole", hf_folder.Form(golden=False))
+    hf_folder.export(origin, tmp_path / "narrow", hf_folder.Form(truncate_dim=16, golden=False))
+    whole, narrow = find_model(str(tmp_path / "whole")), find_model(str(tmp_path / "narrow"))
+    assert (whole.width, narrow.width) == (64, 16) and model_digest(whole) != model_digest(narrow)
+    np.testing.assert_array_equal(load_encoder(narrow).encode(TEXTS), load_encoder(whole).encode(TEXTS)[:, :16])
+    assert worst(ours(tmp_path / "narrow"), theirs(tmp_path / "narrow")) >= SAME

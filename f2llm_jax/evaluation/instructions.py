@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.text import query_prompt
+from f2llm_jax.text import INSTRUCTION_TEMPLATE, query_prompt
 
 
 class InstructionsError(UserError):
@@ -60,7 +60,7 @@ def task_types() -> tuple[str, ...]:
     return get_args(TaskType)
 
 
-def prompt(table: Mapping[str, str], task, prompt_type) -> str:
+def prompt(table: Mapping[str, str], task, prompt_type, template: str = INSTRUCTION_TEMPLATE) -> str:
     """What stands before a text: the instruction in the template, "" for a document.
 
     The order is that of mteb's `AbsEncoder.get_instruction`: by task name, task type and prompt type, then the task's own.
@@ -69,6 +69,7 @@ def prompt(table: Mapping[str, str], task, prompt_type) -> str:
       table: of instructions.
       task: mteb's `TaskMetadata`.
       prompt_type: mteb's `PromptType`; None for texts that are neither queries nor documents.
+      template: of the model (`EmbeddingConfig.instruction_template`).
     """
     from mteb.abstasks.abstask import get_abstask_prompt
 
@@ -77,11 +78,11 @@ def prompt(table: Mapping[str, str], task, prompt_type) -> str:
         return ""
     for key in (task.name, task.type, kind):
         if key is not None and key in table:
-            return query_prompt(table[key])
+            return query_prompt(table[key], template)
     if isinstance(task.prompt, dict) and kind:
-        return query_prompt(task.prompt.get(kind, ""))
+        return query_prompt(task.prompt.get(kind, ""), template)
     own = None if isinstance(task.prompt, dict) else task.prompt
-    return query_prompt(own or get_abstask_prompt(task.name))
+    return query_prompt(own or get_abstask_prompt(task.name), template)
 
 
 def near(name: str, known: Iterable[str]) -> str:

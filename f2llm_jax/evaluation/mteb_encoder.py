@@ -15,7 +15,6 @@ from f2llm_jax.inference.encode import truncate_and_normalize
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.progress import Progress
-from f2llm_jax.text import INSTRUCTION_TEMPLATE
 from f2llm_jax.weights.models import ModelSource
 
 MEGABYTE = 2**20
@@ -39,7 +38,8 @@ class MtebEncoder:
     def encode(self, inputs, *, task_metadata, hf_split: str, hf_subset: str, prompt_type=None, **_: Any) -> np.ndarray:
         """Unit vectors, float32 `[S, dim]`, of the texts of a data loader."""
         texts = [text for batch in inputs for text in batch["text"]]
-        prompt = instructions.prompt(self._table, task_metadata, prompt_type)
+        template = self.mteb_model_meta.loader_kwargs["instruction_template"]
+        prompt = instructions.prompt(self._table, task_metadata, prompt_type, template)
         label = " ".join((task_metadata.name, hf_subset, hf_split, prompt_type.value if prompt_type else "texts"))
         with Progress() as progress:
             return truncate_and_normalize(self._encoder.encode(texts, prompt, self._dim, progress.of(label, "texts")), self._dim)
@@ -96,7 +96,7 @@ def model_meta(source: ModelSource, digest: str, name: str | None = None):
     return ModelMeta(
         loader=InstructSentenceTransformerModel,
         loader_kwargs={
-            "instruction_template": INSTRUCTION_TEMPLATE,
+            "instruction_template": source.embedding.instruction_template,
             "prompts_dict": instructions.published(),
             "apply_instruction_to_passages": False,
             "max_seq_length": source.text_limit,

@@ -48,6 +48,7 @@ class TextEncoder:
         dtype: jnp.dtype = jnp.float32,
         mesh: jax.sharding.Mesh | None = None,
         chunk_tokens: int | None = None,
+        width: int | None = None,
     ):
         """Compiles nothing yet.
 
@@ -59,8 +60,9 @@ class TextEncoder:
           dtype: compute dtype.
           mesh: as for training; None for one device.
           chunk_tokens: tokens encoded at once, which is memory and nothing else; chosen by the kind of device if None.
+          width: first dimensions to give (D below); all if None.
         """
-        self.width = config.hidden_size
+        self.width = width or config.hidden_size
         self._config, self.dtype = config, jnp.dtype(dtype)
         self.max_length = max_length
         self.truncated = 0  # texts so far that were longer
@@ -103,7 +105,7 @@ class TextEncoder:
         """Raw embeddings, float32 `[S, D]`, of token ids (int32, EOS last, at most `max_length`), in the order given."""
         embeddings = np.empty((len(ids), self.width), np.float32)
         for numbers, vectors in _one_late(self._encoded(ids)):
-            embeddings[numbers] = vectors()
+            embeddings[numbers] = vectors()[:, : self.width]
         if len(wrong := np.flatnonzero(~np.isfinite(embeddings).all(axis=1))):
             text = self._tokenizer.decode(ids[wrong[0]])
             raise UserError(f"the model's vector of {text[:80]!r} is not finite; compute in float32, or check the model's weights")
@@ -148,7 +150,8 @@ def load_encoder(origin: LoadableModel, *, max_length: int | None = None, mesh: 
       UserError: the model has no tokenizer or one that does not fit it.
     """
     tokenizer = origin.matching_tokenizer()
-    return TextEncoder(origin.config, origin.load(mesh), tokenizer, max_length or origin.text_limit, mesh=mesh, **options)
+    limit = max_length or origin.text_limit
+    return TextEncoder(origin.config, origin.load(mesh), tokenizer, limit, mesh=mesh, width=origin.width, **options)
 
 
 def truncate_and_normalize(embeddings: Float[np.ndarray, "S D"], dim: int) -> Float[np.ndarray, "S K"]:

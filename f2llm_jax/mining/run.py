@@ -86,7 +86,7 @@ def mine(
     def load():
         return load_encoder(origin, max_length=limit, dtype=jnp.dtype(encoding.compute), mesh=local_mesh())
 
-    store = ShardedVectors(cache / "vectors", made_by(origin, limit, encoding.compute), origin.config.hidden_size, encoding.stored, load)
+    store = ShardedVectors(cache / "vectors", made_by(origin, limit, encoding.compute), origin.width, encoding.stored, load)
     made_of = _digest(rules, pools, store)
     summary = out / "summary.json"
     check_apart(out, inputs or {})

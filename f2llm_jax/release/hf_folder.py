@@ -54,7 +54,8 @@ class Form:
         if self.truncate_dim is not None:
             declared = declared.truncated(source.name, source.config.hidden_size, self.truncate_dim)
         if self.query_instruction is not None:
-            declared = dataclasses.replace(declared, prompts={**declared.prompts, "query": query_prompt(self.query_instruction)})
+            query = query_prompt(self.query_instruction, declared.instruction_template)
+            declared = dataclasses.replace(declared, prompts={**declared.prompts, "query": query})
         return declared
 
 

@@ -40,7 +40,7 @@ from f2llm_jax.training.provenance import Provenance, write_provenance
 from f2llm_jax.training.time_use import TimeUse
 from f2llm_jax.training.validation import validate
 from f2llm_jax.training.watchdog import Watchdog
-from f2llm_jax.weights import checkpoint_reader
+from f2llm_jax.weights import checkpoint_reader, hf_fetch
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 
 
@@ -78,6 +78,8 @@ def run(
         log.say(f"started: process {place.process_id} of {place.num_processes} on {socket.gethostname()}, pid {os.getpid()}")
         if first and place.num_processes > 1:
             _data_folder(config, workdir)  # made by one, while the others wait at the startup check
+            for model in filter(None, (config.init, config.teacher)):
+                hf_fetch.share(model, workdir)
         for folder, last in ((config.data.folder, COMPLETE), (config.teacher_cache, teacher_cache.COMPLETE)):
             if folder:
                 local_copy(folder, config.data.copy_to, last=last, progress=True)  # each host for itself, before they wait for each other

@@ -17,7 +17,7 @@ def describe(model: ModelSource) -> str:
         ("width", f"{model.width} of {config.hidden_size}; trained for shorter: {widths}"),
         ("attention", f"causal, {config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"),
         ("rotary base", f"{config.rope_theta:g}"),
-        ("pooling", "the last token, then length 1"),
+        ("pooling", "the last token, then length 1" + ("" if _told(model) else "; no modules.json says so: a base model")),
         ("similarity", "cosine"),
         ("text limit", f"{model.text_limit} tokens{_place(taken.get('taken as the longest text'))}"),
         *_tokenizer(model),
@@ -30,6 +30,10 @@ def describe(model: ModelSource) -> str:
             ignored.setdefault((note.file, note.verdict, note.reason), []).append(note.key)
     reasons = [f"  {file}: {', '.join(keys)} ({verdict}: {reason})" for (file, verdict, reason), keys in ignored.items()]
     return "\n".join([described, *(["ignored:", *reasons] if reasons else [])])
+
+
+def _told(model: ModelSource) -> bool:
+    return not model.notes or any(note.file == "modules.json" for note in model.notes)
 
 
 def _tokenizer(model: ModelSource) -> list[tuple[str, str]]:

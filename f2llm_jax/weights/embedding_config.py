@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, query_prompt
+from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, query_prompt, template_of
 
 DEFAULT_PROMPTS = {"query": query_prompt(DEFAULT_QUERY_INSTRUCTION), "document": ""}
 
@@ -31,6 +31,11 @@ class EmbeddingConfig:
     def query_prompt(self) -> str:
         """What a query begins with where its task names no instruction of its own."""
         return self.prompts.get("query", "")
+
+    @property
+    def instruction_template(self) -> str:
+        """What an instruction of the user's is put into, `{instruction}` for its place: in the form of this model's own prompt."""
+        return template_of(self.query_prompt)
 
     def to_metadata(self) -> dict[str, Any]:
         """As a checkpoint carries it, next to the decoder's shape, which tells the rank of the embedding table."""

@@ -8,12 +8,10 @@ import re
 import shutil
 import time
 
-import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote, new_file
+from f2llm_jax.files import absolute, is_remote, new_file
 from f2llm_jax.folders import INCOMPLETE, new_folder
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*/config.json", "*/model.safetensors")  # of a model and its modules
@@ -25,12 +23,12 @@ COPY_BYTES = 2**26  # in memory at a time
 def local_folder(model: str, shared: epath.PathLike | None = None) -> epath.Path:
     """The folder of `model` on this machine's disk.
 
-    A folder of an object store is copied to the user's cache first, file by file. A Hub id is downloaded to the cache of
-    huggingface_hub; where several processes form one run, by the first of them, which hands it on through `shared`.
+    A folder of an object store is copied to the user's cache first, file by file. A Hub id is what `share` has put into `shared`, else it
+    is downloaded to the cache of huggingface_hub.
 
     Args:
       model: a local folder, a URL such as `gs://bucket/folder`, or a Hub id.
-      shared: a folder that all processes of the run see; without it each downloads for itself.
+      shared: a folder that all processes of a run see.
 
     Raises:
       UserError: there is no such folder, or the Hub has no such model or cannot be reached.
@@ -42,9 +40,30 @@ def local_folder(model: str, shared: epath.PathLike | None = None) -> epath.Path
         return folder
     if not HUB_ID.fullmatch(model):
         raise UserError(f"{model} is no local folder and no Hub id (owner/name)")
-    if jax.process_count() == 1 or shared is None:
+    if shared is None or not (_shared(model, shared) / "config.json").exists():
         return _downloaded(model)
-    return _downloaded_once(model, epath.Path(shared) / "downloads" / model.replace("/", "--"))
+    return _copied(_shared(model, shared)) if is_remote(shared) else _shared(model, shared)
+
+
+def share(model: str, shared: epath.PathLike) -> None:
+    """Downloads a Hub model into `shared`, once for all processes of a run; a folder, a checkpoint and a model that is there stay
+
+    One process calls this while the others wait.
+
+    Raises:
+      UserError: as `local_folder`.
+    """
+    target = _shared(model, shared)
+    if is_remote(model) or absolute(model).exists() or (target / "config.json").exists():
+        return
+    source = local_folder(model)
+    with new_folder(target, "config.json", overwrite=True) as folder:
+        for file in sorted(_files(source), key=lambda file: file.name == "config.json" and file.parent == source):
+            _copy(file, folder / str(file.relative_to(source)))
+
+
+def _shared(model: str, shared: epath.PathLike) -> epath.Path:
+    return epath.Path(shared) / "downloads" / model.replace("/", "--")
 
 
 def _downloaded(model: str) -> epath.Path:
@@ -56,25 +75,6 @@ def _downloaded(model: str) -> epath.Path:
         raise UserError(
             f"{model!r} is no local folder and could not be downloaded from the Hub ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
-
-
-def _downloaded_once(model: str, shared: epath.Path) -> epath.Path:
-    """Every process must call this. The others learn from the first whether it has failed, instead of waiting for it."""
-    error = None
-    if jax.process_index() == 0 and not (shared / "config.json").exists():
-        try:
-            source = _downloaded(model)
-            with new_folder(shared, "config.json", overwrite=True) as folder:
-                for file in sorted(_files(source), key=lambda file: file.name == "config.json"):
-                    _copy(file, folder / str(file.relative_to(source)))
-        except Exception as raised:
-            error = raised
-    failed = multihost_utils.broadcast_one_to_all(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        raise UserError(f"the first process could not download {model!r}; its log says why")
-    return _copied(shared) if is_remote(shared) else shared
 
 
 def _copied(folder: epath.Path) -> epath.Path:
