@@ -18,6 +18,7 @@ from f2llm_jax.files import check_apart, check_new_file, new_file
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.fields import TEXTS, read_fields
 from f2llm_jax.inputs.flags import add_column_flags
+from f2llm_jax.locks import lock
 from f2llm_jax.progress import Progress
 
 
@@ -61,7 +62,7 @@ def _embed(flags: argparse.Namespace) -> str:
         cached = CachedEncoder(encoder, cache, model=model_digest(origin))
         vectors = truncate_and_normalize(cached.encode(texts, prompt, dim, progress.of("embedding", "texts")), dim)
     if is_first():
-        with new_file(flags.output) as file:  # an open file, because np.save gives a path without .npy that ending
+        with lock(flags.output), new_file(flags.output) as file:  # an open file, because np.save gives a path without .npy that ending
             np.save(file, vectors)
     all_here("written")
     if is_first():

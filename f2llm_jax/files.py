@@ -42,6 +42,18 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.absolute()
 
 
+def workdir_path(path: epath.PathLike) -> epath.Path:
+    """The absolute path of a folder for checkpoints.
+
+    Raises:
+      FileError: Orbax could not write there: it takes `* ? [ ] \\` in a path for a pattern, and would save checkpoints without weights.
+    """
+    path = absolute(path)
+    if found := sorted(set("*?[]\\") & set(str(path))):
+        raise FileError(f"{path}: checkpoints cannot be written to a path with {' '.join(found)} in it; choose another folder")
+    return path
+
+
 def check_name(name: str, what: str) -> str:
     """`name` itself, if it can name a file or folder on every disk and object store; the rule for sources, units, runs and arms.
 

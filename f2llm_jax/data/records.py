@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from f2llm_jax import files
@@ -119,11 +120,25 @@ class Reader:
         indices = np.asarray(indices, np.int64)
         if not indices.size:
             return []
-        return [np.frombuffer(_bytes(_fields(record), "tokens"), np.int32) for record in self._records.__getitems__(indices.tolist())]
+        return [np.frombuffer(_bytes(fields, "tokens"), np.int32) for fields in self._read(indices.tolist())]
 
     def languages(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The language of each row, "" where unknown."""
-        return [_bytes(_fields(record), "language").decode() for record in self._records.__getitems__([int(i) for i in indices])]
+        return [_bytes(fields, "language").decode() for fields in self._read([int(i) for i in indices])]
+
+    def _read(self, indices: list[int]) -> list[Mapping]:
+        """The fields of records.
+
+        Raises:
+          DatasetError: a file is damaged or missing.
+        """
+        try:
+            return [_fields(record) for record in self._records.__getitems__(indices)]
+        except (OSError, RuntimeError, ValueError, KeyError, DecodeError) as error:
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DatasetError(
+                f"{self._folder}: split {self._split!r} cannot be read ({told}); prepare it again with --overwrite"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import io
 import numpy as np
 from etils import epath
 
-from f2llm_jax.files import absolute, write_json
+from f2llm_jax.files import workdir_path, write_json
 from f2llm_jax.folders import check_new_folder, new_folder
 from f2llm_jax.pruning.picture import spectrum
 from f2llm_jax.pruning.prune import Pruned
@@ -34,7 +34,7 @@ def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, o
     Raises:
       UserError: as `hf_folder.export`.
     """
-    with new_folder(absolute(out), FACTS_FILE, overwrite) as folder:
+    with new_folder(workdir_path(out), FACTS_FILE, overwrite) as folder:
         workdir.fill(folder, pruned.model)
         hf_folder.export(pruned.model, folder / MODEL_FOLDER, form)
         arrays = {field.name: getattr(pruned.choice, field.name) for field in dataclasses.fields(pruned.choice)}

@@ -15,7 +15,7 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.files import FileError, absolute, seal
+from f2llm_jax.files import FileError, seal, workdir_path
 from f2llm_jax.folders import new_folder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.progress import Progress
@@ -42,7 +42,7 @@ def write_workdir(source: ModelSource, out: epath.PathLike, *, overwrite: bool) 
       UserError: `out` may not be written, or the model has no tokenizer or one that does not fit it.
     """
     source.matching_tokenizer()
-    with new_folder(absolute(out), f"{STEP}/{COMMITTED}", overwrite) as folder:
+    with new_folder(workdir_path(out), f"{STEP}/{COMMITTED}", overwrite) as folder:
         fill(folder, source)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,10 +28,12 @@ from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.training.step import TrainState
 from f2llm_jax.weights import chunks
 from f2llm_jax.weights.checkpoint_check import checkpoint_damage, good_steps
-from f2llm_jax.weights.checkpoint_reader import flatten, load_arrays, read_metadata, unflatten
+from f2llm_jax.weights.checkpoint_reader import check_descriptions, flatten, load_arrays, read_metadata, unflatten
 
 SCORE = "score"
 ASKED_EVERY = 10  # updates between two questions of several hosts to the first one's clock: each answer waits for the devices
+# Where a checkpoint is damaged, Orbax leaves a coroutine that nobody awaits, and Python would say so after our line.
+warnings.filterwarnings("ignore", "coroutine 'PyTreeHandler._background_load' was never awaited", RuntimeWarning)
 
 # Orbax has no option for a codec of its own. A CRC-32C behind each chunk is compared by tensorstore whenever the chunk is read.
 _orbax_metadata = tensorstore_utils._build_zarr3_metadata
@@ -130,6 +133,8 @@ def open_checkpoints(folder: epath.PathLike, config: CheckpointConfig, always: S
 
     Remains of a killed save are removed.
     """
+    if (folder := absolute(folder)).exists():
+        check_descriptions(folder)
     policies = ocp.training.preservation_policies
     # Of saves by minutes the newest stays, until the next save.
     latest = [policies.LatestN(1), _Multiples(config.every, config.keep)] if config.minutes else [policies.LatestN(config.keep)]
@@ -146,7 +151,7 @@ def open_checkpoints(folder: epath.PathLike, config: CheckpointConfig, always: S
     # Replicas share the writing of an array only where each of them writes as much as a chunk.
     context.array.saving.min_slice_bytes_for_replica_parallel = chunks.LEAST_BYTES
     return ocp.training.Checkpointer(
-        absolute(folder),
+        folder,
         context=context,
         preservation_policy=policies.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=True,

@@ -23,7 +23,7 @@ from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import COMPLETE, Dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import Preempted, UserError
-from f2llm_jax.files import absolute
+from f2llm_jax.files import workdir_path
 from f2llm_jax.folders import check_whole
 from f2llm_jax.locks import lock
 from f2llm_jax.model.decoder import count_parameters
@@ -72,7 +72,7 @@ def run(
       DivergedError: too many steps in a row had no finite loss and gradient.
       Preempted: SIGTERM came; the state is saved.
     """
-    workdir = absolute(workdir)
+    workdir = workdir_path(workdir)
     first = place.process_id == 0
     with lock(workdir) if first else contextlib.nullcontext(), HostLog(workdir, place.process_id) as log:
         log.say(f"started: process {place.process_id} of {place.num_processes} on {socket.gethostname()}, pid {os.getpid()}")

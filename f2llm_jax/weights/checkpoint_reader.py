@@ -17,7 +17,7 @@ from jaxtyping import Float
 from orbax.checkpoint import v1 as ocp
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import absolute, is_remote, unseal
+from f2llm_jax.files import FileError, absolute, is_remote, read_json, unseal
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.weights import chunks
@@ -151,6 +151,7 @@ def find_checkpoint(path: epath.PathLike) -> SavedModel:
     folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
     if not folder.exists():
         raise UserError(f"{path} is neither a workdir with checkpoints/ nor a checkpoint (WORKDIR/checkpoints/STEP)")
+    check_descriptions(folder)
     with ocp.training.Checkpointer(folder) as checkpoints:
         steps = [m.step for m in checkpoints.checkpoints]
         step = max(steps, default=None) if step is None else step
@@ -167,6 +168,20 @@ def find_checkpoint(path: epath.PathLike) -> SavedModel:
 def metadata(config: DecoderConfig, embedding: EmbeddingConfig) -> dict[str, Any]:
     """What a checkpoint carries next to its arrays."""
     return {"decoder": dataclasses.asdict(config), **embedding.to_metadata()}
+
+
+def check_descriptions(folder: epath.Path) -> None:
+    """Orbax reads what every checkpoint of `folder` says of itself before it gives any of them, and fails for one that is damaged.
+
+    Raises:
+      UserError: one is; the message names it.
+    """
+    for file in (path / "_CHECKPOINT_METADATA" for path in folder.iterdir() if path.name.isdigit()):
+        try:
+            if file.exists():
+                read_json(file, kind=dict)
+        except FileError as error:
+            raise UserError(f"{error}: a damaged checkpoint; delete {file.parent}, and the newest of the others is taken") from error
 
 
 def read_metadata(checkpoints: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
@@ -194,6 +209,7 @@ def steps_of(workdir: epath.PathLike) -> list[int]:
     folder = absolute(workdir) / "checkpoints"
     if not folder.exists():
         raise UserError(f"{workdir} is no workdir: it has no checkpoints/")
+    check_descriptions(folder)
     with ocp.training.Checkpointer(folder) as checkpoints:
         steps = sorted(m.step for m in checkpoints.checkpoints)
     if not steps:
