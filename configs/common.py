@@ -107,6 +107,7 @@ def base(size: str, runlocal: bool, stage: int, recipe: str = "") -> ml_collecti
     config.batch.row_tokens = 1024  # tokens of a packed row
     config.batch.row_texts = 128  # most texts in a packed row
     config.batch.microbatch_rows = MICROBATCH_ROWS[size]  # packed rows on the devices at once, over all of them; memory only
+    config.batch.row_parts = 2  # rows are split into so many where their texts allow: less attention is computed
     config.batch.chunk_rows = CHUNK_ROWS[size]  # at once for what is left of a step: fewer empty rows; 0 for microbatch_rows
     config.batch.negatives = ml_collections.ConfigDict({"retrieval": 7, "clustering": 9, "classification": 1})  # drawn of those stored
     config.batch.negatives_per_sample = "batch"  # one draw of negative columns a "batch" (published) or a "row"
@@ -160,7 +161,9 @@ def _runlocal(config: ml_collections.ConfigDict, stage: int) -> ml_collections.C
     config.data.embedded_stage = stage
     config.dtype = "float32"
     config.epochs = 1
-    config.batch.update({"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96, "chunk_rows": 16})
+    config.batch.update(
+        {"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96, "chunk_rows": 16, "row_parts": 1}
+    )
     config.batch.negatives.update({"retrieval": 1, "clustering": 3})  # a small model learns more from more samples
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 20, "warmup_share": 1.0, "min_learning_rate": 1e-5})
     config.eval.update({"every": 100, "batches": 8})

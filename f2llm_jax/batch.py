@@ -17,8 +17,8 @@ Leaf = Any  # an array on devices or on the host, or what describes one: its sha
 class PackedTexts:
     """S texts in rows of T tokens. Rows come in chunks of M, of which the first `chunks` are in use.
 
-    `at_once` chunks are encoded together while as many are left, and then one at a time: large groups make good use of a device,
-    small chunks leave few rows empty.
+    The first `groups` times `at_once` chunks are encoded together, each row as `parts` shorter ones, which no text crosses; then the others
+    one at a time. Large groups make good use of a device, small chunks leave few rows empty, and short rows cost less attention.
     """
 
     token_ids: Int[Leaf, "C M T"]  # 0 in padding
@@ -26,8 +26,10 @@ class PackedTexts:
     segment_ids: Int[Leaf, "C M T"]  # 1, 2, ... for the texts of a row in order; 0 in padding
     last: Int[Leaf, "C M X"]  # position in the row of each text's last token (EOS); 0 where there is no text
     text: Int[Leaf, "C M X"]  # which text that is, 0 <= text < S; S where there is none
-    chunks: Int[Leaf, ""]  # in use, at least 1; traced, so one program serves every amount of text
+    chunks: Int[Leaf, ""]  # in use, at least 1; traced as the next, so one program serves every amount of text
+    groups: Int[Leaf, ""]  # of `at_once` chunks
     at_once: int = dataclasses.field(default=1, metadata={"static": True})
+    parts: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -153,7 +153,7 @@ def test_operations_are_those_of_the_model_and_of_what_is_encoded_twice(chunks):
     with jax.set_mesh(mesh):
         steps = program.build(config, tiny.CONFIG, 100, "cpu")
         arguments = check.abstract_arguments(config, tiny.CONFIG, steps, None, mesh)
-        cost, teacher = check.costs(request.config, tiny.CONFIG, steps, arguments, chunks, None)
+        cost, teacher = check.costs(request.config, tiny.CONFIG, steps, arguments, chunks, chunks, None)
     tokens = chunks * 16 * 32
     half = tiny.CONFIG.num_hidden_layers * 2 * tiny.CONFIG.num_attention_heads * tiny.CONFIG.head_dim * tokens * 32
     needed = training_flops(tiny.CONFIG, Work(tokens, tokens * 32)) + 3 * half

@@ -90,7 +90,7 @@ def test_chunks_that_are_not_in_use_are_not_read(params, in_chunks):
     for array in parts.values():
         array[2:] = array[0]
     parts["token_ids"][2:] += 1
-    dirty = PackedTexts(**parts, chunks=clean.chunks)
+    dirty = PackedTexts(**parts, chunks=clean.chunks, groups=clean.groups)
     for got, want in zip(*(jax.tree.leaves(in_chunks(params, texts, weights)) for texts in (dirty, clean)), strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -149,4 +149,4 @@ def abstract_texts(mesh, rows, row_texts, at_once):
         return jax.ShapeDtypeStruct((CHUNKS, rows, length), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.CHUNKS_RT))
 
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.P()))
-    return PackedTexts(row(16), row(16), row(16), row(row_texts), row(row_texts), count, at_once)
+    return PackedTexts(row(16), row(16), row(16), row(row_texts), row(row_texts), count, count, at_once)

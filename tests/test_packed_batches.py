@@ -54,6 +54,7 @@ def padded(texts, count):
         last=(lengths - 1)[None, :, None],
         text=np.arange(count)[None, :, None],
         chunks=np.int32(1),
+        groups=np.int32(1),
     )
 
 

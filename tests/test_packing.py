@@ -11,9 +11,15 @@ SHAPES = st.builds(RowShape, chunk_rows=st.integers(1, 4), row_tokens=st.integer
 
 
 @st.composite
-def cases(draw):
+def shapes_with_parts(draw):
+    parts, tokens, texts = (draw(st.integers(low, high)) for low, high in ((2, 3), (1, 8), (1, 3)))
+    return RowShape(draw(st.integers(1, 3)), parts * tokens, parts * texts, draw(st.integers(1, 3)), parts)
+
+
+@st.composite
+def cases(draw, shapes=SHAPES):
     """A shape and lengths that fit it, some 0 for texts that do not exist."""
-    shape = draw(SHAPES)
+    shape = draw(shapes)
     return shape, draw(st.lists(st.integers(0, shape.row_tokens), max_size=30))
 
 
@@ -35,8 +41,8 @@ def flat(packed):
     }
 
 
-@given(cases())
-@settings(max_examples=100, deadline=None)
+@given(cases(st.one_of(SHAPES, shapes_with_parts())))
+@settings(max_examples=150, deadline=None)
 def test_every_text_is_read_back_from_its_slot(case):
     shape, lengths = case
     values, packing, packed = lay(shape, lengths)
@@ -60,7 +66,8 @@ def test_every_text_is_read_back_from_its_slot(case):
     assert not rows["token_ids"][outside].any() and not rows["positions"][outside].any()
     unused = rows["text"] == len(lengths)
     assert (rows["last"][unused] == 0).all()
-    assert packed.chunks == max(1, -(-packing.rows // shape.chunk_rows)) == len(packed.token_ids)
+    assert packed.chunks == max(1, -(-packing.rows // shape.chunk_rows))
+    assert len(packed.token_ids) == max(packed.chunks, shape.at_once)
 
 
 @given(cases())
@@ -137,3 +144,20 @@ def test_no_texts_at_all_are_one_chunk_of_padding():
     _, packing, packed = lay(RowShape(chunk_rows=2, row_tokens=4, row_texts=3), [0, 0])
     assert packing.rows == 0 and packed.chunks == 1
     assert packed.token_ids.shape == (1, 2, 4) and not packed.segment_ids.any() and (packed.text == 2).all()
+
+
+@given(cases(shapes_with_parts()))
+@settings(max_examples=150, deadline=None)
+def test_no_text_of_a_group_crosses_a_part_and_none_is_lost_to_it(case):
+    """Rows of groups hold texts within parts, in the slots of their part; a text that fits no part is in no group."""
+    shape, lengths = case
+    _, packing, packed = lay(shape, lengths)
+    part_tokens, part_texts = shape.row_tokens // shape.parts, shape.row_texts // shape.parts
+    first = int(packed.groups) * shape.at_once
+    assert first <= packed.chunks and first * shape.chunk_rows <= packing.short_rows
+    assert packing.short_rows - first * shape.chunk_rows < shape.at_once * shape.chunk_rows
+    texts, last = packed.text[:first].reshape(-1, shape.row_texts), packed.last[:first].reshape(-1, shape.row_texts)
+    for row, slot in np.argwhere(texts < len(lengths)):
+        length = lengths[texts[row, slot]]
+        assert length <= part_tokens
+        assert last[row, slot] // part_tokens == (last[row, slot] - length + 1) // part_tokens == slot // part_texts

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from f2llm_jax.compilation.estimate import estimated_cycles
-from f2llm_jax.compilation.lengths import group_trips, steps_of, stored_lengths
+from f2llm_jax.compilation.lengths import loop_trips, steps_of, stored_lengths
 from f2llm_jax.configs import common, stage1
 from f2llm_jax.data.pipeline import BatchConfig
 from f2llm_jax.errors import UserError
@@ -45,13 +45,17 @@ def test_rows_that_cannot_be_split_are_refused():
         batch_of("0.6b", microbatch_rows=12).rows(8)
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 3, 7, 9])
-def test_loops_over_groups_and_tail_visit_every_chunk_once(chunks):
+@pytest.mark.parametrize("size", ["0.6b", "14b"])
+def test_loops_over_groups_and_tail_visit_every_chunk_once(size):
     """With the last group, which is not in a loop of the student's."""
-    at_once = 3
-    teacher = at_once * group_trips(chunks, at_once, "teacher/while") + group_trips(chunks, at_once, "teacher/tail/while")
-    student = at_once * group_trips(chunks, at_once, "gradients/while") + group_trips(chunks, at_once, "gradients/tail/while")
-    assert teacher == chunks == student + (at_once if chunks >= at_once else 0)
+    batch = batch_of(size)
+    shape = batch.rows(DEVICES[common.SLICE[size]])
+    for step in steps_of(shape, 512 * 9, batch.max_length):
+        teacher, student = (
+            shape.at_once * loop_trips(step, shape.at_once, f"{phase}/while") + loop_trips(step, shape.at_once, f"{phase}/tail/while")
+            for phase in ("teacher", "gradients")
+        )
+        assert teacher == step.chunks == student + (shape.at_once if step.groups else 0)
 
 
 PROGRAM = """HloModule jit_step

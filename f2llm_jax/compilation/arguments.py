@@ -53,7 +53,7 @@ def abstract_batch(config: BatchConfig, mesh: jax.sharding.Mesh) -> Batch:
     tokens, texts = (array(jnp.int32, C, shape.chunk_rows, width) for width in (shape.row_tokens, shape.row_texts))
     masks = array(jnp.float32, B), array(jnp.float32, B, N), array(jnp.float32)
     ids = array(jnp.int32, B), array(jnp.int32, B, N)
-    packed = PackedTexts(tokens, tokens, tokens, texts, texts, array(jnp.int32), shape.at_once)
+    packed = PackedTexts(tokens, tokens, tokens, texts, texts, array(jnp.int32), array(jnp.int32), shape.at_once, shape.parts)
     batch = Batch(packed, Samples(*masks, *ids))
     place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
     return jax.tree.map(place, batch, sharding.batch_specs(batch))

@@ -19,7 +19,7 @@ from f2llm_jax.compilation.arguments import Arguments, abstract_arguments
 from f2llm_jax.compilation.collectives import Collective, collectives
 from f2llm_jax.compilation.cost import Cost, trace
 from f2llm_jax.compilation.estimate import estimated_cycles
-from f2llm_jax.compilation.lengths import group_trips, steps_of
+from f2llm_jax.compilation.lengths import loop_trips, steps_of
 from f2llm_jax.compilation.report import CompiledStepReport, Moved
 from f2llm_jax.compilation.topology import CHIPS, GIB, Chip, slice_devices
 from f2llm_jax.data.pipeline import BatchConfig
@@ -68,15 +68,15 @@ def check(request: Request) -> CompiledStepReport:
     with jax.set_mesh(mesh):
         steps = program.build(config, model, TOTAL_STEPS, devices[0].platform, teacher, device_kind=chip.kind)
         arguments = abstract_arguments(config, model, steps, teacher, mesh)
-        counted = {chunks: costs(config, model, steps, arguments, chunks, teacher) for chunks in {step.chunks for step in drawn}}
+        counted = {(n, g): costs(config, model, steps, arguments, n, g, teacher) for n, g in {(step.chunks, step.groups) for step in drawn}}
         begun = time.perf_counter()
         compiled = _compile(steps, arguments)
         compile_seconds = time.perf_counter() - begun
-    cost, teacher_cost = (sum((counted[step.chunks][i] for step in drawn), Cost()) * (1 / len(drawn)) for i in (0, 1))
+    cost, teacher_cost = (sum((counted[step.chunks, step.groups][i] for step in drawn), Cost()) * (1 / len(drawn)) for i in (0, 1))
     text = compiled.as_text() or ""
 
     def trips(scope: str) -> float:
-        return float(np.mean([group_trips(step.chunks, shape.at_once, scope) for step in drawn]))
+        return float(np.mean([loop_trips(step, shape.at_once, scope) for step in drawn]))
 
     moved = _summary(collectives(text, trips), len(devices) // request.slices)
     needed = float(np.mean([training_flops(model, step.work) for step in drawn]))
@@ -128,16 +128,21 @@ def costs(
     steps: program.Program,
     arguments: Arguments,
     chunks: int,
+    groups: int,
     teacher: DecoderConfig | None,
 ) -> tuple[Cost, Cost]:
-    """Of a step of `chunks` chunks without its teacher, and what the teacher adds; under the mesh of the arguments."""
+    """Of a step of `chunks` chunks, among them `groups` groups, without its teacher, and what the teacher adds.
+
+    Under the mesh of the arguments.
+    """
 
     def of(steps: program.Program, frozen: Any) -> Cost:
         state, _, batch = arguments
-        step = inspect.unwrap(steps.train_step)  # not jitted: a number of chunks that is a Python int stays one
+        step = inspect.unwrap(steps.train_step)  # not jitted: numbers that are Python ints stay such
 
         def static(state: TrainState, frozen: Any, batch: Batch) -> Any:
-            return step(state, frozen, dataclasses.replace(batch, texts=dataclasses.replace(batch.texts, chunks=chunks)))
+            texts = dataclasses.replace(batch.texts, chunks=chunks, groups=groups)
+            return step(state, frozen, dataclasses.replace(batch, texts=texts))
 
         return trace(static, state, frozen, batch)
 

@@ -19,6 +19,7 @@ class StepRows:
     """One step, packed."""
 
     chunks: int  # in use
+    groups: int  # of chunks that are encoded at once
     rows: int  # in use
     computed: int  # tokens that are computed on, padding included
     work: Work
@@ -38,15 +39,15 @@ def steps_of(shape: RowShape, texts: int, max_length: int, tokens_per_text: int 
 
 def _packed(shape: RowShape, lengths: np.ndarray) -> StepRows:
     lengths = lengths.astype(np.int64)
-    rows = shape.pack(lengths).rows
+    packing = shape.pack(lengths)
+    rows, groups = packing.rows, shape.groups(packing)
     chunks = max(1, -(-rows // shape.chunk_rows))
     computed = chunks * shape.chunk_rows * shape.row_tokens
-    return StepRows(chunks, rows, computed, Work(int(lengths.sum()), int(lengths @ lengths)))
+    return StepRows(chunks, groups, rows, computed, Work(int(lengths.sum()), int(lengths @ lengths)))
 
 
-def group_trips(chunks: int, at_once: int, scope: str) -> int:
+def loop_trips(step: StepRows, at_once: int, scope: str) -> int:
     """How often a loop over chunks runs in a step, from the named scope that it is in (see model/encoder.py)."""
-    groups, tail = divmod(chunks, at_once)
     if "tail" in scope:
-        return tail
-    return groups if "teacher" in scope else max(0, groups - 1)
+        return step.chunks - step.groups * at_once
+    return step.groups if "teacher" in scope else max(0, step.groups - 1)

@@ -20,18 +20,22 @@ class Packing:
 
     row: Int[np.ndarray, " S"]  # its row; -1 for an absent text (length 0)
     start: Int[np.ndarray, " S"]  # position of its first token in the row
-    slot: Int[np.ndarray, " S"]  # its rank within the row: 0, 1, ...
+    slot: Int[np.ndarray, " S"]  # its place among the texts of the row; without parts its rank: 0, 1, ...
     lengths: Int[np.ndarray, " S"]  # as given
     rows: int  # number of rows in use
+    short_rows: int  # of which the first so many have no text across the bounds of their parts
 
 
-def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -> Packing:
+def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int, parts: int = 1) -> Packing:
     """Best-fit decreasing: longest text first, each into the fullest row that still holds it.
+
+    With `parts`, rows are opened for texts that fit a part of a row in parts: each is filled as if it were a row. These rows come first.
 
     Args:
       lengths: `[S]` tokens of each text; 0 for a text that does not exist.
       row_tokens: T.
       row_texts: X, the most texts of a row.
+      parts: that such rows consist of; divides T and X.
 
     Raises:
       UserError: a text is longer than a row.
@@ -39,10 +43,11 @@ def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -
     lengths = np.asarray(lengths, np.int32)
     if lengths.max(initial=0) > row_tokens:
         raise UserError(f"a text of {lengths.max()} tokens does not fit a row of {row_tokens}; raise row_tokens or lower max_length")
-    row, start, slot = (np.full(len(lengths), -1, np.int32) for _ in range(3))
-    open_rows: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # by tokens left
-    free = 0  # bit k is set if a row with k tokens left is open: the best fit is the lowest set bit from `length` up
-    texts: list[int] = []  # texts in each row
+    bin_, start, slot = (np.full(len(lengths), -1, np.int32) for _ in range(3))  # a bin is a row, or a part of one
+    open_bins: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # by tokens left
+    free = 0  # bit k is set if a bin with k tokens left is open: the best fit is the lowest set bit from `length` up
+    texts: list[int] = []  # texts in each bin
+    whole = 0  # bins that are rows; longer texts come first, so these do
     order = np.argsort(-lengths, kind="stable")
     for text, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         if length == 0:
@@ -50,19 +55,28 @@ def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, row_texts: int) -
         fits = free >> length
         if fits:
             left = length + (fits & -fits).bit_length() - 1
-            r = open_rows[left].pop()
-            if not open_rows[left]:
+            b = open_bins[left].pop()
+            if not open_bins[left]:
                 free ^= 1 << left
         else:
-            left, r = row_tokens, len(texts)
+            long, b = length > row_tokens // parts, len(texts)
+            left = row_tokens if long else row_tokens // parts
+            whole += long
             texts.append(0)
-        row[text], start[text], slot[text] = r, row_tokens - left, texts[r]
-        texts[r] += 1
+        tokens, most = (row_tokens, row_texts) if b < whole else (row_tokens // parts, row_texts // parts)
+        bin_[text], start[text], slot[text] = b, tokens - left, texts[b]
+        texts[b] += 1
         left -= length
-        if left and texts[r] < row_texts:
-            open_rows[left].append(r)
+        if left and texts[b] < most:
+            open_bins[left].append(b)
             free |= 1 << left
-    return Packing(row, start, slot, lengths, len(texts))
+    short_rows = -(-(len(texts) - whole) // parts)
+    row, part = np.divmod(bin_ - whole, parts)
+    in_part, in_row = bin_ >= whole, (bin_ >= 0) & (bin_ < whole)
+    row = np.where(in_part, row, np.where(in_row, short_rows + bin_, -1)).astype(np.int32)
+    start[in_part] += part[in_part] * (row_tokens // parts)
+    slot[in_part] += part[in_part] * (row_texts // parts)
+    return Packing(row, start, slot, lengths, short_rows + whole, short_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +87,17 @@ class RowShape:
     row_tokens: int  # T
     row_texts: int = 64  # X, the most texts of a row
     at_once: int = 1  # chunks that are encoded together while as many are left
+    parts: int = 1  # that rows encoded together are split into; longer texts are encoded with the chunks that are left
 
     def pack(self, lengths: Sequence[int] | np.ndarray) -> Packing:
         """`pack` for rows of this shape."""
-        return pack(lengths, self.row_tokens, self.row_texts)
+        return pack(lengths, self.row_tokens, self.row_texts, self.parts)
+
+    def groups(self, packing: Packing) -> int:
+        """How often as many chunks as are encoded together can be."""
+        if self.at_once == self.parts == 1:
+            return max(1, -(-packing.rows // self.chunk_rows))
+        return packing.short_rows // (self.chunk_rows * self.at_once)
 
 
 def lay_out(
@@ -114,4 +135,5 @@ def lay_out(
     positions.reshape(-1)[flat] = within
     segment_ids.reshape(-1)[flat] = np.repeat(slot + 1, length)
     token_ids, positions, segment_ids, last, text = (a.reshape(-1, M, a.shape[-1]) for a in (token_ids, positions, segment_ids, last, text))
-    return PackedTexts(token_ids, positions, segment_ids, last, text, np.int32(used), shape.at_once)
+    counts = np.int32(used), np.int32(shape.groups(packing))
+    return PackedTexts(token_ids, positions, segment_ids, last, text, *counts, shape.at_once, shape.parts)

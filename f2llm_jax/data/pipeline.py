@@ -30,6 +30,7 @@ class BatchConfig:
     max_length: int  # longest text in tokens, EOS included; longer ones are truncated and still end in EOS
     row_texts: int = 64  # X, the most texts of a row
     chunk_rows: int = 0  # M, rows at once when fewer than `microbatch_rows` are left, about; 0 for as many
+    row_parts: int = 1  # that rows are split into for texts that fit a part
     negatives: Mapping[Kind, int] | None = None  # hard negatives drawn by task kind; None for the published 7, 9 and 1
     negatives_per_sample: NegativesPer = "batch"  # these and the next two: see `Plan`
     single_negative: SingleNegative = "random"
@@ -38,6 +39,10 @@ class BatchConfig:
     def __post_init__(self):
         if not 1 <= self.max_length <= self.row_tokens:
             raise UserError(f"max_length={self.max_length} must be between 1 and row_tokens={self.row_tokens}")
+        if self.row_parts < 1 or self.row_tokens % self.row_parts or self.row_texts % self.row_parts:
+            raise UserError(
+                f"row_parts={self.row_parts} must divide row_tokens={self.row_tokens} and row_texts={self.row_texts}; 1 splits none"
+            )
 
     def rows(self, shards: int) -> RowShape:
         """How texts are packed where rows are split over so many shards.
@@ -50,7 +55,7 @@ class BatchConfig:
             raise UserError(f"batch.microbatch_rows={M} must be a multiple of the {shards} shards that rows are split over")
         most = max(self.chunk_rows, shards) if self.chunk_rows else M
         chunk_rows = max(rows for rows in range(shards, min(most, M) + 1, shards) if M % rows == 0)
-        return RowShape(chunk_rows, self.row_tokens, self.row_texts, M // chunk_rows)
+        return RowShape(chunk_rows, self.row_tokens, self.row_texts, M // chunk_rows, self.row_parts)
 
 
 @dataclasses.dataclass(frozen=True)

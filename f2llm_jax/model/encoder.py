@@ -5,8 +5,8 @@ compares embeddings normalises them, after truncation).
 
 `value_and_grad` is GradCache (arXiv 2101.06983) in one program: embeddings of all chunks first, then the objective on the
 whole batch, then each chunk once more for its share of the gradient. The number of chunks is traced, so memory is that of
-one group of chunks and nothing is compiled twice. Whole groups of `at_once` chunks come first, then the chunks that are left,
-one at a time. The last group keeps what its backward pass needs, so a batch of one group is never recomputed.
+one group of chunks and nothing is compiled twice. Groups of `at_once` chunks come first, then the chunks that are left, one at a
+time. The last group keeps what its backward pass needs, so a batch of one group is never recomputed.
 """
 
 import functools
@@ -58,8 +58,7 @@ def layer_matryoshka(layers: int) -> tuple[int, ...]:
 
 def encode(encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, text_count: int) -> Float[Array, "S ..."]:
     """Embeddings of all texts, without keeping anything for a backward pass. A text that is nowhere packed gets zeros."""
-    groups, _ = divmod(texts.chunks, texts.at_once)
-    return _together(_encode_on_shards(encode_chunk, params, texts, groups, text_count))
+    return _together(_encode_on_shards(encode_chunk, params, texts, texts.groups, text_count))
 
 
 def value_and_grad(
@@ -74,14 +73,13 @@ def value_and_grad(
     Over the mesh's `data` axis gradients are summed once, after the last chunk; over `fsdp` with each chunk, as their shards need.
     """
     params = sharding.unreduced(params)
-    groups, _ = divmod(texts.chunks, texts.at_once)
-    last = groups - 1
+    last = texts.groups - 1
     with jax.named_scope("encode"):
         placed = _encode_on_shards(encode_chunk, params, texts, last, text_count)
     with jax.named_scope("last_group"):
         rows, text = _group(texts, last)
-        pooled, backward = jax.vjp(lambda p: _if_any(groups, texts.at_once, lambda p: encode_chunk(p, *rows), p), params)
-        text = jnp.where(groups > 0, text, text_count)
+        pooled, backward = jax.vjp(lambda p: _if_any(texts, lambda p: encode_chunk(p, *rows), p), params)
+        text = jnp.where(texts.groups > 0, text, text_count)
         embeddings = _together(_place(placed, pooled, text))
 
     with jax.named_scope("objective"):
@@ -104,47 +102,52 @@ Carry = TypeVar("Carry")
 def _for_each(texts: PackedTexts, groups: Int[Array, ""], visit: Callable[[tuple[Array, ...], Array, Carry], Carry], carry: Carry) -> Carry:
     """`visit(rows, text, carry)` for each of the first `groups` groups of chunks, and for each chunk after the last whole group."""
     carry = jax.lax.fori_loop(0, groups, lambda i, carry: visit(*_group(texts, i), carry), carry)
-    if texts.at_once == 1:
+    if _alike(texts):
         return carry
     with jax.named_scope("tail"):
-        first = texts.chunks // texts.at_once * texts.at_once
-        return jax.lax.fori_loop(first, texts.chunks, lambda i, carry: visit(*_chunks(texts, i, 1), carry), carry)
+        first = texts.groups * texts.at_once
+        return jax.lax.fori_loop(first, texts.chunks, lambda i, carry: visit(*_chunks(texts, i, 1, 1), carry), carry)
+
+
+def _alike(texts: PackedTexts) -> bool:
+    """Whether every chunk is a group."""
+    return texts.at_once == texts.parts == 1
 
 
 def _group(texts: PackedTexts, group: Int[Array, ""]) -> tuple[tuple[Array, ...], Int[Array, "M X"]]:
-    return _chunks(texts, group * texts.at_once, texts.at_once)
+    return _chunks(texts, group * texts.at_once, texts.at_once, texts.parts)
 
 
-def _chunks(texts: PackedTexts, first: Int[Array, ""], count: int) -> tuple[tuple[Array, ...], Int[Array, "M X"]]:
-    """What `encode_chunk` takes of `count` chunks together, and which texts they hold. Rows stay on their devices."""
+def _chunks(texts: PackedTexts, first: Int[Array, ""], count: int, parts: int) -> tuple[tuple[Array, ...], Int[Array, "M X"]]:
+    """What `encode_chunk` takes of `count` chunks with rows split into `parts`, and which texts they hold. Rows stay on their devices."""
 
     def rows(array: Array) -> Array:
         together = jax.lax.dynamic_slice_in_dim(array, first, count).swapaxes(0, 1)
-        return together.reshape(-1, array.shape[-1], out_sharding=sharding.spec(sharding.ROWS_T))
+        return together.reshape(-1, array.shape[-1] // parts, out_sharding=sharding.spec(sharding.ROWS_T))
 
-    arrays = texts.token_ids, texts.positions, texts.segment_ids, texts.last
-    return tuple(rows(array) for array in arrays), rows(texts.text)
+    arrays = [rows(array) for array in (texts.token_ids, texts.positions, texts.segment_ids)]
+    return (*arrays, rows(texts.last) % arrays[0].shape[-1]), rows(texts.text)
 
 
-def _if_any(groups: Int[Array, ""] | int, at_once: int, encode: Callable[[Any], Array], params: Any) -> Float[Array, "M X ..."]:
-    """`encode(params)` if there is a whole group, else zeros at no cost."""
-    if at_once == 1:  # the first chunk is a group
+def _if_any(texts: PackedTexts, encode: Callable[[Any], Array], params: Any) -> Float[Array, "M X ..."]:
+    """`encode(params)` if there is a group, else zeros at no cost."""
+    if _alike(texts):
         return encode(params)
     pooled = jax.eval_shape(encode, params)
 
     def zeros(params: Any) -> Array:
         return sharding.shard(jnp.zeros(pooled.shape, pooled.dtype), _on_shards(pooled.ndim))
 
-    if isinstance(groups, int):  # where operations are counted (compilation/cost.py)
-        return encode(params) if groups else zeros(params)
-    return jax.lax.cond(groups > 0, encode, zeros, params)
+    if isinstance(texts.groups, int):  # where operations are counted (compilation/cost.py)
+        return encode(params) if texts.groups else zeros(params)
+    return jax.lax.cond(texts.groups > 0, encode, zeros, params)
 
 
 def _encode_on_shards(
     encode_chunk: EncodeChunk, params: Any, texts: PackedTexts, groups: Int[Array, ""], text_count: int
 ) -> Float[Array, "A S ..."]:
     """Of the first `groups` groups and of the tail, each embedding on the one of A batch shards that made it, zeros on the others."""
-    rows, _ = _chunks(texts, jnp.int32(0), 1)
+    rows, _ = _chunks(texts, jnp.int32(0), 1, 1)
     pooled = jax.eval_shape(encode_chunk, params, *rows)
     shape = (sharding.batch_shards(sharding.mesh_in_use()), text_count, *pooled.shape[2:])
     nothing = sharding.shard(jnp.zeros(shape, pooled.dtype), _on_shards(len(shape)))
