@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from f2llm_jax import configuration
 from f2llm_jax.arguments import positive
 from f2llm_jax.command import command
 from f2llm_jax.configuration import parse_flags
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _plan(flags: argparse.Namespace) -> "Finetune":
     from f2llm_jax.chain.finetune import Finetune
+    from f2llm_jax.weights.digest import model_digest
     from f2llm_jax.weights.models import find_model
 
     model = find_model(flags.model)
@@ -52,6 +54,7 @@ def _plan(flags: argparse.Namespace) -> "Finetune":
     local = pathlib.Path(flags.model).exists()
     return Finetune(
         model=str(pathlib.Path(flags.model).absolute()) if local else flags.model,
+        digest=model_digest(model),
         tokenizer=str(pathlib.Path(str(model.run_folder)) / "tokenizer") if model.run_folder else flags.model,
         data=pathlib.Path(flags.data).absolute(),
         out=out,
@@ -63,9 +66,17 @@ def _plan(flags: argparse.Namespace) -> "Finetune":
         mine=flags.mine,
         negatives=flags.negatives,
         dtype=flags.dtype,
-        config=flags.config_file,
+        config=_config_file(flags.config_file),
+        settings=flags.config.to_json_best_effort(sort_keys=True),
         overrides=flags.overrides,
     )
+
+
+def _config_file(reference: str) -> str:
+    """`FILE[:ARG]` as it can be given from any folder."""
+    name, colon, argument = reference.partition(":")
+    file = configuration.find(name)
+    return reference if file.parent == configuration.SHIPPED else f"{file.absolute()}{colon}{argument}"
 
 
 def _check_out(plan: "Finetune", chain: Sequence["Link"]) -> None:

@@ -106,7 +106,15 @@ def test_what_is_wrong_is_said_before_any_work(folder, flags, message, tmp_path)
 
 
 def test_mining_comes_first_where_it_is_asked_for(folder):
-    fields = {"model": "M", "tokenizer": "M", "out": folder / "m", "root": folder / "m.work", "max_length": 64, "validation": "0.1"}
+    fields = {
+        "model": "M",
+        "digest": "0",
+        "tokenizer": "M",
+        "out": folder / "m",
+        "root": folder / "m.work",
+        "max_length": 64,
+        "validation": "0.1",
+    }
     plan = chain.Finetune(data=folder / "pairs.jsonl", mine=True, **fields)
     links = chain.finetune_links(plan)
     assert [link.module.removeprefix("f2llm_jax.") for link in links] == ["mine", "prepare", "main", "convert", "recall", "convert"]
@@ -115,14 +123,23 @@ def test_mining_comes_first_where_it_is_asked_for(folder):
 
 def test_the_content_of_the_data_names_what_is_made_of_it(folder, tmp_path):
     def names(data, **more):
-        fields = {"model": "M", "tokenizer": "M", "out": tmp_path / "o", "root": tmp_path, "max_length": 64, "validation": "0.1"} | more
+        fields = {
+            "model": "M",
+            "digest": "0",
+            "tokenizer": "M",
+            "out": tmp_path / "o",
+            "root": tmp_path,
+            "max_length": 64,
+            "validation": "0.1",
+        } | more
         return [link.name for link in chain.finetune_links(chain.Finetune(data=data, **fields))][:2]
 
     copy = tmp_path / "pairs.jsonl"
     copy.write_bytes((folder / "pairs.jsonl").read_bytes())
     assert names(copy) == names(folder / "pairs.jsonl")
     data, training = names(copy)
-    assert names(copy, overrides=[("epochs", "9")])[0] == data and names(copy, overrides=[("epochs", "9")])[1] != training
+    for changed in ({"settings": "epochs=9"}, {"digest": "1"}):  # another configuration, other weights under the same name
+        assert names(copy, **changed)[0] == data and names(copy, **changed)[1] != training
     copy.write_text(copy.read_text() + '{"question": "new", "answer": "neu"}\n')
     assert names(copy)[0] != data and names(copy)[1] != training
 

@@ -19,6 +19,7 @@ class Finetune:
     """What is fine-tuned, on what, and how."""
 
     model: str  # Hugging Face folder, Hub id, workdir or checkpoint
+    digest: str  # of its weights
     tokenizer: str  # of the model: folder or Hub id
     data: pathlib.Path  # file or folder of pairs, absolute
     out: pathlib.Path  # the release, absolute
@@ -30,7 +31,8 @@ class Finetune:
     mine: bool = False  # hard negatives by the model itself
     negatives: int = 7  # a row, that are mined
     dtype: str = "float32"  # of the release
-    config: str = "configs/finetune.py"
+    config: str = "configs/finetune.py"  # a shipped file, or an absolute path
+    settings: str = ""  # the whole configuration, overrides included, as text
     overrides: Sequence[tuple[str, str]] = ()  # fields of the configuration, as typed
 
 
@@ -43,13 +45,13 @@ def finetune_links(plan: Finetune) -> list[Link]:
     raw, content, columns = plan.data, _content(plan.data), plan.columns
     links: list[Link] = []
     if plan.mine:
-        mined = f"mined-{_digest(content, plan.model, plan.instruction, columns, plan.negatives)}"
+        mined = f"mined-{_digest(content, plan.digest, plan.instruction, columns, plan.negatives)}"
         flags = ["--model", plan.model, "--queries", str(plan.data), "--negatives", str(plan.negatives), "--too-few", "fill"]
         flags += ["--columns", columns] * bool(columns) + ["--instruction", plan.instruction] * bool(plan.instruction)
         links.append(Link(mined, "f2llm_jax.mine", (*flags, "--out", str(plan.root / mined)), (plan.model,)))
         raw, content, columns = plan.root / mined, mined, ""
     data = f"data-{_digest(content, plan.tokenizer, plan.max_length, plan.validation, plan.instruction, columns)}"
-    run = f"run-{_digest(data, plan.model, plan.config, list(plan.overrides))}"
+    run = f"run-{_digest(data, plan.digest, plan.settings)}"
     folder = str(plan.root / data)
     links.append(Link(data, "f2llm_jax.prepare", _prepare(plan, raw, columns, folder), (content if plan.mine else str(raw),)))
     settings = [("init", plan.model), ("data.folder", folder), *plan.overrides]
