@@ -9,7 +9,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts
 from f2llm_jax.command import command
@@ -162,7 +162,7 @@ def _line(label: str, cells: Sequence[str]) -> str:
     return f"{label:<38}" + "".join(f"{cell:>10}" for cell in cells)
 
 
-def _plain(results: Results) -> Mapping[str, object]:
+def _plain(results: Results) -> dict[str, dict[str, Any]]:
     def one(recall: "Recall") -> dict[str, object]:
         return {"recall@1": recall.overall, "mean_over_languages": recall.mean_over_languages, "languages": recall.languages}
 

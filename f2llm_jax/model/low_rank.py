@@ -44,7 +44,7 @@ def narrowed(params: nnx.State, rank: Int[Array, ""]) -> nnx.State:
 
 def prefix(params: nnx.State, rank: int) -> nnx.State:
     """The parameters with the first `rank` columns and rows of the two factors alone."""
-    left, right = params["embedding_left"].get_value(), params["embedding_right"].get_value()
+    left, right = _value(params, "embedding_left"), _value(params, "embedding_right")
     left, right = jax.jit(lambda left, right: (_split(_gathered(left)[:, :rank]), _split(_gathered(right)[:rank])))(left, right)
     return _with(params, embedding_left=left, embedding_right=right)
 
