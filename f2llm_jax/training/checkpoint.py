@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from f2llm_jax import sharding
 from f2llm_jax.errors import DivergedError, UserError
 from f2llm_jax.files import absolute, plain, seal
 from f2llm_jax.model.sizes import DecoderConfig
@@ -150,6 +151,10 @@ def open_checkpoints(folder: epath.PathLike, config: CheckpointConfig, always: S
     context.array.saving.scoped_storage_options_creator = _storage_options
     # Replicas share the writing of an array only where each of them writes as much as a chunk.
     context.array.saving.min_slice_bytes_for_replica_parallel = chunks.LEAST_BYTES
+    mesh = sharding.mesh_in_use()
+    if mesh is not None and mesh.shape["data"] > 1:  # one replica reads and gives to the others, over the faster network
+        context.array.loading.use_load_and_broadcast = True
+        context.array.loading.load_and_broadcast_options.replica_axis_index = sharding.AXES.index("data")
     return ocp.training.Checkpointer(
         folder,
         context=context,

@@ -37,6 +37,7 @@ from f2llm_jax.training.preemption import StopRequest
 from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.prompts import trained_prompts
 from f2llm_jax.training.provenance import Provenance, write_provenance
+from f2llm_jax.training.replicas import check_replicas
 from f2llm_jax.training.time_use import TimeUse
 from f2llm_jax.training.validation import validate
 from f2llm_jax.training.watchdog import Watchdog
@@ -206,6 +207,7 @@ def _train(
                 recorder.validation(step, found, time.perf_counter() - begun)
             if saving:
                 with use.spending("saving"):
+                    check_replicas(state.params)
                     checkpoint.save(checkpoints, step, state, metadata, checkpoint.score(kept.best, found))
                 clock.saved()
             if done or stopping:
