@@ -1,5 +1,6 @@
 """One command next to sentence-transformers' trainer: the same start, training rows, learning rate and processor seconds; held-out recall.
 
+    pip install accelerate    (the peer's trainer needs it)
     python tests/benchmarks/finetune.py --base BASE --pairs pairs.jsonl --out OUT --learning-rate 1e-3
 
 Seconds are those of processors (a machine that others use makes no difference), of the whole training command with its compilation; the
@@ -88,19 +89,19 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     flags = parser.parse_args()
-    shutil.rmtree(flags.out, ignore_errors=True)
-    flags.out.mkdir(parents=True)
+    flags.out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     ours = ["--model", flags.base, "--data", flags.pairs, "--columns", flags.columns, "--out", str(flags.out / "model")]
     command = [sys.executable, "-m", "f2llm_jax.finetune", *ours, f"--config.optimizer.learning_rate={flags.learning_rate}"]
     subprocess.run(command, check=True)
     print(f"the whole command: {time.monotonic() - begun:.0f} s")
     work = flags.out / "model.work"
-    (data,), (run,) = work.glob("data-*"), work.glob("run-*")
+    (data,), (run,) = work.glob("data-*"), sorted(work.glob("run-*"))[-1:]
     dataset, config = load_dataset(data), json.loads((run / "config.json").read_text())
     # The training command alone, again, for its processor seconds.
     fields = [f"--config.init={flags.base}", f"--config.data.folder={data}", f"--config.optimizer.learning_rate={flags.learning_rate}"]
     train = [sys.executable, "-m", "f2llm_jax.main", "--config", "configs/finetune.py", "--workdir", str(flags.out / "again"), *fields]
+    shutil.rmtree(flags.out / "again", ignore_errors=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(train, check=True, stderr=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
