@@ -1,4 +1,4 @@
-"""Does a pruned start help, and does a teacher? The paper's table 4 in small, with a random start beside it.
+"""Does a pruned start help, and does a teacher? The paper's table 4 in small, and a random start to compare with.
 
 python -m f2llm_jax.prepare --raw RAW --tokenizer TOKENIZER --out DATA --max-length 64
 python -m f2llm_jax.ablation --root RUNS --config.data=DATA

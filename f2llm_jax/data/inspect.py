@@ -7,6 +7,7 @@ training step, and a picture of how its texts are packed is drawn: a row of the 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 from etils import epath
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from f2llm_jax.command import command
 from f2llm_jax.data import records
+from f2llm_jax.data.order import Order, Sampling
 from f2llm_jax.data.packing import Packing
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, PlannedStep
 from f2llm_jax.text import Tokenizer
@@ -44,7 +46,8 @@ def show_step(dataset: records.Dataset, sources: list[str], flags: argparse.Name
     """Prints samples of a step and draws its packing."""
     length = min(flags.row_tokens, dataset.max_length)
     config = BatchConfig(size=flags.batch_size, row_tokens=flags.row_tokens, microbatch_rows=1, max_length=length)
-    planned = Pipeline(dataset, flags.split, config, flags.seed, None, sources).planned(flags.step)
+    order = Sampling(order=flags.order)
+    planned = Pipeline(dataset, flags.split, config, flags.seed, None, sources, sampling=order).planned(flags.step)
     plan, packing = planned.plan, planned.packing
     share = packing.lengths.sum() / (packing.rows * flags.row_tokens)
     print(f"step {flags.step}: epoch {plan.epoch}, source {plan.source} ({plan.kind}), {len(plan.rows)} samples,", end=" ")
@@ -100,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=512, help="of the step (default 512)")
     parser.add_argument("--row-tokens", type=int, default=1024, help="of the step (default 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the steps (default 0)")
+    parser.add_argument("--order", choices=get_args(Order), default="uniform", help="of the steps, as data.order (default uniform)")
     parser.add_argument("--picture", default="packing.png", help="file to draw the packing of the step to (default packing.png)")
     return parser
 

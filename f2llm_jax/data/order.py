@@ -14,7 +14,7 @@ published probability, so the order of the bells is the order of the draws.
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -44,7 +44,7 @@ class Sampling:
     starts: str = ""  # epochs after which a source is first drawn, as in 0.5 or 1; 0 by default
 
     def __post_init__(self) -> None:
-        if self.order not in ("uniform", "published"):
+        if self.order not in get_args(Order):
             raise UserError(f"data.order={self.order!r} must be 'uniform' or 'published'")
         if not 0 <= self.temperature <= 1:
             raise UserError(f"data.temperature={self.temperature} must be between 0 and 1")
