@@ -58,6 +58,8 @@ def _evaluate(flags: argparse.Namespace) -> "list[Score]":
 
     tasks = find_tasks(flags.tasks, flags.benchmark)
     local, theirs = read_manifest(flags.manifest) if flags.manifest else ([], {})
+    for line in (line for task in local for line in task.described):
+        print(line)
     own = instructions.read_instructions(flags.instructions, theirs) if flags.instructions else {}
     origin = find_model(flags.model)
     dims = _widths(flags.dims, origin)

@@ -33,7 +33,7 @@ from f2llm_jax.files import read_json
 from f2llm_jax.inputs.columns import Choice, Form
 from f2llm_jax.inputs.fields import Fields, Kind, read_fields
 from f2llm_jax.inputs.folders import table_paths
-from f2llm_jax.inputs.judged import beir_paths, read_judged
+from f2llm_jax.inputs.judged import Judged, beir_paths, read_judged
 
 DEFAULT_LANGUAGES = ("mul-Zyyy",)
 OPTIONAL = ("name", "type", "instruction", "description", "languages", "columns", "ignore_columns")
@@ -49,7 +49,7 @@ class _Form:
     base: str
     main_score: str
     files: Sequence[str]
-    read: Callable[[Mapping[str, epath.Path], Choice], Any]
+    read: Callable[[Mapping[str, epath.Path], Choice], tuple[Any, Sequence[Fields | Judged]]]
     settings: Callable[[Any], dict[str, Any]] = lambda dataset: {}
 
 
@@ -85,7 +85,7 @@ def _task(manifest: epath.Path, entry: Mapping[str, Any]) -> Any:
         raise UserError(f"{manifest}: task {name!r} lacks {', '.join(missing)}")
     if "beir" in entry:
         paths = dict(zip(form.files, beir_paths(folder / entry["beir"], entry.get("split", "test")), strict=True))
-    dataset = form.read(paths, choice)
+    dataset, read = form.read(paths, choice)
     languages = list(entry.get("languages", DEFAULT_LANGUAGES))
     metadata = {
         "name": name,
@@ -103,6 +103,7 @@ def _task(manifest: epath.Path, entry: Mapping[str, Any]) -> Any:
 
     try:
         members = {"metadata": mteb.TaskMetadata(**metadata), "load_data": load_data, **form.settings(dataset)}
+        members["described"] = [f"{name}: {line}" for one in read for line in one.describe()]  # what was understood of its files
     except ValueError as error:
         raise UserError(f"{manifest}: task {name!r}: {error}") from error
     return type(str(name), (getattr(mteb.abstasks, form.base),), members)()
@@ -146,22 +147,23 @@ def _numbered(rows: Sequence[Sequence[str]]) -> list[list[int]]:
     return [[number[label] for label in labels] for labels in rows]
 
 
-def _read_bitext(paths: Mapping[str, epath.Path], choice: Choice) -> Any:
-    return {"test": _dataset(_fields(paths["file"], TWO_TEXTS, {}, choice).values)}
+def _read_bitext(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
+    found = _fields(paths["file"], TWO_TEXTS, {}, choice)
+    return {"test": _dataset(found.values)}, [found]
 
 
-def _read_clusters(paths: Mapping[str, epath.Path], choice: Choice) -> Any:
+def _read_clusters(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
     roles = {"sentences": ("sentences", "sentence", "text"), "labels": ("labels", "label")}
-    found = _fields(paths["file"], roles, {"labels": "label"}, choice).values
-    (labels,) = _numbered([found["labels"]])
-    return {"test": _dataset(found | {"labels": labels})}
+    found = _fields(paths["file"], roles, {"labels": "label"}, choice)
+    (labels,) = _numbered([found.values["labels"]])
+    return {"test": _dataset(found.values | {"labels": labels})}, [found]
 
 
-def _read_sts(paths: Mapping[str, epath.Path], choice: Choice) -> Any:
-    found = _fields(paths["file"], TWO_TEXTS | {"score": ("score",)}, {"score": "number"}, choice).values
-    if len(set(found["score"])) < 2:
+def _read_sts(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
+    found = _fields(paths["file"], TWO_TEXTS | {"score": ("score",)}, {"score": "number"}, choice)
+    if len(set(found.values["score"])) < 2:
         raise UserError(f"{paths['file']}: all scores are equal, so nothing correlates with them; give other rows")
-    return {"test": _dataset(found)}
+    return {"test": _dataset(found.values)}, [found]
 
 
 def _score_range(dataset: Any) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def _score_range(dataset: Any) -> dict[str, Any]:
     return {"min_score": min(scores), "max_score": max(scores)}
 
 
-def _read_labelled_pairs(paths: Mapping[str, epath.Path], choice: Choice) -> Any:
+def _read_labelled_pairs(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
     found = _fields(paths["file"], TWO_TEXTS | {"labels": ("labels", "label")}, {"labels": "label"}, choice)
     labels = [TRUTH.get(label.casefold()) for label in found.values["labels"]]
     if None in labels:
@@ -177,23 +179,23 @@ def _read_labelled_pairs(paths: Mapping[str, epath.Path], choice: Choice) -> Any
         raise UserError(f"{found.place(row)} has the label {found.values['labels'][row]!r}; write 1 for pairs that belong together, else 0")
     if set(labels) != {0, 1}:
         raise UserError(f"{paths['file']}: all labels are {labels[0]}; both 0 and 1 must occur")
-    return {"test": _dataset(found.values | {"labels": labels})}
+    return {"test": _dataset(found.values | {"labels": labels})}, [found]
 
 
-def _read_classification(paths: Mapping[str, epath.Path], choice: Choice) -> Any:
+def _read_classification(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
     import datasets
 
     splits = ("train", "test")
-    tables = [_fields(paths[split], {"text": ("text",), "label": ("label",)}, {"label": "label"}, choice).values for split in splits]
-    seen = set(tables[0]["label"])
-    if unseen := set(tables[1]["label"]) - seen:
+    tables = [_fields(paths[split], {"text": ("text",), "label": ("label",)}, {"label": "label"}, choice) for split in splits]
+    train, test = (table.values for table in tables)
+    seen = set(train["label"])
+    if unseen := set(test["label"]) - seen:
         raise UserError(f"{paths['test']} has the label {min(unseen)!r}, which {paths['train']} does not have; add texts of it or drop it")
     if len(seen) < 2:
         raise UserError(f"{paths['train']} has one label only; a classifier needs two")
-    labels = _numbered([table["label"] for table in tables])
-    return datasets.DatasetDict(
-        {split: _dataset(table | {"label": numbers}) for split, table, numbers in zip(splits, tables, labels, strict=True)}
-    )
+    labels = _numbered([train["label"], test["label"]])
+    numbered = {split: _dataset(table | {"label": numbers}) for split, table, numbers in zip(splits, (train, test), labels, strict=True)}
+    return datasets.DatasetDict(numbered), tables
 
 
 def _all_texts(dataset: Any) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def _all_texts(dataset: Any) -> dict[str, Any]:
     return {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": min(16_384, len(dataset["test"]))}
 
 
-def _read_retrieval(paths: Mapping[str, epath.Path], choice: Choice) -> Any:
+def _read_retrieval(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
     judged = read_judged([paths[name] for name in ("corpus", "queries", "qrels")], choice)
     split = {
         "corpus": _dataset({"id": list(judged.documents), "text": list(judged.documents.values())}),
@@ -209,7 +211,7 @@ def _read_retrieval(paths: Mapping[str, epath.Path], choice: Choice) -> Any:
         "relevant_docs": _whole_gains(judged.relevance),
         "top_ranked": None,
     }
-    return {"default": {"test": split}}
+    return {"default": {"test": split}}, [judged]
 
 
 def _whole_gains(relevance: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, int]]:

@@ -38,6 +38,7 @@ class Choice:
     ignored: Sequence[str] = ()  # names, or patterns such as `negative_*`
     use: str = "--columns {role}={column}"  # how a user says so
     ignore: str = "--ignore-columns {column}"
+    shared: bool = False  # by files of several forms: each takes what it has, see `check_shared`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,19 @@ def match(path: str, names: Sequence[str], form: Form, choice: Choice = BY_NAME)
     return Columns(ordered, negatives, ignored, plural)
 
 
+def check_shared(choice: Choice, files: Sequence[tuple[Form, Sequence[str]]]) -> None:
+    """Raises a UserError if a role or column of a shared choice is in none of the files, given by form and names."""
+    for key, value in choice.columns.items():
+        of_role = [names for form, names in files if any(plain(key) in map(plain, aliases) for aliases in form.roles.values())]
+        if not of_role:
+            known = list(dict.fromkeys(role for form, _ in files for role in form.roles))
+            hint = suggestion(key, known) or f"; choose among {', '.join(known)}"
+            raise UserError(f"{choice.use.format(role=key, column=value)}: {key!r} is no role of a column{hint}")
+        if not any(value in names or {part.strip() for part in value.split("+")} <= set(names) for names in of_role):
+            known = [name for names in of_role for name in names]
+            raise UserError(f"{choice.use.format(role=key, column=value)}: no file has the column {value!r}{suggestion(value, known)}")
+
+
 def plain(name: str) -> str:
     """A name without what does not tell two columns apart."""
     return re.sub(r"[\s\-]+", "_", name.strip().casefold())
@@ -137,13 +151,18 @@ def _given(path: str, names: Sequence[str], form: Form, choice: Choice) -> dict[
         role = next((role for role, aliases in form.roles.items() if plain(key) in map(plain, aliases)), None)
         if role is None and form.negatives and negative_number(key):
             role = plain(key)
+        if role is None and choice.shared:
+            continue
         if role is None:
             hint = suggestion(key, known) or f"; choose among {', '.join(known)}"
             raise UserError(f"{choice.use.format(role=key, column=value)}: {key!r} is no role of a column{hint}")
         if role in found:
             raise UserError(f"{choice.use.format(role=key, column=value)}: the {role} is named twice; name it once")
         columns = (value,) if value in names else tuple(part.strip() for part in value.split("+"))
-        if missing := [column for column in columns if column not in names]:
+        missing = [column for column in columns if column not in names]
+        if missing and choice.shared:
+            continue
+        if missing:
             raise UserError(f"{path} has no column {missing[0]!r}{suggestion(missing[0], names) or f', only {chr(44).join(names)}'}")
         found[role] = columns
     every = [column for columns in found.values() for column in columns]

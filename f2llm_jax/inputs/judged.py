@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.inputs.columns import BY_NAME, Choice, Form
+from f2llm_jax.inputs.columns import BY_NAME, Choice, Form, check_shared
 from f2llm_jax.inputs.fields import DOCUMENTS, TEXT_NAMES, Fields, read_fields
 from f2llm_jax.inputs.folders import find_member, is_beir
 
@@ -36,6 +36,9 @@ class Judged:
     positives: list[tuple[str, str]]  # ids of queries and documents of a relevance above 0, in the order of the judgements
     described: list[str]  # what was understood of each file
 
+    def describe(self) -> list[str]:
+        return self.described
+
 
 def read_judged(paths: Sequence[epath.PathLike], choice: Choice = BY_NAME) -> Judged:
     """Reads the tables of documents, queries and judgements, in this order.
@@ -43,9 +46,12 @@ def read_judged(paths: Sequence[epath.PathLike], choice: Choice = BY_NAME) -> Ju
     Raises:
       UserError: a file is missing or malformed, an id repeats or is unknown, or nothing is relevant.
     """
+    choice = dataclasses.replace(choice, shared=True)
     corpus = read_fields(paths[0], CORPUS, {"_id": "label", "text": "optional text", "title": "optional text"}, choice)
-    queries = read_fields(paths[1], QUERIES, {"_id": "label", "text": "text", "title": "optional text"}, choice)
+    queries = read_fields(paths[1], QUERIES, {"_id": "label", "text": "text"}, choice)
     qrels = read_fields(paths[2], QRELS, {"query-id": "label", "corpus-id": "label", "score": "number"}, choice)
+    read = ((CORPUS, corpus), (QUERIES, queries), (QRELS, qrels))
+    check_shared(choice, [(form, file.names) for form, fields in read for file in fields.files])
     documents, texts = _by_id(corpus), _by_id(queries)
     relevance: dict[str, dict[str, float]] = {}
     positives: dict[tuple[str, str], None] = {}
@@ -92,18 +98,7 @@ def read_documents(path: epath.PathLike, choice: Choice = BY_NAME) -> Fields:
     """
     if is_beir(path):
         path = find_member(path, "corpus") or path
-    columns = {role: column for role, column in choice.columns.items() if role in (*TEXT_NAMES, "title")}
-    try:
-        found = _documents(path, dataclasses.replace(choice, columns=columns))
-    except UserError:
-        if not columns:
-            raise
-        found = _documents(path, dataclasses.replace(choice, columns={}))
-    return found
-
-
-def _documents(path: epath.PathLike, choice: Choice) -> Fields:
-    found = read_fields(path, DOCUMENTS, {"text": "optional text", "title": "optional text"}, choice)
+    found = read_fields(path, DOCUMENTS, {"text": "optional text", "title": "optional text"}, dataclasses.replace(choice, shared=True))
     _check_not_empty(found)
     return found
 

@@ -116,9 +116,9 @@ def open_pairs(path: epath.PathLike, choice: Choice = BY_NAME, split: str = "tra
       UserError: a file is missing, unreadable or empty, or its columns are not those of pairs; all such files in one message.
     """
     if is_beir(path):
-        judged = read_judged(beir_paths(path, split))
+        judged = read_judged(beir_paths(path, split), Choice(ignored=choice.ignored))
         rows = len(judged.positives)
-        columns = Columns({"query": ("queries",), "passage": ("corpus",)}, (), ())
+        columns = Columns({"query": ("queries",), "passage": ("corpus",)}, (), tuple(choice.ignored))
         return [PairFile(File(str(path), ("queries", "corpus"), rows, (rows,)), columns, rows, {}, split, tuple(judged.described))]
     found, problems = [], []
     for file in open_table(path):
@@ -253,7 +253,7 @@ def _instructed(queries: Texts, instructions: Texts | None, default: str) -> Tex
 
 
 def _read_beir(pairs: PairFile, start: int, stop: int | None, instruction: str) -> Iterator[PairBlock]:
-    judged = read_judged(beir_paths(pairs.file.path, pairs.split))
+    judged = read_judged(beir_paths(pairs.file.path, pairs.split), Choice(ignored=pairs.columns.ignored))
     found = judged.positives[start:stop]
     queries = instructed([judged.queries[query] for query, _ in found], instruction)
     texts = {"query": queries, "passage": [judged.documents[document] for _, document in found]}
