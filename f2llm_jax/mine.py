@@ -109,11 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         "--too-few",
         choices=("drop", "fill"),
         default="drop",
-        help="set rows with fewer aside, or fill with random documents (default drop)",
+        help="skip rows with fewer, or fill with random documents (default drop)",
     )
-    rules.add_argument(
-        "--max-positive-rank", type=_number(int, 1), metavar="R", help="set aside rows whose positive ranks below (default none)"
-    )
+    rules.add_argument("--max-positive-rank", type=_number(int, 1), metavar="R", help="skip rows whose positive ranks below (default none)")
     rules.add_argument("--seed", type=int, default=0, help="of what is random (default 0)")
     encoding = parser.add_argument_group("encoding")
     encoding.add_argument("--max-length", type=_number(int, 1), help="tokens at which texts are cut (default: the model's limit)")

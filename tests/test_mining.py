@@ -266,7 +266,7 @@ def test_rows_with_too_few_are_set_aside_or_filled(model, tmp_path, small):
     assert run(model, [tmp_path / "pairs.parquet"], tmp_path / "fill", *common, "--too-few", "fill") == 0
     drop, fill = (pq.read_table(tmp_path / name / "pairs.parquet").to_pylist() for name in ("drop", "fill"))
     counts = json.loads((tmp_path / "drop" / "summary.json").read_text())["total"]
-    assert counts["set aside: too few negatives"] == 200 - len(drop) > 10 and len(drop) > 10 and len(fill) == 200
+    assert counts["skipped: too few negatives"] == 200 - len(drop) > 10 and len(drop) > 10 and len(fill) == 200
     assert [row for row in fill if row["passage"] in {kept["passage"] for kept in drop}] == drop
     for row in fill:
         names = [row[f"negative_{n}"] for n in range(1, 9)]

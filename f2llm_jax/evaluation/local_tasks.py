@@ -76,7 +76,7 @@ def _task(manifest: epath.Path, entry: Mapping[str, Any]) -> Any:
     """An instance of a class of its own, as mteb keeps what it knows of a task in the class."""
     import mteb
 
-    name, form = entry.get("name"), _form(manifest, entry)
+    form, name = _form(manifest, entry), str(entry["name"])
     folder = manifest.parent
     paths = {field: folder / entry[field] for field in form.files if field in entry}
     use, ignore = '"columns": {{"{role}": "{column}"}} in the task', '"ignore_columns": ["{column}"] in the task'

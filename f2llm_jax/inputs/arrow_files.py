@@ -64,7 +64,7 @@ def _parquet_batches(path: str, names: Sequence[str], start: int, stop: int) -> 
         begins = [0, *ends[:-1]]
         groups = [i for i, (begin, end) in enumerate(zip(begins, ends, strict=True)) if begin < stop and start < end]
         row = begins[groups[0]] if groups else stop
-        for batch in parquet.iter_batches(BLOCK_ROWS, row_groups=groups, columns=list(names)):
+        for batch in parquet.iter_batches(max(1, min(BLOCK_ROWS, stop - row)), row_groups=groups, columns=list(names)):
             yield row, batch
             row += len(batch)
 

@@ -42,6 +42,7 @@ PAIRS = Form(
     negatives=True,
 )
 PLURALS = ("positives", "passages")
+FIRST_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,19 +200,20 @@ def _list_columns(file: File, columns: Columns) -> list[str]:
 
 def _spelled_lists(file: File, names: Sequence[str]) -> list[str]:
     """Which columns of texts hold nothing but lists in JSON; the first text that is none settles a column."""
-    left, found = list(names), set()
-    for block in read_blocks(file, names) if names else ():
-        for name in list(left):
-            for value in cells.texts(block.cells[name]).values:
-                text = value.as_py()
-                if text is None or not text.strip():
-                    continue
-                if cells.parse_list(text) is None:
-                    left.remove(name)
-                    break
-                found.add(name)
-        if not left:
-            break
+    left, found = list(names), set[str]()
+    for stop in (FIRST_ROWS, file.rows):  # most columns are settled by a look at few rows
+        for block in read_blocks(file, list(left), 0, stop) if left else ():
+            for name in list(left):
+                for value in cells.texts(block.cells[name]).values:
+                    text = value.as_py()
+                    if text is None or not text.strip():
+                        continue
+                    if cells.parse_list(text) is None:
+                        left.remove(name)
+                        break
+                    found.add(name)
+            if not left:
+                break
     return [name for name in left if name in found]
 
 

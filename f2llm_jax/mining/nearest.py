@@ -109,8 +109,8 @@ def _merge_scores(best: tuple[Float[Array, "T K"], Int[Array, "T K"]], scores: F
         index = (start + chosen[:, :, None] * GROUP + jnp.arange(GROUP, dtype=jnp.int32)).reshape(len(scores), number * GROUP)
         narrow = min(2 * number, k)  # sorting few into the best is much cheaper than sorting all members into them
         few = jnp.max(jnp.sum(members > best[0][:, -1:], axis=1)) <= narrow
-        fast = lambda: _best_of(*_together(best, _best_of(members, index, narrow)), k)  # noqa: E731
-        return fast() if narrow == k else jax.lax.cond(few, fast, lambda: _best_of(*_together(best, (members, index)), k))
+        fast = lambda: _best_of(*_together(best, _best_of(members, index, narrow)), k=k)  # noqa: E731
+        return fast() if narrow == k else jax.lax.cond(few, fast, lambda: _best_of(*_together(best, (members, index)), k=k))
 
     rung = jnp.searchsorted(jnp.array(ladder), jnp.minimum(needed, most))
     return jax.lax.switch(rung, [functools.partial(merge_groups, number) for number in ladder])

@@ -33,8 +33,8 @@ class Rules:
       near_duplicate: similarity to a positive (see `near_duplicates`) from which on a document is no negative; above 1 for never.
       negatives: n, wanted a query.
       take: the n nearest of what is left ("top") or n at random ("sample").
-      too_few: rows with fewer are set aside ("drop") or get random documents that are not among the nearest ("fill").
-      max_positive_rank: rows whose positive is not among that many nearest are set aside; None for never.
+      too_few: rows with fewer are skipped ("drop") or get random documents that are not among the nearest ("fill").
+      max_positive_rank: rows whose positive is not among that many nearest are skipped; None for never.
       seed: of what is random.
     """
 

@@ -4,7 +4,7 @@
     OUT/tasks.json           kinds, for prepare
     OUT/scores.png           histograms of the scores
     OUT/examples.txt         ten rows to read
-    OUT/summary.json         rows kept and set aside, why, scores, rules; written last
+    OUT/summary.json         rows kept and skipped, why, scores, rules; written last
 
 Written complete or not at all (see `folders.new_folder`).
 """

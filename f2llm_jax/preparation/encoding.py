@@ -25,18 +25,23 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         tokens = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
         self._special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+        self._tokenizer = tokenizer
+
+    @functools.cached_property
+    def _spelling(self) -> Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._tokenizer.backend.to_str())
         backend.encode_special_tokens = True
-        self._tokenizer, self._spelling = tokenizer, dataclasses.replace(tokenizer, backend=backend)
+        return dataclasses.replace(self._tokenizer, backend=backend)
 
     def encode(self, texts: Sequence[str], max_length: int) -> "Encoded":
         """Token ids of at most `max_length`, the end token last."""
-        whole = self._tokenizer.encode(texts, max_length + 1)
-        spelled = np.array([self._special.search(text) is not None for text in texts], bool)
-        for i in np.flatnonzero(spelled):
-            whole[i] = self._spelling.encode([texts[int(i)]], max_length + 1)[0]
-        cut = np.array([len(ids) > max_length for ids in whole], bool)
-        return Encoded([truncate(ids, max_length, self._tokenizer.end_id) for ids in whole], cut, spelled)
+        ids = self._tokenizer.encode(texts, max_length + 1)
+        search, cut, spelled = self._special.search, np.zeros(len(texts), bool), np.zeros(len(texts), bool)
+        for i in [i for i, text in enumerate(texts) if search(text)]:
+            ids[i], spelled[i] = self._spelling.encode([texts[i]], max_length + 1)[0], True
+        for i in [i for i, found in enumerate(ids) if len(found) > max_length]:
+            ids[i], cut[i] = truncate(ids[i], max_length, self._tokenizer.end_id), True
+        return Encoded(ids, cut, spelled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +53,20 @@ class Encoded:
     spelled: Bool[np.ndarray, " S"]  # spells a special token
 
 
-@functools.lru_cache(maxsize=1)
+_loaded: dict[str, Encoder] = {}  # of this process, by folder
+
+
 def load(folder: str) -> Encoder:
     """One tokenizer a process: a vocabulary of 150,000 takes longer to load than a small source to encode."""
-    return Encoder(load_tokenizer(folder))
+    if folder not in _loaded:
+        remember(folder, load_tokenizer(folder))
+    return _loaded[folder]
+
+
+def remember(folder: str, tokenizer: Tokenizer) -> None:
+    """Spares this process to load the tokenizer that it has saved to `folder`."""
+    _loaded.clear()
+    _loaded[folder] = Encoder(tokenizer)
 
 
 def drop_same_ids(rows: Rows, same: Int[np.ndarray, "B 1+N"], needs_negatives: bool, strict: bool) -> tuple[Rows, Int[np.ndarray, " B"]]:

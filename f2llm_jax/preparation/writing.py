@@ -24,7 +24,7 @@ from f2llm_jax.data import records
 from f2llm_jax.files import check_apart, check_name, is_remote, plain
 from f2llm_jax.folders import check_ours, files_in, mark, replace_folder
 from f2llm_jax.locks import lock
-from f2llm_jax.preparation import summary
+from f2llm_jax.preparation import encoding, summary
 from f2llm_jax.preparation.selection import Recipe, choose_rows
 from f2llm_jax.preparation.sources import Source
 from f2llm_jax.text import Tokenizer, load_tokenizer
@@ -133,6 +133,7 @@ def _prepare(
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     folder = _begin(out, settings)
     loaded.save(records.tokenizer_folder(folder))
+    encoding.remember(str(records.tokenizer_folder(folder)), loaded)
     jobs = [_Job(str(folder), source, recipe, tuple(beam_flags)) for source in sources]
     finished = _build_all(jobs, workers, report)
     entries = [finished[source.name] for source in sources]
