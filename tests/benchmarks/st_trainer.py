@@ -86,7 +86,7 @@ def here(flags: argparse.Namespace) -> tuple[np.ndarray, int]:
     from f2llm_jax.data.packing import RowShape, lay_out
     from f2llm_jax.text import load_tokenizer
     from f2llm_jax.training import program
-    from f2llm_jax.weights import hf_reader
+    from f2llm_jax.weights import hf_config, hf_reader
 
     B, N, T = flags.samples, flags.negatives, flags.row_tokens or flags.max_length
     microbatch = flags.microbatch_rows or max(1, 4096 // T)
@@ -109,7 +109,7 @@ def here(flags: argparse.Namespace) -> tuple[np.ndarray, int]:
 
     seconds, useful = np.zeros(2), 0
     with jax.set_mesh(mesh):
-        model = hf_reader.read_config(flags.start)
+        model = hf_config.read_settings(flags.start).decoder
         steps = program.build(config, model, 1000, "cpu")
         state = program.fresh_state(hf_reader.load_params(flags.start, model, mesh), steps.optimizer)
         for rows in rows_of(flags).values():
