@@ -66,7 +66,7 @@ def test_its_pip_line_makes_an_environment_that_trains(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
     settings = {"cwd": tmp_path / "home", "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([venv / "bin" / "python", "-m", "f2llm_jax.main", "--help"], **settings)
-    assert "Where checkpoints and metrics go" in done.stdout, done.stderr
+    assert "--workdir WORKDIR" in done.stdout, done.stderr
     code = "import jax, gcsfs, f2llm_jax.training.run; print(jax.numpy.ones(3).sum())"
     done = subprocess.run([venv / "bin" / "python", "-c", code], **settings)
     assert done.stdout.strip() == "3.0", done.stderr

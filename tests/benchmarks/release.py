@@ -28,6 +28,7 @@ import tiny
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import parameter_shapes
 
@@ -56,7 +57,7 @@ def write_random_folder(folder, size, scratch):
         config=config,
         open_params=lambda: contextlib.nullcontext(RandomParameters(parameter_shapes(config))),
         tokenizer=load_tokenizer(tiny.write_tokenizer(scratch / "tokenizer")),
-        max_length=1024,
+        embedding=EmbeddingConfig(max_length=1024),
     )
     hf_folder.export(source, folder, hf_folder.Form(dtype="bfloat16", golden=False))
     return source
