@@ -56,14 +56,15 @@ embeddings = torch.nn.functional.normalize(hidden[torch.arange(len(last)), last]
 
 ## In other libraries
 
-Documents get no prompt; queries get `PROMPT = {query_prompt!r}`. Of these, LangChain and LlamaIndex add it only if they are told.
+Documents get no prompt; queries get `PROMPT = {query_prompt!r}`. LangChain and LlamaIndex add it only if they are told; txtai
+adds it by itself, and a second time if it is given as `instructions`.
 
 ```python
 HuggingFaceEmbeddings(model_name="path/to/this/folder", query_encode_kwargs={{"prompt_name": "query"}})        # LangChain
 HuggingFaceEmbedding(model_name="path/to/this/folder", query_instruction=PROMPT)                             # LlamaIndex
 SentenceTransformersTextEmbedder(model="path/to/this/folder", prefix=PROMPT)                                 # Haystack, queries
 SentenceTransformersDocumentEmbedder(model="path/to/this/folder")                                            # Haystack, documents
-Embeddings(path="path/to/this/folder", method="sentence-transformers", instructions={{"query": PROMPT, "data": ""}})  # txtai
+Embeddings(path="path/to/this/folder", method="sentence-transformers")                                       # txtai
 ```
 
 A server of infinity (`infinity_emb v2 --model-id path/to/this/folder --dtype float32`), text-embeddings-inference, vLLM or llama.cpp

@@ -189,7 +189,7 @@ def chroma(folder: str, prompt: str) -> Loaded:
 def txtai(folder: str, prompt: str) -> Loaded:
     from txtai import Embeddings
 
-    model = Embeddings(path=folder, method="sentence-transformers", instructions={"query": prompt, "data": ""})
+    model = Embeddings(path=folder, method="sentence-transformers")
 
     def encode(texts: list[str], query: bool) -> Vectors:
         return [model.transform(text, "query" if query else "data") for text in texts]

@@ -48,7 +48,7 @@ ENVIRONMENTS = {
         "sentence-transformers>=6.2,<7", "haystack-ai", "sentence-transformers-haystack", "langchain-huggingface",
         "llama-index-embeddings-huggingface", "chromadb", "txtai",
     ),
-    "infinity": ("infinity-emb[torch,server]==0.0.77",),
+    "infinity": ("infinity-emb[torch,server]==0.0.77", "click<8.2"),
     "onnx": ("optimum-onnx[onnxruntime]", "sentence-transformers==5.1.2", TRANSFORMERS_4),
     "openvino": ("optimum-intel[openvino]", "sentence-transformers==5.1.2"),
     "llamacpp": (TRANSFORMERS_4, "sentencepiece", "gguf", "llama-cpp-python"),
@@ -69,7 +69,7 @@ CLIENTS = (
     Client("LangChain", "langchain", "frameworks", "HuggingFaceEmbeddings(query_encode_kwargs={'prompt_name': 'query'})"),
     Client("LlamaIndex", "llama-index", "frameworks", "HuggingFaceEmbedding(query_instruction=prompt)"),
     Client("Chroma", "chroma", "frameworks", "SentenceTransformerEmbeddingFunction; the prompt before queries is the caller's"),
-    Client("txtai", "txtai", "frameworks", "Embeddings(method='sentence-transformers', instructions={'query': prompt})"),
+    Client("txtai", "txtai", "frameworks", "Embeddings(path=folder, method='sentence-transformers')"),
     Client("ONNX Runtime", "onnx", "onnx", "SentenceTransformer(backend='onnx')"),
     Client("OpenVINO", "openvino", "openvino", "SentenceTransformer(backend='openvino')"),
 )
