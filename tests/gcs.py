@@ -8,8 +8,7 @@ import socket
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported; the emulator knows no bucket layouts
 
 import gcsfs
-from gcp_storage_emulator.handlers import objects
-from gcp_storage_emulator.server import create_server
+from gcp_storage_emulator.server import HANDLERS, create_server
 
 BUCKET = "bucket"
 
@@ -27,9 +26,9 @@ def emulator():
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    originals = {name: getattr(objects, name) for name in PATCHES}
-    for name, patch in PATCHES.items():
-        setattr(objects, name, patch(originals[name]))
+    table = [(handlers, method, handler) for _, handlers in HANDLERS for method, handler in handlers.items()]
+    for handlers, method, handler in table:
+        handlers[method] = PATCHES.get(handler.__name__, lambda same: same)(handler)
     server = create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
     server.start()
     gcsfs.GCSFileSystem.clear_instance_cache()  # what an earlier emulator held, at another port
@@ -37,8 +36,8 @@ def emulator():
         yield f"gs://{BUCKET}"
     finally:
         server.stop()
-        for name, original in originals.items():
-            setattr(objects, name, original)
+        for handlers, method, handler in table:
+            handlers[method] = handler
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -69,4 +68,28 @@ def _remembers_finished_uploads(upload_partial):
     return answer
 
 
-PATCHES = {"download": _with_generation, "upload_partial": _remembers_finished_uploads}
+def _with_preconditions(handle):
+    """The real service writes or deletes an object only if its generation is the one that is asked for; 0 means that there is none."""
+
+    def answer(request, response, storage, *args, **kwargs):
+        wanted = request.query.get("ifGenerationMatch")
+        name = request.params.get("object_id") or request.query.get("name", [None])[0]
+        if name is None and isinstance(request.data, dict):
+            name = request.data.get("meta", {}).get("name")
+        held = None
+        with contextlib.suppress(Exception):  # not found
+            held = storage.get_file_obj(request.params["bucket_name"], name)
+        if wanted and str(held["generation"] if held else 0) != wanted[0]:
+            response.status = http.HTTPStatus.PRECONDITION_FAILED
+            return
+        handle(request, response, storage, *args, **kwargs)
+
+    return answer
+
+
+PATCHES = {
+    "download": _with_generation,
+    "upload_partial": _remembers_finished_uploads,
+    "insert": _with_preconditions,
+    "delete": _with_preconditions,
+}
