@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 from etils import epath
 
 from f2llm_jax import __version__, command, locks
@@ -109,8 +110,9 @@ def check_whole(folder: epath.PathLike, remedy: str, *, whole: bool = True, suff
 def files_in(folder: epath.Path) -> set[str]:
     """Names of all files below a folder, relative to it, with `/`."""
     if is_remote(folder):
-        base = str(folder).rstrip("/") + "/"
-        return {str(path).removeprefix(base) for path in folder.rglob("*") if not path.is_dir()}
+        store, root = fsspec.core.url_to_fs(str(folder))
+        store.invalidate_cache()
+        return {path.removeprefix(root).lstrip("/") for path in store.find(root)} - {""}
     found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
     return {os.path.relpath(name, folder).replace(os.sep, "/") for name in found}
 

@@ -8,6 +8,7 @@ import socket
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported; the emulator knows no bucket layouts
 
 import gcsfs
+from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import HANDLERS, create_server
 
 BUCKET = "bucket"
@@ -26,9 +27,13 @@ def emulator():
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
+    originals = {name: getattr(objects, name) for name in PATCHES}
+    for name, patch in PATCHES.items():
+        setattr(objects, name, patch(originals[name]))
     table = [(handlers, method, handler) for _, handlers in HANDLERS for method, handler in handlers.items()]
     for handlers, method, handler in table:
-        handlers[method] = PATCHES.get(handler.__name__, lambda same: same)(handler)
+        if handler.__name__ in ("insert", "delete"):
+            handlers[method] = _with_preconditions(handler)
     server = create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
     server.start()
     gcsfs.GCSFileSystem.clear_instance_cache()  # what an earlier emulator held, at another port
@@ -38,6 +43,8 @@ def emulator():
         server.stop()
         for handlers, method, handler in table:
             handlers[method] = handler
+        for name, original in originals.items():
+            setattr(objects, name, original)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -69,7 +76,10 @@ def _remembers_finished_uploads(upload_partial):
 
 
 def _with_preconditions(handle):
-    """The real service writes or deletes an object only if its generation is the one that is asked for; 0 means that there is none."""
+    """The real service writes or deletes an object only if its generation is the one that is asked for; 0 means that there is none.
+
+    Here for locks alone: the emulator's other answers do not keep generations as tensorstore expects them.
+    """
 
     def answer(request, response, storage, *args, **kwargs):
         wanted = request.query.get("ifGenerationMatch")
@@ -79,7 +89,7 @@ def _with_preconditions(handle):
         held = None
         with contextlib.suppress(Exception):  # not found
             held = storage.get_file_obj(request.params["bucket_name"], name)
-        if wanted and str(held["generation"] if held else 0) != wanted[0]:
+        if wanted and str(name).endswith(".lock") and str(held["generation"] if held else 0) != wanted[0]:
             response.status = http.HTTPStatus.PRECONDITION_FAILED
             return
         handle(request, response, storage, *args, **kwargs)
@@ -87,9 +97,4 @@ def _with_preconditions(handle):
     return answer
 
 
-PATCHES = {
-    "download": _with_generation,
-    "upload_partial": _remembers_finished_uploads,
-    "insert": _with_preconditions,
-    "delete": _with_preconditions,
-}
+PATCHES = {"download": _with_generation, "upload_partial": _remembers_finished_uploads}
