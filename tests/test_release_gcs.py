@@ -14,7 +14,7 @@ import tiny
 from etils import epath
 
 from f2llm_jax import convert, prune
-from f2llm_jax.folders import INCOMPLETE
+from f2llm_jax.folders import INCOMPLETE, MADE
 from f2llm_jax.release import hf_folder
 
 SHARDS = ("--max-shard-size", "100KB", "--no-golden")
@@ -36,11 +36,11 @@ def folder(tmp_path_factory):
 
 
 def held(folder):
-    """Every file of a folder: name to bytes."""
+    """Every file of a folder but the marker, which holds checksums on a disk and sizes in a bucket: name to bytes."""
     found = {}
     for path in epath.Path(folder).iterdir():
         inner = path.iterdir() if path.is_dir() else [path]
-        found |= {str(file).removeprefix(f"{folder}/"): file.read_bytes() for file in inner}
+        found |= {str(file).removeprefix(f"{folder}/"): file.read_bytes() for file in inner if file.name != MADE}
     return found
 
 
