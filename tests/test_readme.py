@@ -31,7 +31,12 @@ TOY = {
     r"--(out|workdir) RAW\b": r"--\1 MINED",
 }
 # Why a command cannot run here at all.
-ELSEWHERE = {"gs://": "a bucket", "--benchmark": "mteb's own data", "--topology": "libtpu; see `make tpu-check`"}
+ELSEWHERE = {
+    "gs://": "a bucket",
+    "--benchmark": "mteb's own data",
+    "--topology": "libtpu; see `make tpu-check`",
+    "finetune": "a model; see tests/test_finetune.py",
+}
 TRAINING = {name: value for name, value in OVERRIDES.items() if not name.startswith("checkpoint")} | {"steps": 4, "eval.every": 2}
 
 
