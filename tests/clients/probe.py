@@ -203,11 +203,12 @@ def mteb(folder: str, prompt: str) -> Loaded:
     wrapper = SentenceTransformerEncoderWrapper(folder, device="cpu")
 
     def encode(texts: list[str], query: bool) -> Vectors:
+        from datasets import Dataset
         from mteb import get_task
         from mteb.types import PromptType
         from torch.utils.data import DataLoader
 
-        loader = DataLoader([{"text": text} for text in texts], batch_size=4)
+        loader = DataLoader(Dataset.from_dict({"text": texts}), batch_size=4)
         kind = PromptType.query if query else PromptType.document
         return wrapper.encode(loader, task_metadata=get_task("SciFact").metadata, hf_split="test", hf_subset="default", prompt_type=kind)
 
