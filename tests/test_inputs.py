@@ -179,7 +179,7 @@ def test_columns_without_a_meaning_are_ignored_and_named(tmp_path):
     )
     (opened,) = pairs.open_pairs(path)
     assert opened.describe().endswith("query, passage; ignored: source, url, date, split, __index_level_0__; 0 negatives a row")
-    assert meaning("resource") is meaning("outcome") is meaning("space") is None
+    assert meaning("resource") is meaning("outcome") is meaning("space") is meaning("document_language") is None
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ MEANINGS = {
     "contexts text texts body content contents hypothesis completion",
     "a query": "query queries anchor anchors question questions q sentence sentences premise",
 }  # of several in one name the first counts
+LANGUAGE = {"lang", "language"}
 _WORDS = {word: meaning for meaning, words in MEANINGS.items() for word in words.split()}
 _LONG_WORDS = [word for word in _WORDS if len(word) >= 5]
 _NEGATIVE = re.compile(r"(?:hard_?)?neg(?:ative)?(s?)(?:_?(\d+))?\Z")
@@ -125,6 +126,8 @@ def plain(name: str) -> str:
 def meaning(name: str) -> str | None:
     """What a column's name looks like, a typing error in a long word included."""
     found = set()
+    if LANGUAGE & set(plain(name).split("_")):  # `document_language` tells of a document and is none
+        return None
     for word in re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).casefold()):
         near = difflib.get_close_matches(word, _LONG_WORDS, n=1, cutoff=0.8) if len(word) >= 5 else []
         found.add(_WORDS.get(word) or _WORDS.get(near[0] if near else ""))
