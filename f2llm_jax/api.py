@@ -75,10 +75,12 @@ class Encoder:
           float32 `[K]` or `[S, K]`.
 
         Raises:
-          UserError: `dim` is not between 1 and `width`.
+          UserError: `dim` is not between 1 and `width`, or `prompt` looks like a name and is none.
         """
         if dim is not None and not 1 <= dim <= self.width:
             raise UserError(f"dim={dim} must be from 1 to the model's {self.width} dimensions")
+        if prompt.isidentifier() and prompt not in self.prompts:  # a name that was mistyped would be encoded with every text
+            raise UserError(f"the model has no prompt {prompt!r}; it has {', '.join(self.prompts)}. A prompt of your own ends with a space")
         several = [texts] if isinstance(texts, str) else list(texts)
         raw = self._encoder.encode(several, self.prompts.get(prompt, prompt))
         vectors = truncate_and_normalize(raw, dim or self.width) if normalize else raw[:, : dim or self.width]

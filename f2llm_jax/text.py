@@ -183,7 +183,8 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], f
     numbers |= {str(_content(token)): int(number) for number, token in (config.get("added_tokens_decoder") or {}).items()}
     if wrong := [token for token, number in numbers.items() if number is None or vocabulary.get(token) != number]:
         raise UserError(
-            f"{folder}/tokenizer_config.json names special tokens that tokenizer.json lacks or numbers otherwise: {', '.join(wrong)}; "
+            f"{folder}/tokenizer_config.json names special tokens (in its roles, additional_special_tokens, "
+            f"extra_special_tokens or added_tokens_decoder) that tokenizer.json lacks or numbers otherwise: {', '.join(wrong)}; "
             "save the tokenizer again with transformers, which writes them into tokenizer.json"
         )
     added = {token.content for token in backend.get_added_tokens_decoder().values()}

@@ -56,6 +56,12 @@ def test_a_string_is_one_text(encoder):
     assert encoder.encode(("the cat",)).shape == (1, encoder.width)
 
 
+def test_a_mistyped_prompt_is_refused(encoder):
+    with pytest.raises(UserError, match="no prompt 'qeury'; it has query, document"):
+        encoder.encode("the cat", prompt="qeury")
+    np.testing.assert_allclose(encoder.encode("cat", prompt="the "), encoder.encode("the cat"), atol=1e-6)
+
+
 def test_vectors_are_those_of_sentence_transformers(base, encoder):
     """Normalised, with the release's prompts, truncated and normalised again."""
     model = pytest.importorskip("sentence_transformers").SentenceTransformer(base, device="cpu")
@@ -114,7 +120,7 @@ def settings(base, data, **more):
     fields = {"init": base, "data.folder": data.folder, "steps": STEPS, "batch.size": 16, "batch.microbatch_rows": 8, "remat": "none"}
     return (
         fields
-        | {"data.weights": "labels=0,topics=0", "eval.batches": 2, "optimizer.learning_rate": 1e-3, "mesh.fsdp": 1, "mesh.data": -1}
+        | {"data.weights": "labels=0,topics=0", "eval.batches": 8, "optimizer.learning_rate": 1e-3, "mesh.fsdp": 1, "mesh.data": -1}
         | more
     )
 
@@ -136,7 +142,7 @@ def test_an_objective_and_metrics_of_ones_own(base, data, folder, quick_compilat
     record = api.train(
         settings(base, data),
         folder / "own",
-        objective=functools.partial(triplet, 0.2),
+        objective=functools.partial(triplet, 1.0),
         callbacks=[lambda step, values: seen.append((step, values))],
     )
     assert list(record.values("triplet")) == list(range(1, STEPS + 1)) == list(record.values("far_enough"))

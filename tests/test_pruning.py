@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -23,10 +22,12 @@ from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.pruning.calibration import draw_texts, measure
 from f2llm_jax.pruning.choice import Method, choose
 from f2llm_jax.pruning.cut import cut
+from f2llm_jax.pruning.prune import prune
 from f2llm_jax.pruning.target import parse_target
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import load_tokenizer
 from f2llm_jax.weights.checkpoint_reader import flatten
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.models import ModelSource, find_model
 
 CONFIG = tiny.CONFIG
@@ -56,9 +57,10 @@ def arrays():
 
 
 def source_of(arrays, folder, config=CONFIG, **facts):
+    embedding = EmbeddingConfig(max_length=96, **facts)
     tokenizer = load_tokenizer(tiny.write_tokenizer(folder))
     opened = lambda: contextlib.nullcontext(tiny.MemoryParameters(arrays))  # noqa: E731
-    return ModelSource(name="tiny", config=config, open_params=opened, tokenizer=tokenizer, max_length=96, **facts)
+    return ModelSource(name="tiny", config=config, open_params=opened, tokenizer=tokenizer, embedding=embedding)
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +253,7 @@ def test_what_is_written(folder, dataset, tmp_path, monkeypatch):
     assert run(folder, dataset, "out", "--hidden-by", "mean-abs") == 0
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
+        ".made_by_f2llm_jax.json",
         "checkpoints",
         "model",
         "pruning.json",
@@ -304,11 +307,9 @@ def test_rows_data_and_place_are_checked_first(folder, dataset, tmp_path, capsys
     assert "has no dataset.json" in capsys.readouterr().err
     assert run(tmp_path / "absent", dataset, tmp_path / "out") == 1
     assert "is no local folder" in capsys.readouterr().err
-    other = shutil.copytree(dataset.folder, tmp_path / "other")
-    facts = json.loads((other / "dataset.json").read_text())
-    (other / "dataset.json").write_text(json.dumps(facts | {"tokenizer_fingerprint": "0" * 64}))
+    other = dataclasses.replace(dataset, tokenizer_fingerprint="0" * 64)
     with pytest.raises(UserError, match="another tokenizer"):
-        command.prune(find_model(str(folder)), TARGET, records.load_dataset(other), ROWS, Method())
+        prune(find_model(str(folder)), TARGET, other, ROWS, Method())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     assert run(folder, dataset, tmp_path / "full") == 1

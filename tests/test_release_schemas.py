@@ -99,6 +99,7 @@ class Qwen3:
     pad_token_id: int
     dtype: str
     torch_dtype: str
+    transformers_version: str
     is_matryoshka: bool
     matryoshka_dimensions: list
 

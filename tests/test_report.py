@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from f2llm_jax import report
+from f2llm_jax.files import write_json
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.reporting import charts
@@ -49,9 +50,9 @@ def write_run(workdir, dataset, params, *, distilled=False):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "lo')
     rates = {"tokens_per_second": 100.0, "steps_per_second": 2.0, "token_efficiency": 0.9, "input_wait_seconds": 0.01}
     (workdir / "timings.jsonl").write_text("".join(json.dumps({"step": i, **rates}) + "\n" for i in range(1, STEPS + 1)))
-    (workdir / "config.json").write_text(json.dumps({"data": {"folder": str(dataset.folder)}}))
+    write_json(workdir / "config.json", {"data": {"folder": str(dataset.folder)}}, sealed=True)
     (workdir / "dataset.json").write_text((dataset.folder / "dataset.json").read_text())
-    (workdir / "environment.json").write_text(json.dumps({"commit": "0123456789abcdef"}))
+    write_json(workdir / "environment.json", {"commit": "0123456789abcdef"}, sealed=True)
     dataset.tokenizer().save(workdir / "tokenizer")
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", checkpoint.CheckpointConfig(every=1, keep=1))
     facts = {"tokenizer_fingerprint": dataset.tokenizer_fingerprint, "max_length": 48, "matryoshka_dims": (8, 16, 64)}
@@ -122,7 +123,7 @@ def test_a_report_may_be_replaced_and_nothing_else(runs, tmp_path, capsys):
     out = tmp_path / "out"
     (out / "precious").mkdir(parents=True)
     assert report.main([str(runs[0]), "--out", str(out)]) == 1
-    assert "is not replaced" in capsys.readouterr().err and (out / "precious").exists()
+    assert "not known to be f2llm_jax's" in capsys.readouterr().err and (out / "precious").exists()
     for _ in range(2):
         assert report.main([str(runs[0]), "--out", str(tmp_path / "again")]) == 0
 

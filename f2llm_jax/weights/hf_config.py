@@ -117,7 +117,7 @@ def _limit(folder: epath.Path, decoder: DecoderConfig) -> tuple[int, Note]:
         path = folder / name
         if path.exists() and (limit := read_json(path, kind=dict).get("max_seq_length")) is not None:
             if type(limit) is not int or not 1 <= limit <= positions:
-                raise UserError(f"{path}: max_seq_length is {limit!r}, must be from 1 to the {positions} positions of config.json")
+                raise UserError(f"{path}: max_seq_length is {limit!r}, must be from 1 to config.json's max_position_embeddings {positions}")
             return limit, Note(name, "max_seq_length", limit, "computed", "taken as the longest text")
     path = folder / "tokenizer_config.json"
     limit = read_json(path, kind=dict).get("model_max_length") if path.exists() else None
