@@ -170,8 +170,10 @@ def unseal(content: Mapping[str, Any], path: epath.PathLike) -> dict[str, Any]:
     """What was sealed, without its checksum; `path` is where it was read.
 
     Raises:
-      FileError: it was changed since.
+      FileError: it was changed since, or an earlier version wrote it without a checksum.
     """
+    if CHECKSUM not in content:
+        raise FileError(f"{path} is damaged or of an earlier version: it has no checksum; make it anew with the command that wrote it")
     held = {key: value for key, value in content.items() if key != CHECKSUM}
     if content.get(CHECKSUM) != _checksum(held):
         raise FileError(f"{path} is damaged: it was changed after it was written, or by hand; restore it or make it anew")
