@@ -4,6 +4,7 @@ It knows the rules of the F2LLM-v2 paper (section 3.2) and of the published code
 nothing of the package: not its catalogue, its format or its order.
 """
 
+import random
 import re
 
 import pyarrow.parquet as pq
@@ -103,3 +104,18 @@ def check(folder, stage, batches, *, batch_size, cap, held_out, repeated_negativ
         least = count - rows.odd.get(unit, 0) if most == count else most - rows.odd.get(unit, 0)
         assert least <= taken[unit] <= min(most, count - rows.odd.get(unit, 0)), f"{taken[unit]} rows of the unit {unit}"
     return {"files": set(seen.values()), "units": taken, "steps": steps, "columns": used, "rows": len(seen)}
+
+
+def published_order(batches: dict[str, int], epoch: int) -> list[str]:
+    """F2LLM `run.py`, `MultiLoader`: weights stay those of the beginning until a loader is exhausted; then it is removed."""
+    rng, names, weights, left = random.Random(epoch), list(batches), list(batches.values()), dict(batches)
+    order = []
+    while names:
+        name = rng.choices(names, weights=weights)[0]
+        if left[name]:
+            left[name] -= 1
+            order.append(name)
+        else:
+            at = names.index(name)
+            del names[at], weights[at]
+    return order

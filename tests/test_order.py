@@ -1,6 +1,5 @@
 """The order of an epoch's batches: the published rule against itself, what options do to counts, speed and memory at full size."""
 
-import random
 import time
 import tracemalloc
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_rules import published_order
 
 from f2llm_jax.data.order import EpochOrder, Sampling
 from f2llm_jax.data.plan import Plan, PlanSource
@@ -19,21 +19,6 @@ BATCHES = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers
 
 def epoch_order(batches, seed=0, units=None, **sampling):
     return EpochOrder(batches, units or {name: name for name in batches}, seed, Sampling(**sampling))
-
-
-def published_order(batches, epoch):
-    """F2LLM `run.py`: weights stay those of the beginning until a loader is exhausted; then it is removed."""
-    rng, names, weights, left = random.Random(epoch), list(batches), list(batches.values()), dict(batches)
-    order = []
-    while names:
-        name = rng.choices(names, weights=weights)[0]
-        if left[name]:
-            left[name] -= 1
-            order.append(name)
-        else:
-            at = names.index(name)
-            del names[at], weights[at]
-    return order
 
 
 def names_of(order, batches, epoch):

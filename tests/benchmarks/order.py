@@ -5,12 +5,16 @@ python tests/benchmarks/order.py [--picture docs/order.png]
 
 import argparse
 import json
-import random
+import pathlib
+import sys
 import time
 import tracemalloc
 
 import numpy as np
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from published_rules import published_order
 
 from f2llm_jax.data.order import EpochOrder, Sampling
 from f2llm_jax.preparation.catalogue import CAP, load_catalogue
@@ -30,21 +34,6 @@ def composite(stage: int) -> dict[str, int]:
     return found
 
 
-def published_loop(batches: dict[str, int], epoch: int) -> list[int]:
-    """F2LLM `run.py`, `MultiLoader`: sources by number."""
-    rng, left = random.Random(epoch), list(batches.values())
-    numbers, weights, order = list(range(len(left))), list(left), []
-    while numbers:
-        number = rng.choices(numbers, weights=weights)[0]
-        if left[number]:
-            left[number] -= 1
-            order.append(number)
-        else:
-            at = numbers.index(number)
-            del numbers[at], weights[at]
-    return order
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--picture", default="docs/order.png")
@@ -54,13 +43,15 @@ def main() -> None:
     for stage in (1, 2):
         batches = composite(stage)
         small = np.array([count <= SMALL for count in batches.values()])
-        total = sum(batches.values())
+        total, numbers = sum(batches.values()), {name: number for number, name in enumerate(batches)}
         print(json.dumps({"stage": stage, "files": len(batches), "steps": total, "small": small @ list(batches.values()) / total}))
         rules = {
             order: EpochOrder(batches, {name: name for name in batches}, 0, Sampling(order=order)) for order in ("uniform", "published")
         }
         draws = {name: lambda epoch, rule=rule: rule.order(epoch)[0] for name, rule in rules.items()}
-        draws["published loop"] = lambda epoch, batches=batches: np.array(published_loop(batches, epoch))
+        draws["published loop"] = lambda epoch, batches=batches, numbers=numbers: np.array(
+            [numbers[n] for n in published_order(batches, epoch)]
+        )
         for name, draw in draws.items():
             orders = [draw(epoch) for epoch in range(EPOCHS)]
             begun = time.perf_counter()
