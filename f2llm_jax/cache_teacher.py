@@ -1,7 +1,7 @@
 """Teacher vectors once and for all: `python -m f2llm_jax.cache_teacher --model M --data DIR --dims K --out DIR`.
 
 Training reads them with the texts (`--config.teacher_cache=DIR`) instead of running the teacher. Interrupted, the same command
-goes on where it stopped.
+resumes where it stopped.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """MTEB: `python -m f2llm_jax.evaluate --model M --benchmark NAME | --tasks TASK ... | --manifest FILE --out DIR`.
 
 Tasks are mteb's own or, from a manifest, your files measured by mteb (its form: f2llm_jax/evaluation/local_tasks.py). Results stand in
-mteb's layout under DIR/results, vectors in DIR/vectors; a killed evaluation goes on when the same command is given again. Several hosts
+mteb's layout under DIR/results, vectors in DIR/vectors; a killed evaluation resumes when the same command is given again. Several hosts
 (--distributed) encode a share of the texts each, into one DIR that all see.
 
-`--held-out` alone: what training logs beside its held-out losses, again, from a workdir or one of its checkpoints.
+`--held-out` alone: what training logs next to its held-out losses, again, from a workdir or one of its checkpoints.
 """
 
 import argparse

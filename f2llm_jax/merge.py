@@ -1,6 +1,6 @@
 """Average checkpoints of one architecture: `python -m f2llm_jax.merge --out DIR CKPT_OR_FOLDER ...`.
 
-Each input is a workdir, WORKDIR/checkpoints/STEP, a Hugging Face folder or a Hub id, in any dtype; a workdir alone stands for
+Each input is a workdir, WORKDIR/checkpoints/STEP, a Hugging Face folder or a Hub id, in any dtype; a workdir alone means
 its last checkpoints. DIR becomes a release. Tensors pass through memory block by block.
 """
 

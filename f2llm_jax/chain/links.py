@@ -88,7 +88,7 @@ def run(links: Sequence[Link], root: epath.PathLike) -> None:
     """Runs what is not done, in order, each in a process of its own whose output passes through.
 
     Raises:
-      ChainError: a command fails, what a link stands for was made by another command, or `root` is not on this machine.
+      ChainError: a command fails, what a link makes was made by another command, or `root` is not on this machine.
     """
     for link in links:
         check_name(link.name, "unit")

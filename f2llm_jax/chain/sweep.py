@@ -140,7 +140,7 @@ def _scores(
 
 
 def _score(workdir: epath.Path, step: int, dataset: Dataset) -> Score:
-    """Of one checkpoint; kept beside the run's metrics, so that it is computed once."""
+    """Of one checkpoint; kept next to the run's metrics, so that it is computed once."""
     file = workdir / f"held_out-{step}.json"
     if not file.exists():
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

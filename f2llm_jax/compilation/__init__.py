@@ -1,1 +1,1 @@
-"""What a training step costs on machines that are not there: compiled for them, counted, and held against their limits."""
+"""What a training step costs on machines that are not at hand: compiled ahead of time, counted, and held against their limits."""

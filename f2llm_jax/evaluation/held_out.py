@@ -70,7 +70,7 @@ def accuracies(encoder: TextEncoder, dataset: Dataset) -> dict[str, float]:
 def _accuracy(encoder: TextEncoder, dataset: Dataset, source: str) -> float:
     documents = np.asarray(dataset.tables(source, SPLIT).documents)
     distinct, place = np.unique(documents, return_inverse=True)
-    absent = int(distinct[0] < 0)  # -1 stands for a negative that a row does not have
+    absent = int(distinct[0] < 0)  # -1 is a negative that a row does not have
     queries = encode_stored(encoder, dataset, dataset.reader(source, SPLIT).read(range(len(documents))))
     found = encode_stored(encoder, dataset, dataset.reader(source, CORPUS).read(distinct[absent:]))
     found = np.concatenate([np.zeros((absent, encoder.width), np.float32), found])

@@ -61,7 +61,7 @@ def task_types() -> tuple[str, ...]:
 
 
 def prompt(table: Mapping[str, str], task, prompt_type, template: str = INSTRUCTION_TEMPLATE) -> str:
-    """What stands before a text: the instruction in the template, "" for a document.
+    """What comes before a text: the instruction in the template, "" for a document.
 
     The order is that of mteb's `AbsEncoder.get_instruction`: by task name, task type and prompt type, then the task's own.
 

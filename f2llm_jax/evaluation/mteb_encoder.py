@@ -59,7 +59,7 @@ class MtebEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What a result depends on beside model, width and task.
+    """What a result depends on besides model, width and task.
 
     Attributes:
       dtype: compute dtype.

@@ -1,7 +1,7 @@
 """mteb's tasks through this project's encoder, at every width from one pass over the texts.
 
 Results stand in mteb's own layout, `OUT/results/NAME/REVISION/TASK.json` at full width and below `experiments/` otherwise;
-what stands there for the same data is not computed again. Vectors stand in `OUT/vectors` and may be deleted at any time.
+what is there for the same data is not computed again. Vectors are in `OUT/vectors` and may be deleted at any time.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The vectors and the nearest documents of a pool, on disk.
 
-Both are in files that are whole or absent and named by what they depend on, so a killed run goes on where it stopped, and the
+Both are in files that are whole or absent and named by what they depend on, so a killed run resumes where it stopped, and the
 processes of several hosts take the files in turn.
 """
 

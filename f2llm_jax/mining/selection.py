@@ -110,7 +110,7 @@ def choose(rules: Rules, left: Bool[np.ndarray, "B K"], names: list[str]) -> Int
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
-    """Randomness that depends on a text and not on where it stands."""
+    """Randomness that depends on a text and not on its position."""
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()))
 
 

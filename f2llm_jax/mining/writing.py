@@ -1,4 +1,4 @@
-"""Mined sources on disk: raw files as `prepare` reads them, with the scores beside, and what people want to see of them.
+"""Mined sources on disk: raw files as `prepare` reads them, with the scores, and what people want to see of them.
 
     OUT/<source>.parquet     query, passage, negative_1 ... negative_n, lang if known, scores (list: positive, negatives)
     OUT/tasks.json           kinds, for prepare

@@ -313,7 +313,7 @@ def _code(functions: Sequence[Function], rng: np.random.Generator) -> pa.Table:
 
 
 def _groups(keys: Sequence[str] | np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-    """Each distinct key, in sorted order, with the positions at which it stands."""
+    """Each distinct key, in sorted order, with the positions at which it occurs."""
     values, group = np.unique(np.asarray(keys), return_inverse=True)
     positions = np.split(np.argsort(group, stable=True), np.cumsum(np.bincount(group))[:-1])
     return zip(values, positions, strict=True)

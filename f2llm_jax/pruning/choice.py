@@ -93,7 +93,7 @@ def _largest(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def _in_place(chosen: np.ndarray) -> np.ndarray:
-    """`chosen`, ascending, reordered so that each channel below their number stands at its own index; the others fill the gaps."""
+    """`chosen`, ascending, reordered so that each channel below their number keeps its own index; the others fill the gaps."""
     count = len(chosen)
     placed = np.arange(count)
     placed[np.setdiff1d(placed, chosen)] = chosen[chosen >= count]

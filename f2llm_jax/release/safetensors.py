@@ -126,7 +126,7 @@ def _check_finite(name: str, ours: np.ndarray, dtype: str) -> None:
 
 
 def _write_file(path: epath.Path, shapes: Mapping[str, Shape], dtype: str, pieces: Iterator[np.ndarray], report: ProgressCallback) -> None:
-    """A file of the next pieces, as many as `shapes` has bytes; the iterator goes on in the next shard."""
+    """A file of the next pieces, as many as `shapes` has bytes; the iterator continues in the next shard."""
     left = sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype][0].itemsize
     with path.open("wb") as file:
         file.write(header(shapes, dtype))

@@ -1,7 +1,7 @@
 """A model as a workdir: its weights in one checkpoint of step 0 and its tokenizer, in the layout that training leaves.
 
 Orbax saves only arrays that stand in memory whole. So it saves a stand-in of the same tree with one number a parameter, which
-gives the files that describe a checkpoint, and the arrays are written block by block beside copies of those.
+gives the files that describe a checkpoint, and the arrays are written block by block next to copies of those.
 """
 
 import contextlib

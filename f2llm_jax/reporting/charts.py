@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from f2llm_jax.reporting.run_record import Line, RunRecord
 
 COLORS = ("#2f7ed8", "#e0702e", "#1a9e77", "#9a5fd0", "#d1405a", "#7d8590")  # told apart on white and on black
-INK = "#010203"  # stands for the colour of the text around a picture
+INK = "#010203"  # is replaced by the colour of the text around a picture
 WIDTH, HEIGHT = 4.8, 2.9  # inches of a chart; shown at about 72 pixels an inch
 SMOOTHING = 0.95  # of curves with one value an update
 LABELLED = 60  # languages that have a line of their own
@@ -85,8 +85,8 @@ def throughput(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def token_efficiency(runs: Sequence[RunRecord]) -> Figure | None:
-    """Real tokens over the token slots that the devices compute on, in per cent."""
-    return _curves(runs, lambda run: _points(run.timings, "token_efficiency", 100), "token slots with a real token, %", smooth=False)
+    """Real tokens over the padded tokens that the devices compute on, in per cent."""
+    return _curves(runs, lambda run: _points(run.timings, "token_efficiency", 100), "computed tokens that are real, %", smooth=False)
 
 
 def input_wait(runs: Sequence[RunRecord]) -> Figure | None:
@@ -218,7 +218,7 @@ def _dots(runs: Sequence[RunRecord], part: str, label: str) -> Figure | None:
     if not found or not next(iter(found.values()))[1]:
         return None
     after = next(iter(found.values()))[1]
-    names = sorted(after, key=lambda name: (after[name], name), reverse=True)  # the lowest stands on top
+    names = sorted(after, key=lambda name: (after[name], name), reverse=True)  # the lowest is on top
     figure, axes = _figure(height=max(HEIGHT, 0.19 * len(names) + 0.8))
     for run, color in zip(runs, colors(runs), strict=True):
         styles: tuple[dict[str, Any], ...] = ({"markerfacecolor": "none", "alpha": 0.6}, {"label": run.name})

@@ -1,4 +1,4 @@
-"""Runs on one page: self-contained HTML that follows the reader's light or dark theme, and every picture as a PNG beside it."""
+"""Runs on one page: self-contained HTML that follows the reader's light or dark theme, and every picture as a PNG next to it."""
 
 import dataclasses
 import pathlib
@@ -43,19 +43,19 @@ def write_report(workdirs: Sequence[epath.PathLike], out: pathlib.Path) -> pathl
     """
     check_new_folder(out, True, {str(workdir): workdir for workdir in workdirs})
     runs = read_runs(workdirs)
-    glances, missing, lines = {}, [], []
+    samples, missing, lines = {}, [], []
     for run, workdir, color in zip(runs, workdirs, charts.colors(runs), strict=True):
         parameters = None
         try:
             origin = find_model(str(workdir))
             parameters = count_parameters(origin.config)
-            glances[run.name] = sample_embeddings(load_encoder(origin), load_dataset(_data_folder(run, workdir)))
+            samples[run.name] = sample_embeddings(load_encoder(origin), load_dataset(_data_folder(run, workdir)))
         except UserError as error:
             missing.append(f"No picture of the space of {run.name}: {error}")
         lines.append(RunLine(run, parameters, color))
     kept = {run.name: read_goodput(workdir) for run, workdir in zip(runs, workdirs, strict=True)}
     goodputs = {name: found for name, found in kept.items() if found}
-    sections = {name: _charts(parts) for name, parts in _sections(runs, glances, goodputs).items()}
+    sections = {name: _charts(parts) for name, parts in _sections(runs, samples, goodputs).items()}
     content = page(lines, {name: found for name, found in sections.items() if found}, missing)
     with new_folder(out, PAGE, overwrite=True, inputs={str(workdir): workdir for workdir in workdirs}) as folder:
         for chart in (chart for found in sections.values() for chart in found):
@@ -68,7 +68,7 @@ def read_runs(workdirs: Sequence[epath.PathLike]) -> list[RunRecord]:
     """The runs under names that tell them apart: their folder's, or as much of the path as it takes.
 
     Raises:
-      ReportError: a workdir has no metrics, or stands there twice.
+      ReportError: a workdir has no metrics, or is given twice.
     """
     runs, paths = [read_record(workdir) for workdir in workdirs], [epath.Path(workdir).parts for workdir in workdirs]
     if empty := [str(workdir) for run, workdir in zip(runs, workdirs, strict=True) if not run.metrics]:
@@ -84,7 +84,7 @@ def _data_folder(run: RunRecord, workdir: epath.PathLike) -> epath.PathLike:
     return run.config.get("data", {}).get("folder") or epath.Path(workdir) / "data"
 
 
-def _sections(runs: Sequence[RunRecord], glances: Mapping[str, EmbeddingSample], goodputs: Mapping[str, Goodput]) -> dict[str, Parts]:
+def _sections(runs: Sequence[RunRecord], samples: Mapping[str, EmbeddingSample], goodputs: Mapping[str, Goodput]) -> dict[str, Parts]:
     in_batch = "Retrieval alone: each query against the positives of the whole batch."
     weighted = "As it enters the sum."
     padding = "The rest is padding, computed for nothing."
@@ -105,7 +105,7 @@ def _sections(runs: Sequence[RunRecord], glances: Mapping[str, EmbeddingSample],
             ("grad_norm", "Gradient norm", "Before clipping.", charts.by_update(runs, "grad_norm", "L2 norm", log=True)),
             ("learning_rate", "Learning rate", "", charts.learning_rate(runs)),
         ],
-        "The space": [part for number, item in enumerate(glances.items()) for part in _space(number, *item)],
+        "The space": [part for number, item in enumerate(samples.items()) for part in _space(number, *item)],
         "Speed": [
             ("throughput", "Throughput", "", charts.throughput(runs)),
             ("token_efficiency", "Token efficiency", padding, charts.token_efficiency(runs)),
@@ -119,11 +119,11 @@ def _charts(parts: Parts) -> list[Chart]:
     return [Chart(name, title, note, figure) for name, title, note, figure in parts if figure]
 
 
-def _space(number: int, name: str, glance: EmbeddingSample) -> Parts:
+def _space(number: int, name: str, sample: EmbeddingSample) -> Parts:
     """Pictures of one run's embeddings."""
-    apart = f"The less they overlap the better. Any positive is nearer than any hard negative in {glance.separation:.1%} of pairs."
-    similarities = charts.similarities(glance.positive_cosine, glance.negative_cosine) if len(glance.negative_cosine) else None
-    plane = charts.text_map(principal_plane(glance.query), glance.source)
+    apart = f"The less they overlap the better. Any positive is nearer than any hard negative in {sample.separation:.1%} of pairs."
+    similarities = charts.similarities(sample.positive_cosine, sample.negative_cosine) if len(sample.negative_cosine) else None
+    plane = charts.text_map(principal_plane(sample.query), sample.source)
     return [
         (f"similarities-{number}", f"Similarities: {name}", apart, similarities),
         (f"map-{number}", f"Map of held-out queries: {name}", "By source, in the plane of largest variance.", plane),

@@ -1,4 +1,4 @@
-"""What a run recorded beside its checkpoints, as far as it is there: read for the model card and for the report."""
+"""What a run recorded next to its checkpoints, where present: read for the model card and for the report."""
 
 import contextlib
 import dataclasses

@@ -55,7 +55,7 @@ def find(
 
 
 def teacher_digest(digest: Callable[[], str] | None, cached: TeacherCache | None) -> str:
-    """What stands for the teacher's weights, "" without one; read on the first host, the same on all."""
+    """What identifies the teacher's weights, "" without one; read on the first host, the same on all."""
     if cached:
         return cached.content.model
     if not digest:

@@ -196,7 +196,7 @@ def _train(
             stopping = not done and stop.before(step)
             saving |= (validating and bool(kept.best)) or (stopping and not resumed)
             if validating or saving:
-                recorder.flush()  # a checkpoint never knows more than the metrics beside it
+                recorder.flush()  # a checkpoint never knows more than the metrics next to it
             if validating:
                 if step in (0, first):
                     recorder.say("scoring held-out rows before training (the first time, this compiles the evaluation step)")

@@ -16,7 +16,7 @@ class Entry:
     """One parameter of ours and its Hugging Face name.
 
     Attributes:
-      path: where it stands in the decoder's state; under "layers" ours holds all layers on a leading axis L.
+      path: where it is in the decoder's state; under "layers" ours holds all layers on a leading axis L.
       name: the `Qwen3Model` tensor name, `{i}` for the layer, without the `model.` prefix of `Qwen3ForCausalLM`.
       order: our (one layer's) axes in the order of theirs, e.g. (1, 2, 0) if ours is DHE and theirs `[H*E, D]`.
       merged: how many of the reordered axes each of their axes holds, e.g. (2, 1) for `[H*E, D]`.
@@ -81,5 +81,5 @@ TABLE = (
     Entry(("norm",), "norm.weight", (0,), (1,)),
 )
 EMBEDDING = TABLE[0]
-# What stands for the embedding table where it is a product (low_rank.py), by ML-Embed's names. Qwen3 knows no such tensors.
+# What replaces the embedding table where it is a product (low_rank.py), by ML-Embed's names. Qwen3 knows no such tensors.
 LEFT, RIGHT = Entry(("embedding_left",), "U", (0, 1), (1, 1)), Entry(("embedding_right",), "V", (0, 1), (1, 1))
