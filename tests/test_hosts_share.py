@@ -1,10 +1,12 @@
 """Commands on all devices of a host, and of two hosts: the vectors of one device, the work dealt evenly, nothing twice after a kill."""
 
 import json
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +21,12 @@ from f2llm_jax.release import hf_folder
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
 
-# A command on so many devices, as one of several processes. It says on its last line how many texts it has encoded, and is killed
-# by itself after so many batches of them if asked.
+# A command on so many devices, as one of several processes. It writes to a file of its own how many texts it has encoded (standard
+# output is shared with Gloo, which prints when it likes), and is killed by itself after so many batches of them if asked.
 PROGRAM = """
 import json, os, signal, sys
 import jax
-devices, port, process, processes, kill_after, name, *flags = sys.argv[1:]
+result, devices, port, process, processes, kill_after, name, *flags = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
 if int(processes) > 1:
     jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
@@ -42,7 +44,8 @@ def counted(self, ids):
 encode.TextEncoder.encode_ids = counted
 import importlib
 code = importlib.import_module(f"f2llm_jax.{name}").main(flags)
-print(json.dumps({"code": code, "texts": sum(texts)}))
+with open(result, "w") as file:
+    json.dump({"code": code, "texts": sum(texts)}, file)
 """
 LINES = [
     f"{text} {i}" for i in range(40) for text in ("the cat sat", "die Katze saß auf der Matte " * (i % 5), "猫", "a dog", "on the mat")
@@ -63,19 +66,21 @@ def data(folder):
 
 
 def run(name, *flags, devices=1, processes=1, kill_after=0):
-    """What each process said on its last line; None for one that was killed."""
+    """What each process wrote at its end; None for one that was killed."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    words = [[sys.executable, "-c", PROGRAM, devices, port, i, processes, kill_after, name, *flags] for i in range(processes)]
-    running = [subprocess.Popen([str(w) for w in one], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for one in words]
-    outputs = [process.communicate(timeout=400) for process in running]
-    said = []
-    for process, (out, err) in zip(running, outputs, strict=True):
-        # Of two, the second may be ended by JAX before it kills itself.
-        assert process.returncode in ((-signal.SIGKILL, -signal.SIGABRT) if kill_after else (0,)), err
-        said.append(None if kill_after else json.loads(out.splitlines()[-1]))
-    return said
+    with tempfile.TemporaryDirectory() as results:
+        files = [pathlib.Path(results, f"{i}.json") for i in range(processes)]
+        words = [
+            [sys.executable, "-c", PROGRAM, file, devices, port, i, processes, kill_after, name, *flags] for i, file in enumerate(files)
+        ]
+        running = [subprocess.Popen([str(w) for w in one], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for one in words]
+        for process in running:
+            _, err = process.communicate(timeout=400)
+            # Of two, the second may be ended by JAX before it kills itself.
+            assert process.returncode in ((-signal.SIGKILL, -signal.SIGABRT) if kill_after else (0,)), err
+        return [None if kill_after else json.loads(file.read_text()) for file in files]
 
 
 def test_embed(folder):
