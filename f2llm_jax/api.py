@@ -22,11 +22,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from f2llm_jax import configuration
+from f2llm_jax.cli import configuration
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, StepData
 from f2llm_jax.data.records import Dataset, Kind, load_dataset
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import write_bytes
 from f2llm_jax.inference.encode import TextEncoder, load_encoder, truncate_and_normalize
 from f2llm_jax.inputs import folders
 from f2llm_jax.inputs.columns import Choice
@@ -34,6 +33,7 @@ from f2llm_jax.objectives import LossFunction
 from f2llm_jax.preparation.selection import Recipe, SplitBy
 from f2llm_jax.release import hf_folder
 from f2llm_jax.reporting.run_record import RunRecord, read_record
+from f2llm_jax.storage.files import write_bytes
 from f2llm_jax.text import find_tokenizer
 from f2llm_jax.training.loggers import Logger
 from f2llm_jax.training.run import run

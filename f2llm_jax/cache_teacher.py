@@ -8,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
-from f2llm_jax.command import command
-from f2llm_jax.progress import Progress
+from f2llm_jax.cli.arguments import COMPUTE, add_distributed, join_hosts, positive
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.progress import Progress
 
 
 @command("cache_teacher")
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     join_hosts(flags)
     from f2llm_jax.data.local_copy import local_dataset
-    from f2llm_jax.files import absolute, check_apart
     from f2llm_jax.inference.devices import local_mesh
     from f2llm_jax.inference.teacher import cache_teacher
+    from f2llm_jax.storage.files import absolute, check_apart
     from f2llm_jax.weights.models import find_model
 
     dataset, out = local_dataset(flags.data), absolute(flags.out)

@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.arguments import positive
-from f2llm_jax.command import command
-from f2llm_jax.configuration import parse_flags
+from f2llm_jax.cli.arguments import positive
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.configuration import parse_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed JAX would look for a TPU here
 

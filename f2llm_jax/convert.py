@@ -16,10 +16,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.command import command
+from f2llm_jax.cli.command import command
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import check_apart, check_new_file, write_json
 from f2llm_jax.release.flags import add_form_flags, form_of
+from f2llm_jax.storage.files import check_apart, check_new_file, write_json
 
 TOKEN_VARIABLE = "HF_TOKEN"  # as huggingface_hub reads it
 

@@ -5,7 +5,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.command import command
+from f2llm_jax.cli.command import command
 
 
 @command("demo_data")

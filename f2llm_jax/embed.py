@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
-from f2llm_jax.command import command
+from f2llm_jax.cli.arguments import COMPUTE, add_distributed, join_hosts, positive
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import check_apart, check_new_file, new_file
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.fields import TEXTS, read_fields
 from f2llm_jax.inputs.flags import add_column_flags
-from f2llm_jax.locks import lock
-from f2llm_jax.progress import Progress
+from f2llm_jax.storage.files import check_apart, check_new_file, new_file
+from f2llm_jax.storage.locks import lock
 
 
 @command("embed")

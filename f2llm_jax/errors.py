@@ -1,4 +1,4 @@
-"""The exceptions that a command turns into one line (see `f2llm_jax.command`)."""
+"""The exceptions that a command turns into one line (see `f2llm_jax.cli.command`)."""
 
 
 class UserError(ValueError):

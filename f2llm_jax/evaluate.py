@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts, positive
-from f2llm_jax.command import command
+from f2llm_jax.cli.arguments import COMPUTE, add_distributed, join_hosts, positive
+from f2llm_jax.cli.command import command
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.widths import FULL, parse_dims
 

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from f2llm_jax import configuration
-from f2llm_jax.arguments import positive
-from f2llm_jax.command import command
-from f2llm_jax.configuration import parse_flags
+from f2llm_jax.cli import configuration
+from f2llm_jax.cli.arguments import positive
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.configuration import parse_flags
 from f2llm_jax.errors import UserError
 
 if TYPE_CHECKING:

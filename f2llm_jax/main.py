@@ -8,9 +8,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.arguments import count, positive
-from f2llm_jax.command import command
-from f2llm_jax.configuration import parse_flags
+from f2llm_jax.cli.arguments import count, positive
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.configuration import parse_flags
 
 
 @command("main")

@@ -8,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.command import command
-from f2llm_jax.files import check_apart
+from f2llm_jax.cli.command import command
 from f2llm_jax.release.flags import add_form_flags, form_of
+from f2llm_jax.storage.files import check_apart
 
 LAST = 5  # the published trainer keeps its last five "for ckpt merging"
 

@@ -10,14 +10,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from f2llm_jax.arguments import add_distributed, join_hosts
-from f2llm_jax.command import command
+from f2llm_jax.cli.arguments import add_distributed, join_hosts
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.inputs.judged import read_documents
 from f2llm_jax.mining import builders, inputs
 from f2llm_jax.mining.selection import Rules
-from f2llm_jax.progress import Progress
 
 
 @command("mine")

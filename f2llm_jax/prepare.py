@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from f2llm_jax.arguments import positive, share
-from f2llm_jax.command import command
+from f2llm_jax.cli.arguments import positive, share
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.flags import add_column_flags, pair
 from f2llm_jax.preparation.catalogue import CAP, COMPOSITE, load_catalogue
 from f2llm_jax.preparation.selection import VALIDATION_SHARE, Recipe
 from f2llm_jax.preparation.sources import find_sources, unused
-from f2llm_jax.progress import Progress
 from f2llm_jax.text import find_tokenizer
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from f2llm_jax.command import command
-from f2llm_jax.files import check_apart
-from f2llm_jax.progress import Progress
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.pruning.choice import CHANNELS_BY, LAYERS_BY, Method
 from f2llm_jax.release.flags import add_form_flags, form_of
+from f2llm_jax.storage.files import check_apart
 
 
 @command("prune")

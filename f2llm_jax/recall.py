@@ -11,13 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from f2llm_jax.arguments import COMPUTE, add_distributed, join_hosts
-from f2llm_jax.command import command
+from f2llm_jax.cli.arguments import COMPUTE, add_distributed, join_hosts
+from f2llm_jax.cli.command import command
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.files import check_apart, check_new_file, write_json
 from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.flags import add_column_flags
-from f2llm_jax.progress import Progress
+from f2llm_jax.storage.files import check_apart, check_new_file, write_json
 
 if TYPE_CHECKING:
     from f2llm_jax.evaluation.held_out import Search

@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from f2llm_jax import hf_settings
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote, read_json, write_json, write_text
+from f2llm_jax.storage.files import is_remote, read_json, write_json, write_text
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery: "
 _INSTRUCTION = re.compile(r"\AInstruct: .*?\nQuery: ?", re.DOTALL)

@@ -11,8 +11,9 @@ import ml_collections
 import pytest
 
 import f2llm_jax
-from f2llm_jax import __main__, configuration
+from f2llm_jax import __main__
 from f2llm_jax.__main__ import COMMANDS
+from f2llm_jax.cli import configuration
 from f2llm_jax.configs import common, ml_embed, stage1, stage2
 from f2llm_jax.data.pipeline import BatchConfig
 from f2llm_jax.errors import UserError

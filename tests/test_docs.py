@@ -13,8 +13,8 @@ import pytest
 import yaml
 from small_runs import environment
 
-from f2llm_jax import configuration
 from f2llm_jax.__main__ import COMMANDS
+from f2llm_jax.cli import configuration
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"

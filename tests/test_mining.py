@@ -11,12 +11,12 @@ import pytest
 from small_mining import LOOSE, assert_same, export_model, run, shrink, shrink_all, text, write_pairs
 
 from f2llm_jax import sharding
-from f2llm_jax.command import INTERRUPTED
+from f2llm_jax.cli.command import INTERRUPTED
 from f2llm_jax.mining import search, selection
 from f2llm_jax.mining.nearest import nearest
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.preparation.sources import find_sources
-from f2llm_jax.vectors import VectorStore
+from f2llm_jax.storage.vectors import VectorStore
 
 
 @pytest.fixture(scope="module")

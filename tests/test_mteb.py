@@ -21,15 +21,15 @@ from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
 from mteb.types import PromptType
 
 from f2llm_jax import evaluate
-from f2llm_jax.command import INTERRUPTED
+from f2llm_jax.cli.command import INTERRUPTED
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.evaluation.local_tasks import _whole_gains, read_manifest
-from f2llm_jax.files import FileError
 from f2llm_jax.inference import encode
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.release import hf_folder
+from f2llm_jax.storage.files import FileError
 from f2llm_jax.text import INSTRUCTION_TEMPLATE
 from f2llm_jax.weights.digest import model_digest
 

@@ -15,10 +15,10 @@ import transformers
 
 from f2llm_jax import convert, text
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import write_json
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.release import hf_folder
 from f2llm_jax.release.verify import compare
+from f2llm_jax.storage.files import write_json
 from f2llm_jax.weights import chunks
 from f2llm_jax.weights.hf_mapping import TABLE
 from f2llm_jax.weights.models import find_model

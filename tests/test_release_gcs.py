@@ -14,8 +14,8 @@ import tiny
 from etils import epath
 
 from f2llm_jax import convert, prune
-from f2llm_jax.folders import INCOMPLETE, MADE
 from f2llm_jax.release import hf_folder
+from f2llm_jax.storage.folders import INCOMPLETE, MADE
 
 SHARDS = ("--max-shard-size", "100KB", "--no-golden")
 

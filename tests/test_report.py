@@ -11,12 +11,12 @@ import pytest
 import tiny
 
 from f2llm_jax import report
-from f2llm_jax.files import write_json
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.reporting import charts
 from f2llm_jax.reporting.embedding_sample import principal_plane, sample_embeddings
 from f2llm_jax.reporting.run_record import RunRecord
+from f2llm_jax.storage.files import write_json
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.step import TrainState
 

@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from f2llm_jax.command import EXTRAS
+from f2llm_jax.cli.command import EXTRAS
 from f2llm_jax.jax_version import LAST_TESTED
 
 ROOT = pathlib.Path(__file__).parents[1]

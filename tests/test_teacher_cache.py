@@ -8,15 +8,15 @@ import pytest
 import tiny
 
 from f2llm_jax import cache_teacher as command
-from f2llm_jax import files
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCacheError
 from f2llm_jax.inference import teacher
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.release import hf_folder
+from f2llm_jax.storage import files
+from f2llm_jax.storage.vectors import VectorStore
 from f2llm_jax.text import truncate
-from f2llm_jax.vectors import VectorStore
 
 MAX_LENGTH, DIMS, SHARD = 12, 48, 512
 

@@ -10,9 +10,9 @@ import pytest
 import small_data
 from small_runs import OVERRIDES, STEPS, TRAIN, assert_same_weights, environment, losses, metrics, train_command
 
-from f2llm_jax import files
 from f2llm_jax.configs import stage2
 from f2llm_jax.errors import UserError
+from f2llm_jax.storage import files
 from f2llm_jax.training.provenance import ResumeError
 from f2llm_jax.training.resuming import AS_IT_WAS, Resume
 from f2llm_jax.training.run import run

@@ -17,7 +17,7 @@ from typing import Literal
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import check_name, is_remote, read_json, write_json
+from f2llm_jax.storage.files import check_name, is_remote, read_json, write_json
 
 DONE_FILE = "chain.json"
 LOCK_FILE = "chain.lock"

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from f2llm_jax.chain.links import Link, run
 from f2llm_jax.data.records import Dataset, load_dataset
 from f2llm_jax.evaluation.held_out import accuracies
-from f2llm_jax.files import read_json, write_bytes, write_json, write_text
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.sizes import SIZES
+from f2llm_jax.storage.files import read_json, write_bytes, write_json, write_text
 from f2llm_jax.weights.models import find_model
 
 SOURCE, TEACHER, CACHE = "source", "teacher", "teacher-vectors"

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from f2llm_jax import files
 from f2llm_jax.compilation.topology import GIB
+from f2llm_jax.storage import files
 
 LEAST_REAL = 0.7  # share of real tokens below which a user is warned
 

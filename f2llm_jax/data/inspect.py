@@ -14,7 +14,7 @@ from etils import epath
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from f2llm_jax.command import command
+from f2llm_jax.cli.command import command
 from f2llm_jax.data import records
 from f2llm_jax.data.order import Order, Sampling
 from f2llm_jax.data.packing import Packing

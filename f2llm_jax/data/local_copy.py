@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from f2llm_jax.data.records import COMPLETE, Dataset, load_dataset
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote, read_json, write_json
+from f2llm_jax.storage.files import is_remote, read_json, write_json
 
 PART_BYTES = 2**24  # of a request: long against its latency, small against a host's memory
 THREADS = 32  # requests at once, each with its part in memory

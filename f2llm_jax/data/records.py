@@ -30,8 +30,8 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from f2llm_jax import files
 from f2llm_jax.errors import UserError
+from f2llm_jax.storage import files
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 2

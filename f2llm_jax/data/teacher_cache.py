@@ -1,6 +1,6 @@
 """Teacher vectors on disk: computed once for every stored text, read with the texts.
 
-A cache is a folder: `begun.json` and, once it is complete, `cache.json` say what the vectors are; a store (see `f2llm_jax.vectors`)
+A cache is a folder: `begun.json` and, once it is complete, `cache.json` say what the vectors are; a store (see `f2llm_jax.storage.vectors`)
 holds, for each source and split, files of `SHARD_TEXTS` vectors in the order of the dataset's records. A file is whole or absent, so an
 interrupted run resumes where it stopped and several hosts can share the work.
 """
@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 
 from f2llm_jax.data.records import SPLITS, Dataset
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import read_json, write_json
-from f2llm_jax.vectors import VectorStore
+from f2llm_jax.storage.files import read_json, write_json
+from f2llm_jax.storage.vectors import VectorStore
 
 SHARD_TEXTS = 8192
 CHECKED_SHARDS = 16  # read whole when a cache is opened; the others when they are first used

@@ -29,11 +29,11 @@ from etils import epath
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.instructions import near
-from f2llm_jax.files import read_json
 from f2llm_jax.inputs.columns import Choice, Form
 from f2llm_jax.inputs.fields import Fields, Kind, read_fields
 from f2llm_jax.inputs.folders import table_paths
 from f2llm_jax.inputs.judged import Judged, beir_paths, read_judged
+from f2llm_jax.storage.files import read_json
 
 DEFAULT_LANGUAGES = ("mul-Zyyy",)
 OPTIONAL = ("name", "type", "instruction", "description", "languages", "columns", "ignore_columns")

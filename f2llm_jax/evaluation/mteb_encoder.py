@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.inference.encode import truncate_and_normalize
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.progress import Progress
 from f2llm_jax.weights.models import ModelSource
 
 MEGABYTE = 2**20

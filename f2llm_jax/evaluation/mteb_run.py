@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.instructions import near
 from f2llm_jax.evaluation.mteb_encoder import Conditions, MtebEncoder, meta_code
-from f2llm_jax.files import write_text
 from f2llm_jax.inference.devices import all_here, is_first
 from f2llm_jax.inference.vector_cache import CachedEncoder
-from f2llm_jax.progress import Progress
+from f2llm_jax.storage.files import write_text
 
 LOADER_TEXTS = 1024  # texts a batch of mteb's data loader; our encoder makes its own batches
 

@@ -7,12 +7,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
+from f2llm_jax.cli.progress import ProgressCallback
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.inputs import folders, judged, pairs
 from f2llm_jax.inputs.columns import BY_NAME, Choice
-from f2llm_jax.progress import ProgressCallback
 
 QUERIES_AT_ONCE = 1024  # bounds the score matrix
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
+from f2llm_jax.cli.progress import ProgressCallback
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.by_layer import check_ids
@@ -23,7 +24,6 @@ from f2llm_jax.model import attention
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.encoder import chunk_encoder
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.progress import ProgressCallback
 from f2llm_jax.text import Tokenizer, truncate
 from f2llm_jax.weights.models import LoadableModel
 

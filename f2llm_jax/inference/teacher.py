@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from f2llm_jax.cli.progress import ProgressCallback, silent
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.data.teacher_cache import CachedVectors, TeacherCacheError
 from f2llm_jax.inference.devices import all_here, is_first
 from f2llm_jax.inference.encode import TextEncoder
-from f2llm_jax.locks import lock
-from f2llm_jax.progress import ProgressCallback, silent
+from f2llm_jax.storage.locks import lock
 from f2llm_jax.text import truncate
 from f2llm_jax.weights.digest import model_digest
 from f2llm_jax.weights.models import LoadableModel

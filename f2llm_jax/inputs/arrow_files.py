@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote
 from f2llm_jax.inputs.cells import Cells, is_list, is_text
+from f2llm_jax.storage.files import is_remote
 
 # A row may carry 65 documents of thousands of characters, so few rows a block keep memory small; texts enough for a tokenizer.
 BLOCK_ROWS = 1_000

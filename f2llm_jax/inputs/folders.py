@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import read_json
 from f2llm_jax.inputs.tables import SUFFIXES, File, open_file, split_suffix
+from f2llm_jax.storage.files import read_json
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\Z")
 _PARTITION = re.compile(r"([^=]+)=(.*)\Z")

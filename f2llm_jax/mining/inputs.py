@@ -9,9 +9,9 @@ import pyarrow as pa
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import check_name
 from f2llm_jax.inputs import folders, pairs
 from f2llm_jax.inputs.columns import BY_NAME, Choice
+from f2llm_jax.storage.files import check_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,8 @@ from etils import epath
 
 from f2llm_jax import sharding
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import check_apart, read_json
-from f2llm_jax.folders import INCOMPLETE, check_new_folder, check_whole, new_folder
 from f2llm_jax.inference.devices import all_here, local_mesh
 from f2llm_jax.inference.encode import load_encoder
-from f2llm_jax.locks import lock
 from f2llm_jax.mining import writing
 from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, make_pool
@@ -26,6 +23,9 @@ from f2llm_jax.mining.rows import mined
 from f2llm_jax.mining.search import ProgressCallback, Searched, search
 from f2llm_jax.mining.selection import Rules
 from f2llm_jax.mining.vectors import ShardedVectors, made_by
+from f2llm_jax.storage.files import check_apart, read_json
+from f2llm_jax.storage.folders import INCOMPLETE, check_new_folder, check_whole, new_folder
+from f2llm_jax.storage.locks import lock
 from f2llm_jax.weights.models import LoadableModel
 
 

@@ -1,4 +1,4 @@
-"""Unit vectors of a pool's texts, in shards of consecutive texts (see `f2llm_jax.vectors`).
+"""Unit vectors of a pool's texts, in shards of consecutive texts (see `f2llm_jax.storage.vectors`).
 
 A shard is named by its texts, so runs over the same texts share it. It is encoded by itself: its vectors do not depend on how shards
 are dealt out over processes.
@@ -13,7 +13,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
-from f2llm_jax.vectors import VectorStore, texts_digest
+from f2llm_jax.storage.vectors import VectorStore, texts_digest
 from f2llm_jax.weights.digest import model_digest
 from f2llm_jax.weights.models import LoadableModel
 

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from etils import epath
 from matplotlib.figure import Figure
 
-from f2llm_jax.files import write_json, write_text
-from f2llm_jax.folders import new_folder
 from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, Rows
 from f2llm_jax.mining.rows import MinedRows
+from f2llm_jax.storage.files import write_json, write_text
+from f2llm_jax.storage.folders import new_folder
 
 EXAMPLES, SHOWN_NEGATIVES, SHOWN_TEXT = 10, 5, 300
 BINS = np.linspace(-1, 1, 201)

@@ -43,9 +43,9 @@ from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from f2llm_jax import text
-from f2llm_jax.files import write_json
-from f2llm_jax.folders import new_folder
 from f2llm_jax.preparation.library_code import Function, library_functions
+from f2llm_jax.storage.files import write_json
+from f2llm_jax.storage.folders import new_folder
 
 TASKS = {"cldr_bitext": "retrieval", "cldr_kind": "clustering", "script_direction": "classification", "python_code": "retrieval"}
 INSTRUCTIONS = {

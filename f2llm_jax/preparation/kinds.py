@@ -7,9 +7,9 @@ from etils import epath
 
 from f2llm_jax.data.records import Kind
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import read_json
 from f2llm_jax.inputs.pairs import PairFile, read_pairs
 from f2llm_jax.preparation.catalogue import KINDS
+from f2llm_jax.storage.files import read_json
 
 FEW_LABELS = 32  # distinct passages and negatives of a source that is taken for classification, at most
 ROWS_A_LABEL = 4  # and rows for each of them, at least

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from f2llm_jax import files
 from f2llm_jax.data import records
+from f2llm_jax.storage import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,12 +21,12 @@ from multiprocessing import connection
 from etils import epath
 
 from f2llm_jax.data import records
-from f2llm_jax.files import check_apart, check_name, is_remote, plain
-from f2llm_jax.folders import check_ours, files_in, mark, replace_folder
-from f2llm_jax.locks import lock
 from f2llm_jax.preparation import encoding, summary
 from f2llm_jax.preparation.selection import Recipe, choose_rows
 from f2llm_jax.preparation.sources import Source
+from f2llm_jax.storage.files import check_apart, check_name, is_remote, plain
+from f2llm_jax.storage.folders import check_ours, files_in, mark, replace_folder
+from f2llm_jax.storage.locks import lock
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 NEEDED = ("apache_beam", "matplotlib")  # packages of the extra `prepare`

@@ -20,13 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import PackedTexts
+from f2llm_jax.cli.progress import ProgressCallback
 from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.by_layer import ENTRIES, lookup
 from f2llm_jax.model.decoder import abstract_layer, apply_layer, rms_norm
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.progress import ProgressCallback
 from f2llm_jax.text import truncate
 from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters

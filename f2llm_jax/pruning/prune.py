@@ -4,10 +4,10 @@ import dataclasses
 
 import jax
 
+from f2llm_jax.cli.progress import ProgressCallback, silent
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.progress import ProgressCallback, silent
 from f2llm_jax.pruning.calibration import Activations, draw_texts, measure
 from f2llm_jax.pruning.choice import Choice, Method, choose
 from f2llm_jax.pruning.cut import cut

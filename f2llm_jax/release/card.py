@@ -9,9 +9,9 @@ import huggingface_hub
 from etils import epath
 
 from f2llm_jax import __version__, text
-from f2llm_jax.files import write_text
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.reporting.run_record import RunRecord, read_record
+from f2llm_jax.storage.files import write_text
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.models import ModelSource
 

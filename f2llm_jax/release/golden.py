@@ -11,10 +11,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from f2llm_jax.files import read_json
 from f2llm_jax.inference.by_layer import encode_by_layer
 from f2llm_jax.inference.encode import truncate_and_normalize
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.storage.files import read_json
 from f2llm_jax.text import Tokenizer
 from f2llm_jax.weights.hf_mapping import Entry
 from f2llm_jax.weights.parameters import Parameters

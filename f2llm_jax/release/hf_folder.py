@@ -10,14 +10,14 @@ from typing import Any
 
 from etils import epath
 
-from f2llm_jax.files import write_json, write_text
-from f2llm_jax.folders import check_new_folder, new_folder
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.model.decoder import INITIALIZER_RANGE
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.progress import Progress
 from f2llm_jax.release import card, sentence_transformers
 from f2llm_jax.release.golden import GOLDEN_FILE, golden_vectors
 from f2llm_jax.release.safetensors import DTYPES, stored_bytes, write_factors, write_weights
+from f2llm_jax.storage.files import write_json, write_text
+from f2llm_jax.storage.folders import check_new_folder, new_folder
 from f2llm_jax.text import Tokenizer, query_prompt
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.factors import FILE

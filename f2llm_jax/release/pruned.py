@@ -13,11 +13,11 @@ import io
 import numpy as np
 from etils import epath
 
-from f2llm_jax.files import workdir_path, write_json
-from f2llm_jax.folders import check_new_folder, new_folder
 from f2llm_jax.pruning.picture import spectrum
 from f2llm_jax.pruning.prune import Pruned
 from f2llm_jax.release import hf_folder, workdir
+from f2llm_jax.storage.files import workdir_path, write_json
+from f2llm_jax.storage.folders import check_new_folder, new_folder
 
 FACTS_FILE = "pruning.json"
 MODEL_FOLDER = "model"

@@ -6,9 +6,9 @@ import pathlib
 import huggingface_hub
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import holds
-from f2llm_jax.folders import INCOMPLETE
 from f2llm_jax.release.sentence_transformers import MODULES_FILE
+from f2llm_jax.storage.files import holds
+from f2llm_jax.storage.folders import INCOMPLETE
 
 TOKEN_VARIABLE = "HF_TOKEN"
 

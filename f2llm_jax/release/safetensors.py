@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import write_json
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.storage.files import write_json
 from f2llm_jax.weights.hf_mapping import LEFT, RIGHT, Entry
 from f2llm_jax.weights.parameters import Parameters, Shape, blocks, hf_tensors, parameter_shapes
 

@@ -9,8 +9,8 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax import __version__
-from f2llm_jax.files import write_bytes, write_json
 from f2llm_jax.release.safetensors import header
+from f2llm_jax.storage.files import write_bytes, write_json
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 
 MODULES_FILE = "modules.json"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import read_json
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.release.golden import GOLDEN_FILE, TEXTS, GoldenVectors, read_golden
+from f2llm_jax.storage.files import read_json
 from f2llm_jax.weights.models import LoadableModel, find_model
 
 REQUIRED_FLOAT32 = 0.99999  # worst cosine of all texts

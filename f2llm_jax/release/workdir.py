@@ -15,10 +15,10 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.files import FileError, seal, workdir_path
-from f2llm_jax.folders import new_folder
+from f2llm_jax.cli.progress import Progress
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.progress import Progress
+from f2llm_jax.storage.files import FileError, seal, workdir_path
+from f2llm_jax.storage.folders import new_folder
 from f2llm_jax.weights import checkpoint_reader, chunks
 from f2llm_jax.weights.checkpoint_reader import array_spec
 from f2llm_jax.weights.models import ModelSource

@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 
 from f2llm_jax.data.records import load_dataset
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import write_bytes, write_text
-from f2llm_jax.folders import check_new_folder, new_folder
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.reporting import charts
@@ -18,6 +16,8 @@ from f2llm_jax.reporting.embedding_sample import EmbeddingSample, principal_plan
 from f2llm_jax.reporting.goodput import Goodput, goodput_chart, read_goodput
 from f2llm_jax.reporting.page import Chart, RunLine, page
 from f2llm_jax.reporting.run_record import RunRecord, read_record
+from f2llm_jax.storage.files import write_bytes, write_text
+from f2llm_jax.storage.folders import check_new_folder, new_folder
 from f2llm_jax.weights.models import find_model
 
 PAGE = "report.html"

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from f2llm_jax.files import read_json
+from f2llm_jax.storage.files import read_json
 
 Line = Mapping[str, Any]
 

@@ -24,8 +24,8 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from f2llm_jax import sharding
 from f2llm_jax.errors import DivergedError, UserError
-from f2llm_jax.files import absolute, plain, seal
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.storage.files import absolute, plain, seal
 from f2llm_jax.training.step import TrainState
 from f2llm_jax.weights import chunks
 from f2llm_jax.weights.checkpoint_check import checkpoint_damage, good_steps

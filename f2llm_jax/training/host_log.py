@@ -7,7 +7,7 @@ from types import TracebackType
 from etils import epath
 
 from f2llm_jax.errors import Preempted, UserError
-from f2llm_jax.files import is_remote, naming, write_text
+from f2llm_jax.storage.files import is_remote, naming, write_text
 
 
 class HostLog:

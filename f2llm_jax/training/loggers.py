@@ -17,7 +17,7 @@ import ml_collections
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote
+from f2llm_jax.storage.files import is_remote
 
 Logger = Callable[[int, Mapping[str, Any]], None]
 PROJECT = "f2llm-jax"  # where the environment names none

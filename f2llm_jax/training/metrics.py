@@ -19,9 +19,9 @@ from etils import epath
 from tqdm import tqdm
 
 from f2llm_jax.errors import DivergedError
-from f2llm_jax.files import is_remote, naming, write_text
 from f2llm_jax.model.flops import PEAK_FLOPS
 from f2llm_jax.objectives import Mean
+from f2llm_jax.storage.files import is_remote, naming, write_text
 from f2llm_jax.training.loggers import Logger
 from f2llm_jax.training.source_means import SourceMeans
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from f2llm_jax.command import INTERRUPTED
+from f2llm_jax.cli.command import INTERRUPTED
 
 
 class StopRequest:

@@ -17,7 +17,7 @@ from etils import epath
 
 from f2llm_jax.data.records import COMPLETE, Dataset
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import plain, read_json, write_json
+from f2llm_jax.storage.files import plain, read_json, write_json
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 HISTORY = "history"

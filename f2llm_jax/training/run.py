@@ -23,12 +23,12 @@ from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import COMPLETE, Dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import Preempted, UserError
-from f2llm_jax.files import workdir_path
-from f2llm_jax.folders import check_whole
-from f2llm_jax.locks import lock
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.objectives import LossFunction
+from f2llm_jax.storage.files import workdir_path
+from f2llm_jax.storage.folders import check_whole
+from f2llm_jax.storage.locks import lock
 from f2llm_jax.training import automatic, checkpoint, hosts, loggers, program, resuming, start
 from f2llm_jax.training.held_out import draw
 from f2llm_jax.training.host_log import HostLog

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from f2llm_jax.files import is_remote, write_text
+from f2llm_jax.storage.files import is_remote, write_text
 
 FOLDER = "time"
 STORED_EVERY = 60.0  # seconds between two uploads where files cannot grow

@@ -4,7 +4,7 @@ import tensorstore as ts
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import read_json, unseal
+from f2llm_jax.storage.files import read_json, unseal
 from f2llm_jax.weights.checkpoint_reader import file_store
 
 BLOCK_BYTES = 2**28  # of an array in memory at once

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from orbax.checkpoint import v1 as ocp
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import FileError, absolute, is_remote, read_json, unseal
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.storage.files import FileError, absolute, is_remote, read_json, unseal
 from f2llm_jax.weights import chunks
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.hf_mapping import Entry

@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from f2llm_jax import hf_settings
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import read_json
 from f2llm_jax.hf_settings import Note
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.storage.files import read_json
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 
 DEFAULT_ROPE_THETA = 10_000.0  # transformers 4 and 5 where no file names one

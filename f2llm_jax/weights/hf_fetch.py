@@ -11,8 +11,8 @@ import time
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import absolute, is_remote, new_file
-from f2llm_jax.folders import INCOMPLETE, new_folder
+from f2llm_jax.storage.files import absolute, is_remote, new_file
+from f2llm_jax.storage.folders import INCOMPLETE, new_folder
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*/config.json", "*/model.safetensors")  # of a model and its modules
 CACHE = pathlib.Path("~/.cache/f2llm_jax")

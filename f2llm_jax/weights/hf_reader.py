@@ -16,9 +16,9 @@ from flax import nnx
 from safetensors import safe_open
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.folders import MADE, check_whole
 from f2llm_jax.model.decoder import abstract_decoder
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.storage.folders import MADE, check_whole
 from f2llm_jax.weights.factors import FILE
 from f2llm_jax.weights.hf_mapping import EMBEDDING, Entry
 from f2llm_jax.weights.parameters import Shape, hf_tensors, parameter_shapes

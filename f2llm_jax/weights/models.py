@@ -8,9 +8,9 @@ from etils import epath
 from flax import nnx
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import absolute
 from f2llm_jax.hf_settings import Note
 from f2llm_jax.model.sizes import DecoderConfig
+from f2llm_jax.storage.files import absolute
 from f2llm_jax.text import Tokenizer, load_tokenizer
 from f2llm_jax.weights import checkpoint_reader, hf_config, hf_fetch, hf_reader
 from f2llm_jax.weights.embedding_config import EmbeddingConfig

@@ -3,8 +3,8 @@
 import pytest
 import world as worlds
 
-from f2llm_jax import files
 from f2llm_jax.data import records
+from f2llm_jax.storage import files
 
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),

@@ -8,11 +8,11 @@ import pytest
 import world as worlds
 from small_runs import metrics
 
-from f2llm_jax import files, folders
 from f2llm_jax.data import records
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.vector_cache import VectorCache
+from f2llm_jax.storage import files, folders
 from f2llm_jax.weights.checkpoint_check import checkpoint_damage, good_steps
 from f2llm_jax.weights.models import find_model
 

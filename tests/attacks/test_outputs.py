@@ -14,9 +14,9 @@ import pytest
 import world as worlds
 from small_runs import environment
 
-from f2llm_jax import files, folders, locks
 from f2llm_jax.data import records
 from f2llm_jax.errors import UserError
+from f2llm_jax.storage import files, folders, locks
 
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")),
@@ -160,7 +160,7 @@ def test_an_input_is_never_the_output(world, number):
 
 HOLDER = """
 import sys, time
-from f2llm_jax import locks
+from f2llm_jax.storage import locks
 with locks.lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

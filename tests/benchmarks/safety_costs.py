@@ -21,12 +21,13 @@ import numpy as np
 import small_data
 from etils import epath
 
-from f2llm_jax import files, folders, prepare
+from f2llm_jax import prepare
 from f2llm_jax.data import records
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.preparation import shards, writing
+from f2llm_jax.storage import files, folders
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.optimizer import OptimizerConfig
 from f2llm_jax.training.program import fresh_state

@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import Float
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import plain, read_array, write_array, write_json
+from f2llm_jax.storage.files import plain, read_array, write_array, write_json
 
 DTYPES = ("float32", "float16")
 

@@ -23,9 +23,9 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from f2llm_jax import command
+from f2llm_jax.cli import command
 from f2llm_jax.errors import UserError
-from f2llm_jax.files import is_remote, naming
+from f2llm_jax.storage.files import is_remote, naming
 
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 45.0  # without a renewal: several of them failed, so the holder is gone

@@ -17,8 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 import fsspec
 from etils import epath
 
-from f2llm_jax import __version__, command, locks
-from f2llm_jax.files import FileError, check_apart, file_digest, is_remote, naming, read_json, write_json
+from f2llm_jax import __version__
+from f2llm_jax.cli import command
+from f2llm_jax.storage import locks
+from f2llm_jax.storage.files import FileError, check_apart, file_digest, is_remote, naming, read_json, write_json
 
 MADE = ".made_by_f2llm_jax.json"
 INCOMPLETE = ".incomplete_f2llm_jax.json"
