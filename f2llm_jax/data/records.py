@@ -31,7 +31,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.storage import files
+from f2llm_jax.storage import arrays, files
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 2
@@ -177,7 +177,7 @@ class Dataset:
         """The tables of "train" or "validation"; memory-mapped where the folder is local."""
         folder = tables_folder(self.folder, source)
         names = (f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length")
-        return SplitTables(*(files.read_array(folder / f"{name}.npy", salt=f"{source}/{name}") for name in names))
+        return SplitTables(*(arrays.read_array(folder / f"{name}.npy", salt=f"{source}/{name}") for name in names))
 
     def reader(self, source: str, split: str) -> Reader:
         """A reader of queries ("train", "validation") or of documents ("corpus")."""

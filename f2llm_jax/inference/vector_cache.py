@@ -1,6 +1,6 @@
 """Raw vectors of single texts on disk, so that no evaluation encodes a text twice: not after a kill, not for another width or task.
 
-Next to each file of vectors in the store (see `f2llm_jax.storage.vectors`) lie the digests of their texts, `NAME.keys`, written after it. Files
+Next to each file of vectors in the store (see `storage.vectors`) lie the digests of their texts, `NAME.keys`, written after it. Files
 have random names and never change, so several evaluations may fill the same cache.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from f2llm_jax.cli.progress import ProgressCallback
 from f2llm_jax.inference.devices import all_here, is_mine
 from f2llm_jax.inference.encode import TextEncoder
-from f2llm_jax.storage.files import read_array, write_array
+from f2llm_jax.storage.arrays import read_array, write_array
 from f2llm_jax.storage.vectors import VectorStore, unique_name
 
 KEY_BYTES = 16

@@ -18,7 +18,7 @@ from f2llm_jax.inference.devices import all_here
 from f2llm_jax.mining.nearest import BLOCK_DOCUMENTS, NONE, nearest
 from f2llm_jax.mining.pool import Pool
 from f2llm_jax.mining.vectors import SHARD_TEXTS, Shard, ShardedVectors
-from f2llm_jax.storage.files import read_arrays, write_arrays
+from f2llm_jax.storage.arrays import read_arrays, write_arrays
 
 QUERY_SHARDS = 2  # of vectors, searched with at once: what a killed search loses, and how seldom the documents are read again
 

@@ -28,7 +28,8 @@ from f2llm_jax.preparation.cleaning import Rows
 from f2llm_jax.preparation.encoding import Encoder, drop_same_ids, load
 from f2llm_jax.preparation.selection import Rules, choose_rows, document_key, read_rows
 from f2llm_jax.preparation.sources import Part, Source
-from f2llm_jax.storage.files import is_remote, new_file, read_arrays, write_arrays, write_json
+from f2llm_jax.storage.arrays import read_arrays, write_arrays
+from f2llm_jax.storage.files import is_remote, new_file, write_json
 
 BUCKET_TEXTS = 500_000  # of a source, repeats included, that one bucket takes
 SPILL_TOKENS = 4_000_000  # held by a worker before it writes them to the buckets

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax.data import records
-from f2llm_jax.storage import files
+from f2llm_jax.storage import arrays, files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def _token_lengths(folder: epath.Path, source: records.SourceInfo) -> np.ndarray
     """Number of texts (queries, distinct documents) of each length, int64 `[longest + 1]`."""
     target = records.tables_folder(folder, source.name)
     paths = [target / f"{split}.query_length.npy" for split in records.QUERY_SPLITS] + [target / f"{records.CORPUS}.length.npy"]
-    tables = [files.read_array(path, salt=f"{source.name}/{path.name.removesuffix('.npy')}") for path in paths]
+    tables = [arrays.read_array(path, salt=f"{source.name}/{path.name.removesuffix('.npy')}") for path in paths]
     blocks = [table[start : start + BLOCK_TEXTS] for table in tables for start in range(0, len(table), BLOCK_TEXTS)]
     counts = [np.bincount(block) for block in blocks]
     total = np.zeros(max(map(len, counts)), np.int64)

@@ -16,7 +16,8 @@ from etils import epath
 from f2llm_jax.data import records
 from f2llm_jax.preparation.shards import CUT, SPECIAL, SPELLED, shard_name
 from f2llm_jax.preparation.sources import Source
-from f2llm_jax.storage.files import new_array, read_arrays, read_json, write_json
+from f2llm_jax.storage.arrays import new_array, read_arrays
+from f2llm_jax.storage.files import read_json, write_json
 
 STREAMED_ROWS = 65_536
 

@@ -16,7 +16,8 @@ from etils import epath
 from jaxtyping import Float
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.storage.files import plain, read_array, write_array, write_json
+from f2llm_jax.storage.arrays import read_array, write_array
+from f2llm_jax.storage.files import plain, write_json
 
 DTYPES = ("float32", "float16")
 
