@@ -10,7 +10,7 @@ import torch
 from random_samples import DIMS, B, D, N, masks, of, random_embeddings
 from scipy.special import log_softmax, logsumexp
 
-from f2llm_jax.objectives import ContrastiveConfig, Embeddings, Objective, contrastive, total
+from f2llm_jax.objectives import ContrastiveConfig, Embeddings, Objective, candidates, total
 from f2llm_jax.objectives.contrastive import contrastive as contrastive_loss
 from f2llm_jax.objectives.distillation import distillation
 from f2llm_jax.objectives.spread_out import spread_out
@@ -126,7 +126,7 @@ def test_streaming_changes_nothing(monkeypatch, block):
     teacher = random_embeddings(21, width=D + 4)
     step = jax.value_and_grad(lambda e: total(e, samples, config, teacher)[0])
     want = step(e)
-    monkeypatch.setattr(contrastive, "BLOCK", block)
+    monkeypatch.setattr(candidates, "BLOCK", block)
     for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(step(e)), strict=True):
         np.testing.assert_allclose(other, one, rtol=2e-5, atol=2e-6)
 

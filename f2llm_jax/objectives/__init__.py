@@ -2,8 +2,8 @@
 
 from f2llm_jax.batch import Samples
 from f2llm_jax.objectives.accuracy import ranked_first
+from f2llm_jax.objectives.candidates import Embeddings
 from f2llm_jax.objectives.config import ContrastiveConfig, Objective
-from f2llm_jax.objectives.contrastive import Embeddings
 from f2llm_jax.objectives.matryoshka import matryoshka_dims, matryoshka_weights
 from f2llm_jax.objectives.mean import Mean, mean_of
 from f2llm_jax.objectives.total import LossFunction, total

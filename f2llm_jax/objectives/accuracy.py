@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Samples
-from f2llm_jax.objectives.contrastive import Candidates, Embeddings, candidate_blocks
+from f2llm_jax.objectives.candidates import Candidates, Embeddings, candidate_blocks
 from f2llm_jax.objectives.matryoshka import prefix_cosines
 
 

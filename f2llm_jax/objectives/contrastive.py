@@ -7,7 +7,6 @@ Dimensions: B samples, N negatives a sample, D model, J matryoshka widths, G can
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Samples
-from f2llm_jax.objectives.config import ContrastiveConfig, Pool
+from f2llm_jax.objectives.candidates import Candidates, Embeddings, candidate_blocks
+from f2llm_jax.objectives.config import ContrastiveConfig
 from f2llm_jax.objectives.matryoshka import prefix_cosines
 from f2llm_jax.objectives.mean import Mean, mean_of
-
-BLOCK = 1024  # candidates whose similarities with all queries exist at once
-
-
-class Embeddings(NamedTuple):
-    """Raw embeddings of a batch."""
-
-    query: Float[Array, "B D"]
-    passage: Float[Array, "B D"]
-    negatives: Float[Array, "B N D"]
-
-
-class Candidates(NamedTuple):
-    """Vectors that every query is compared with, on every device; `owner` is the sample whose positive it is, or -1."""
-
-    vectors: Float[Array, "G D"]
-    mask: Float[Array, " G"]
-    ids: Int[Array, " G"]
-    owner: Int[Array, " G"]
 
 
 def contrastive(embeddings: Embeddings, samples: Samples, config: ContrastiveConfig) -> tuple[Float[Array, ""], dict[str, Mean]]:
@@ -73,7 +54,7 @@ def in_batch_loss(
     def stream(carry, block: Candidates):
         running, hardest, masked, pool = carry
         cosines = prefix_cosines("bd,gd->bg", query, block.vectors, lambda q, p: q[:, None] * p[None, :], dims, config.loss_dtype)
-        other = (block.mask > 0)[None, :] & (block.owner[None, :] != rows[:, None])
+        other = (block.mask > 0)[None, :] & (block.negative[None, :] | (block.sample[None, :] != rows[:, None]))
         false = other & _false_negatives(cosines[-1], own[-1][:, None], block.ids[None, :], ids[:, None], config)
         allowed = other & ~false
         logits = jnp.where(allowed, _logits(cosines, config), -jnp.inf)
@@ -129,26 +110,3 @@ def _false_negatives(
     if math.isinf(config.false_negative_margin):
         return jnp.broadcast_to(false, cosine.shape)
     return false | (jax.lax.stop_gradient(cosine) > jax.lax.stop_gradient(own) + config.false_negative_margin)
-
-
-def candidate_blocks(embeddings: Embeddings, samples: Samples, pool: Pool) -> Candidates:
-    """The candidates of the whole batch, gathered on every device, in equal blocks on a new leading axis."""
-    passage = _everywhere(embeddings.passage.astype(jnp.float32))
-    owner = jnp.arange(passage.shape[0])
-    candidates = Candidates(passage, _everywhere(samples.sample_mask), _everywhere(samples.passage_ids), owner)
-    if pool == "positives_and_negatives":
-        negatives = _everywhere(embeddings.negatives.astype(jnp.float32)).reshape(-1, passage.shape[-1])
-        mask = _everywhere(samples.negative_mask).reshape(-1)
-        more = Candidates(negatives, mask, _everywhere(samples.negative_ids).reshape(-1), jnp.full(mask.shape, -1))
-        candidates = Candidates(*(jnp.concatenate(pair) for pair in zip(candidates, more, strict=True)))
-    count = candidates.mask.shape[0]
-    size = min(count, BLOCK)
-
-    def cut(x: Array) -> Array:  # the last block is filled up with masked candidates
-        return jnp.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
-
-    return Candidates(*(cut(x) for x in candidates))
-
-
-def _everywhere(x: Array) -> Array:
-    return sharding.shard(x, sharding.P(*[None] * x.ndim))

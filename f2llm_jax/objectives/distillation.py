@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Samples
+from f2llm_jax.objectives.candidates import Candidates, Embeddings, candidate_blocks
 from f2llm_jax.objectives.config import DistillationKind
-from f2llm_jax.objectives.contrastive import Candidates, Embeddings, candidate_blocks
 from f2llm_jax.objectives.matryoshka import prefix_cosines
 from f2llm_jax.objectives.mean import Mean, mean_of
 

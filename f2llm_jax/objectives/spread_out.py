@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from f2llm_jax import sharding
-from f2llm_jax.objectives.contrastive import Embeddings
+from f2llm_jax.objectives.candidates import Embeddings
 from f2llm_jax.objectives.matryoshka import TINY
 from f2llm_jax.objectives.mean import Mean
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from f2llm_jax.batch import Samples
+from f2llm_jax.objectives.candidates import Embeddings
 from f2llm_jax.objectives.config import Objective
-from f2llm_jax.objectives.contrastive import Embeddings, contrastive
+from f2llm_jax.objectives.contrastive import contrastive
 from f2llm_jax.objectives.distillation import distillation
 from f2llm_jax.objectives.mean import Mean
 from f2llm_jax.objectives.spread_out import spread_out

@@ -1,0 +1,70 @@
+"""What queries are compared with across a batch, in blocks, so that memory is flat in the batch.
+
+Dimensions: B samples, N negatives a sample, D model, G candidates of a block.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from f2llm_jax import sharding
+from f2llm_jax.batch import Samples
+from f2llm_jax.objectives.config import Pool
+
+BLOCK = 1024  # candidates whose similarities with all queries exist at once
+
+
+class Embeddings(NamedTuple):
+    """Raw embeddings of a batch."""
+
+    query: Float[Array, "B D"]
+    passage: Float[Array, "B D"]
+    negatives: Float[Array, "B N D"]
+
+
+class Candidates(NamedTuple):
+    """Vectors that every query is compared with, on every device."""
+
+    vectors: Float[Array, "G D"]
+    mask: Float[Array, " G"]
+    ids: Int[Array, " G"]  # of documents; of queries that of their positive
+    sample: Int[Array, " G"]  # that it belongs to
+    negative: Bool[Array, " G"]  # whether it is one of its sample's negatives
+
+
+def candidate_blocks(embeddings: Embeddings, samples: Samples, pool: Pool) -> Candidates:
+    """The documents of the whole batch, gathered on every device, in equal blocks on a new leading axis."""
+    candidates = _of_samples(embeddings.passage, samples)
+    if pool == "positives_and_negatives":
+        negatives = _everywhere(embeddings.negatives.astype(jnp.float32)).reshape(-1, embeddings.negatives.shape[-1])
+        mask = _everywhere(samples.negative_mask).reshape(-1)
+        sample = jnp.repeat(candidates.sample, samples.negative_mask.shape[1])
+        more = Candidates(negatives, mask, _everywhere(samples.negative_ids).reshape(-1), sample, jnp.ones(mask.shape, bool))
+        candidates = Candidates(*(jnp.concatenate(pair) for pair in zip(candidates, more, strict=True)))
+    return _blocks(candidates)
+
+
+def query_blocks(query: Float[Array, "B D"], samples: Samples) -> Candidates:
+    """The queries of the whole batch, as `candidate_blocks` gives the documents."""
+    return _blocks(_of_samples(query, samples))
+
+
+def _of_samples(vectors: Float[Array, "B D"], samples: Samples) -> Candidates:
+    vectors = _everywhere(vectors.astype(jnp.float32))
+    sample = jnp.arange(vectors.shape[0])
+    return Candidates(vectors, _everywhere(samples.sample_mask), _everywhere(samples.passage_ids), sample, jnp.zeros(sample.shape, bool))
+
+
+def _blocks(candidates: Candidates) -> Candidates:
+    count = candidates.mask.shape[0]
+    size = min(count, BLOCK)
+
+    def cut(x: Array) -> Array:  # the last block is filled up with masked candidates
+        return jnp.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
+
+    return Candidates(*(cut(x) for x in candidates))
+
+
+def _everywhere(x: Array) -> Array:
+    return sharding.shard(x, sharding.P(*[None] * x.ndim))
