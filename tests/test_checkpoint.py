@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from f2llm_jax.configs import common
-from f2llm_jax.training import checkpoint
+from f2llm_jax.training import checkpoint, saving
 from f2llm_jax.training.checkpoint import CheckpointConfig
 from f2llm_jax.training.step import TrainState
 from f2llm_jax.weights.checkpoint_reader import steps_of
@@ -73,8 +73,8 @@ def test_a_save_by_minutes_is_replaced_by_the_next(tmp_path):
 
 def test_the_clock_is_due_by_minutes_and_starts_anew_with_every_save(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    clock, never = checkpoint.Clock(2), checkpoint.Clock(0)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    clock, never = saving.Clock(2), saving.Clock(0)
     assert not clock.due(1)
     now[0] += 121
     assert clock.due(2) and not never.due(2)

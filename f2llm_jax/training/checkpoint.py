@@ -8,16 +8,13 @@ order of data follows from the step, so nothing of the input pipeline is stored.
 import dataclasses
 import difflib
 import math
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -32,7 +29,6 @@ from f2llm_jax.weights.checkpoint_check import checkpoint_damage, good_steps
 from f2llm_jax.weights.checkpoint_reader import check_descriptions, flatten, load_arrays, read_metadata, unflatten
 
 SCORE = "score"
-ASKED_EVERY = 10  # updates between two questions of several hosts to the first one's clock: each answer waits for the devices
 # Where a checkpoint is damaged, Orbax leaves a coroutine that nobody awaits, and Python would say so after our line.
 warnings.filterwarnings("ignore", "coroutine 'PyTreeHandler._background_load' was never awaited", RuntimeWarning)
 
@@ -82,26 +78,6 @@ class CheckpointConfig:
         """Whether the state after update `step` of `total` is to be saved."""
         merging = step > total - self.merge_last * self.merge_every and step % self.merge_every == 0
         return step == total or step % self.every == 0 or merging or bool(self.keep_every and step % self.keep_every == 0)
-
-
-class Clock:
-    """When a save by minutes is due, by the first host's clock."""
-
-    def __init__(self, minutes: float):
-        self._seconds, self._saved = 60 * minutes, time.monotonic()
-
-    def due(self, step: int) -> bool:
-        """Whether to save after update `step`; to be asked after every update, by all hosts alike."""
-        if not self._seconds:
-            return False
-        due = time.monotonic() - self._saved > self._seconds
-        if jax.process_count() == 1:
-            return due
-        return step % ASKED_EVERY == 0 and bool(multihost_utils.broadcast_one_to_all(np.int32(due)))
-
-    def saved(self) -> None:
-        """Starts to count again."""
-        self._saved = time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True)

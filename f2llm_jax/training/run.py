@@ -1,4 +1,4 @@
-"""The run, on one page: hosts, mesh, data, model, state, step, loop.
+"""The run, on one page: hosts, mesh, data, model, state, step; `loop.py` is what follows.
 
 Re-running the same command resumes: the order of data is a function of the step, so a resumed run sees the very next batch.
 """
@@ -8,7 +8,6 @@ import dataclasses
 import os
 import socket
 import sys
-import time
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -20,28 +19,28 @@ from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.local_copy import local_copy, local_dataset
 from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
-from f2llm_jax.data.records import COMPLETE, Dataset
+from f2llm_jax.data.records import Dataset
 from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import Preempted, UserError
 from f2llm_jax.model.decoder import count_parameters
-from f2llm_jax.model.flops import Work, training_flops
 from f2llm_jax.objectives import LossFunction
 from f2llm_jax.storage.files import workdir_path
 from f2llm_jax.storage.folders import check_whole
 from f2llm_jax.storage.locks import lock
 from f2llm_jax.training import automatic, checkpoint, hosts, loggers, program, resuming, start
-from f2llm_jax.training.held_out import draw
 from f2llm_jax.training.host_log import HostLog
-from f2llm_jax.training.metrics import Recorder, StepWork
+from f2llm_jax.training.local_inputs import data_folder, fetch
+from f2llm_jax.training.loop import Loop
+from f2llm_jax.training.metrics import Recorder
 from f2llm_jax.training.preemption import StopRequest
 from f2llm_jax.training.profile import Profile
 from f2llm_jax.training.prompts import trained_prompts
 from f2llm_jax.training.provenance import Provenance, write_provenance
-from f2llm_jax.training.replicas import check_replicas
+from f2llm_jax.training.saving import Saver
 from f2llm_jax.training.time_use import TimeUse
-from f2llm_jax.training.validation import validate
+from f2llm_jax.training.validation import HeldOut
 from f2llm_jax.training.watchdog import Watchdog
-from f2llm_jax.weights import checkpoint_reader, hf_fetch
+from f2llm_jax.weights import checkpoint_reader
 from f2llm_jax.weights.embedding_config import EmbeddingConfig
 
 
@@ -77,13 +76,7 @@ def run(
     first = place.process_id == 0
     with lock(workdir) if first else contextlib.nullcontext(), HostLog(workdir, place.process_id) as log:
         log.say(f"started: process {place.process_id} of {place.num_processes} on {socket.gethostname()}, pid {os.getpid()}")
-        if first and place.num_processes > 1:
-            _data_folder(config, workdir)  # made by one, while the others wait at the startup check
-            for model in filter(None, (config.init, config.teacher)):
-                hf_fetch.share(model, workdir)
-        for folder, last in ((config.data.folder, COMPLETE), (config.teacher_cache, teacher_cache.COMPLETE)):
-            if folder:
-                local_copy(folder, config.data.copy_to, last=last, progress=True)  # each host for itself, before they wait for each other
+        fetch(config, workdir, place)
         hosts.join(place, hosts.settings_of(config, workdir, resume), limit)
         mesh = sharding.make_mesh(**config.mesh)
         use = TimeUse(workdir, place.process_id)
@@ -106,17 +99,12 @@ def _train(
 
     # Data and model
     _say(log, "reading the dataset and the starting model")
-    dataset = local_dataset(_data_folder(config, workdir), config.data.copy_to)
+    dataset = local_dataset(data_folder(config, workdir), config.data.copy_to)
     check_whole(dataset.folder, "Prepare it again with --overwrite", whole=resume.verify)
     model = start.student(config.init, config.size, config.seed, dataset, config.table_rank, shared=workdir)
     text_limit = automatic.text_limit(config, model.config, dataset)
     config = automatic.batch(config, model.config, dataset, mesh)
     batch_config = BatchConfig(**config.batch.to_dict())
-    held_out = {
-        name: Pipeline(dataset, "validation", batch_config, config.seed, mesh, [name])
-        for name, source in dataset.sources.items()
-        if source.rows["validation"]
-    }
 
     # Teacher
     teacher = start.teacher(config.teacher, model.config, dataset, shared=workdir) if config.teacher else None
@@ -140,9 +128,8 @@ def _train(
 
     # State: from this run, else from the given weights, else random
     kept = checkpoint.CheckpointConfig(**config.checkpoint)
-    sizes = {name: pipeline.plan.steps_per_epoch for name, pipeline in held_out.items()}
-    scoring = bool(held_out) and config.eval.every > 0 and config.eval.batches > 0
-    if kept.best and not scoring:
+    held_out = HeldOut(dataset, batch_config, config, mesh, ends)
+    if kept.best and not held_out.scored:
         raise UserError("config.checkpoint.best needs validations: config.eval.every and config.eval.batches above 0, and held-out rows")
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", kept, ends)
     provenance = Provenance.of(
@@ -169,10 +156,9 @@ def _train(
     )
     metadata = checkpoint_reader.metadata(model.config, embedding) | {"provenance": dataclasses.asdict(provenance)}
 
-    # Loop: validate and save before the batch is drawn, so that a resumed run repeats neither
-    first = int(state.step)
-    again = point is not None
-    clock = checkpoint.Clock(kept.minutes)
+    # Loop
+    first, again = int(state.step), point is not None
+    saver = Saver(checkpoints, kept, metadata, total, ends)
     use.resumed(first)
     with (
         checkpoints,
@@ -187,61 +173,23 @@ def _train(
             recorder.say(line)
             log.say(line)
         log.store()
-        arrivals = batches.steps(first, total, config.data.threads, config.data.ahead)
-        for step in range(first, total + 1):
-            done, found = step == total, {}
-            resumed = step == first and again
-            validating = scoring and not resumed and (done or step in ends or step % config.eval.every == 0)
-            saving = not resumed and (step in ends or kept.due(step, total) or clock.due(step))
-            stopping = not done and stop.before(step)
-            saving |= (validating and bool(kept.best)) or (stopping and not resumed)
-            if validating or saving:
-                recorder.flush()  # a checkpoint never knows more than the metrics next to it
-            if validating:
-                if step in (0, first):
-                    recorder.say("scoring held-out rows before training (the first time, this compiles the evaluation step)")
-                begun = time.perf_counter()
-                drawn = draw(sizes, config.eval.batches, config.seed, step // config.eval.every)
-                with use.spending("validation"):
-                    found = validate(steps.eval_step, state.params, held_out, dataset, drawn, steps.scored)
-                recorder.validation(step, found, time.perf_counter() - begun)
-            if saving:
-                with use.spending("saving"):
-                    check_replicas(state.params)
-                    checkpoint.save(checkpoints, step, state, metadata, checkpoint.score(kept.best, found))
-                clock.saved()
-            if done or stopping:
-                use.ends()
-                break
-            profile.before(step)
-            waited = time.perf_counter()
-            with use.spending("input"):
-                data = next(arrivals)
-            waited = time.perf_counter() - waited
-            if step == first:
-                recorder.say("compiling the training step; the bar moves once that is done")
-            state, means = steps.train_step(state, teacher_params, data.batch)
-            described = {"epoch": data.plan.epoch, "source": data.plan.source, "kind": data.plan.kind}
-            needed = training_flops(model.config, Work(data.tokens, data.squares))
-            recorder.step(step + 1, means, described, StepWork(data.tokens, data.padded_tokens, needed, waited))
-            use.stepped(step + 1)
-            if line := use.slowest(step + 1):
-                recorder.say(line)
-    if stopping:
-        raise Preempted(f"stopped on request after update {step} of {total}, which is saved; the same command resumes")
-
-
-def _data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.PathLike:
-    """The prepared dataset: the given one, or for a local run the embedded corpus, made in the workdir if need be."""
-    if config.data.folder:
-        return config.data.folder
-    if not config.data.embedded_stage:
-        raise UserError(
-            "config.data.folder is empty; make one with `python -m f2llm_jax.prepare`, or pass :runlocal for the embedded corpus"
+        loop = Loop(
+            model=model.config,
+            program=steps,
+            teacher_params=teacher_params,
+            batches=batches,
+            held_out=held_out,
+            saver=saver,
+            recorder=recorder,
+            profile=profile,
+            use=use,
+            total=total,
+            threads=config.data.threads,
+            ahead=config.data.ahead,
         )
-    from f2llm_jax.preparation import embedded  # Beam and Babel, which training on a prepared dataset does without
-
-    return embedded.prepare(workdir / "data", config.data.embedded_stage, config.batch.max_length)
+        made = loop.run(state, first, again, stop)
+    if made < total:
+        raise Preempted(f"stopped on request after update {made} of {total}, which is saved; the same command resumes")
 
 
 def _say(log: HostLog, line: str) -> None:

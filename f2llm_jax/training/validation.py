@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from jaxtyping import Bool
 
-from f2llm_jax.data.pipeline import Pipeline, read_steps
+from f2llm_jax.data.pipeline import BatchConfig, Pipeline, read_steps
 from f2llm_jax.data.records import Dataset
 from f2llm_jax.objectives import Mean
+from f2llm_jax.training.held_out import draw
 from f2llm_jax.training.step import OWN, EvalStep
 
 LOSSES = ("in_batch", "hard")
@@ -24,6 +26,32 @@ class _Scored:
     metrics: list[Mapping[str, Mean]]
     first: Bool[np.ndarray, "J rows"]
     languages: list[str]
+
+
+class HeldOut:
+    """The held-out rows of a dataset, and when which of them are scored."""
+
+    def __init__(
+        self, dataset: Dataset, batch: BatchConfig, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, ends: Sequence[int] = ()
+    ):
+        """`config` is that of the run, `ends` the updates that end an epoch, after which rows are scored too."""
+        self._dataset, self._config, self._seed, self._ends = dataset, config.eval, config.seed, ends
+        self._pipelines = {
+            name: Pipeline(dataset, "validation", batch, config.seed, mesh, [name])
+            for name, source in dataset.sources.items()
+            if source.rows["validation"]
+        }
+        self.scored = bool(self._pipelines) and config.eval.every > 0 and config.eval.batches > 0
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether rows are scored after update `step` of `total`."""
+        return self.scored and (step == total or step in self._ends or step % self._config.every == 0)
+
+    def score(self, eval_step: EvalStep, params: Any, step: int, dims: Sequence[int]) -> dict[str, float]:
+        """The figures of `validate` after update `step`."""
+        sizes = {name: pipeline.plan.steps_per_epoch for name, pipeline in self._pipelines.items()}
+        drawn = draw(sizes, self._config.batches, self._seed, step // self._config.every)
+        return validate(eval_step, params, self._pipelines, self._dataset, drawn, dims)
 
 
 def validate(
