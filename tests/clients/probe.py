@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from typing import Any
 
 Vectors = Sequence[Sequence[float]]
 Encode = Callable[[list[str], bool], Vectors]  # (texts, whether they are queries)
@@ -32,6 +33,11 @@ def sentence_transformers(folder: str, prompt: str) -> Loaded:
     return encode, ["sentence-transformers", "transformers"]
 
 
+def last_token(mask: Any) -> Any:
+    """Where each text of a padded batch ends, on whichever side the padding is."""
+    return mask.shape[1] - 1 - mask.flip(1).argmax(1)
+
+
 def transformers(folder: str, prompt: str) -> Loaded:
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -42,24 +48,40 @@ def transformers(folder: str, prompt: str) -> Loaded:
         inputs = tokenizer([prompt * query + text for text in texts], padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
             hidden = model(**inputs).last_hidden_state
-        last = inputs.attention_mask.shape[1] - 1 - inputs.attention_mask.flip(1).argmax(1)
+        last = last_token(inputs.attention_mask)
         return torch.nn.functional.normalize(hidden[torch.arange(len(last)), last], dim=-1).numpy()
 
     return encode, ["transformers"]
 
 
-def backend(name: str) -> Callable[[str, str], Loaded]:
-    def load(folder: str, prompt: str) -> Loaded:
-        from sentence_transformers import SentenceTransformer
+def onnx(folder: str, prompt: str) -> Loaded:
+    """The exported graph wants positions, which sentence-transformers does not give it."""
+    import torch
+    from optimum.onnxruntime import ORTModelForFeatureExtraction
+    from transformers import AutoTokenizer
 
-        model = SentenceTransformer(folder, device="cpu", backend=name, model_kwargs={"export": True})
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), ORTModelForFeatureExtraction.from_pretrained(folder, export=True)
 
-        def encode(texts: list[str], query: bool) -> Vectors:
-            return model.encode(texts, prompt_name="query") if query else model.encode(texts)
+    def encode(texts: list[str], query: bool) -> Vectors:
+        inputs = tokenizer([prompt * query + text for text in texts], padding=True, truncation=True, return_tensors="pt")
+        mask = inputs.attention_mask
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = model(input_ids=inputs.input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+        return torch.nn.functional.normalize(hidden[torch.arange(len(mask)), last_token(mask)], dim=-1).numpy()
 
-        return encode, ["sentence-transformers", "transformers", "optimum", "onnxruntime" if name == "onnx" else "openvino"]
+    return encode, ["optimum-onnx", "onnxruntime", "transformers"]
 
-    return load
+
+def openvino(folder: str, prompt: str) -> Loaded:
+    from sentence_transformers import SentenceTransformer
+
+    exact = {"export": True, "ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}  # half precision by default
+    model = SentenceTransformer(folder, device="cpu", backend="openvino", model_kwargs=exact)
+
+    def encode(texts: list[str], query: bool) -> Vectors:
+        return model.encode(texts, prompt_name="query") if query else model.encode(texts)
+
+    return encode, ["openvino", "optimum-intel", "sentence-transformers", "transformers"]
 
 
 def infinity(folder: str, prompt: str) -> Loaded:
@@ -218,8 +240,8 @@ def mteb(folder: str, prompt: str) -> Loaded:
 CLIENTS = {
     "sentence-transformers": sentence_transformers,
     "transformers": transformers,
-    "onnx": backend("onnx"),
-    "openvino": backend("openvino"),
+    "onnx": onnx,
+    "openvino": openvino,
     "infinity": infinity,
     "llama.cpp-f32": llama_cpp("f32"),
     "llama.cpp-q8_0": llama_cpp("q8_0"),

@@ -49,7 +49,7 @@ ENVIRONMENTS = {
         "llama-index-embeddings-huggingface", "chromadb", "txtai",
     ),
     "infinity": ("infinity-emb[torch,server]==0.0.77", "click<8.2"),
-    "onnx": ("optimum-onnx[onnxruntime]", "sentence-transformers==5.1.2", TRANSFORMERS_4),
+    "onnx": ("optimum-onnx[onnxruntime]", TRANSFORMERS_4),
     "openvino": ("optimum-intel[openvino]", "sentence-transformers==5.1.2"),
     "llamacpp": (TRANSFORMERS_4, "sentencepiece", "gguf", "llama-cpp-python"),
 }  # fmt: skip
@@ -70,8 +70,8 @@ CLIENTS = (
     Client("LlamaIndex", "llama-index", "frameworks", "HuggingFaceEmbedding(query_instruction=prompt)"),
     Client("Chroma", "chroma", "frameworks", "SentenceTransformerEmbeddingFunction; the prompt before queries is the caller's"),
     Client("txtai", "txtai", "frameworks", "Embeddings(path=folder, method='sentence-transformers')"),
-    Client("ONNX Runtime", "onnx", "onnx", "SentenceTransformer(backend='onnx')"),
-    Client("OpenVINO", "openvino", "openvino", "SentenceTransformer(backend='openvino')"),
+    Client("ONNX Runtime", "onnx", "onnx", "ORTModelForFeatureExtraction with position_ids, last token"),
+    Client("OpenVINO", "openvino", "openvino", "SentenceTransformer(backend='openvino'), INFERENCE_PRECISION_HINT f32"),
 )
 
 
@@ -83,6 +83,8 @@ def environment(folder: pathlib.Path, name: str) -> pathlib.Path:
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, TORCH], check=True)
         subprocess.run([*pip, TORCH, *ENVIRONMENTS[name]], check=True)
+        if name == "openvino":  # comes with a torchvision of CUDA's PyTorch, at which transformers fails; nothing here reads pictures
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
         if name == "llamacpp":
             _converter(folder / name)
         made.touch()
