@@ -28,7 +28,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.storage.files import is_remote, read_json, write_json, write_text
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery: "
-_INSTRUCTION = re.compile(r"\AInstruct: .*?\nQuery: ?", re.DOTALL)
+_INSTRUCTION = re.compile(r"\AInstruct: (.*?)\nQuery: ?", re.DOTALL)
 
 DEFAULT_QUERY_INSTRUCTION = "Given a question, retrieve passages that can help answer the question."
 
@@ -57,6 +57,12 @@ def leading_prompt(text: str) -> str:
     """The `Instruct: ...\\nQuery: ` that `text` begins with, "" if it does not."""
     found = _INSTRUCTION.match(text)
     return found[0] if found else ""
+
+
+def instruction_of(text: str) -> str:
+    """The instruction that `text` begins with, "" if it has none."""
+    found = _INSTRUCTION.match(text)
+    return found[1] if found else ""
 
 
 def truncate(ids: TokenIds, max_length: int, end_id: int) -> TokenIds:

@@ -11,11 +11,12 @@ from f2llm_jax import cache_teacher as command
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCacheError
-from f2llm_jax.inference import teacher
 from f2llm_jax.inference.encode import TextEncoder
 from f2llm_jax.release import hf_folder
 from f2llm_jax.storage import files
 from f2llm_jax.storage.vectors import VectorStore
+from f2llm_jax.teachers.fill import fill_cache
+from f2llm_jax.teachers.own import OwnTeacher
 from f2llm_jax.text import truncate
 
 MAX_LENGTH, DIMS, SHARD = 12, 48, 512
@@ -38,7 +39,7 @@ def small_shards(monkeypatch):
 
 def fill(origin, dataset, out, **options):
     options = {"dims": DIMS, "max_length": MAX_LENGTH, "dtype": "float32", **options}
-    return teacher.cache_teacher(origin, dataset, out, **options)
+    return fill_cache(OwnTeacher(origin, dataset, MAX_LENGTH), dataset, out, **options)
 
 
 def test_vectors_are_the_teachers(tmp_path, origin, dataset, small_shards):

@@ -37,10 +37,18 @@ class CachedVectors:
     compute: str  # dtype that the teacher computed in
     max_length: int  # tokens at which texts are truncated
     data: str  # `Dataset.digest`
+    reads: str = "ids"  # of the student, or "texts" behind prompts of its own
+    query_prompt: str | None = None  # None for the model's own
+    document_prompt: str | None = None
 
     def store(self, folder: epath.PathLike) -> VectorStore:
         made_by = {"model": self.model, "max_length": self.max_length, "data": self.data, "compute": self.compute, "vectors": "raw"}
+        if self.reads == "texts":
+            made_by |= {"query_prompt": self.query_prompt, "document_prompt": self.document_prompt}
         return VectorStore(folder, made_by, self.width, self.dtype)
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(CachedVectors) if field.default is not dataclasses.MISSING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +83,7 @@ def begin(folder: epath.Path, content: CachedVectors) -> VectorStore:
     """
     begun, wanted = folder / BEGUN, dataclasses.asdict(content)
     if begun.exists():
-        if (before := read_json(begun, sealed=True)) != wanted:
+        if (before := _DEFAULTS | read_json(begun, sealed=True)) != wanted:
             raise TeacherCacheError(f"{folder} is a cache of {_differences(before, wanted)}; choose another --out or remove it")
     elif folder.exists() and any(folder.iterdir()):
         raise TeacherCacheError(f"{folder} is not empty and no teacher cache; choose another --out")
@@ -101,11 +109,17 @@ def finish(folder: epath.Path, dataset: Dataset) -> None:
 class TeacherCache:
     """A complete cache, opened for reading."""
 
-    def __init__(self, folder: epath.PathLike, dataset: Dataset, max_length: int, student_width: int):
+    def __init__(self, folder: epath.PathLike, dataset: Dataset, max_length: int, student_width: int | None):
         """Opens the cache, and reads some of its shards whole.
 
+        Args:
+          folder: of the cache.
+          dataset: that the run trains on.
+          max_length: tokens at which it truncates texts.
+          student_width: components that are compared one by one with the student's; None where any width will do.
+
         Raises:
-          TeacherCacheError: incomplete, of other data, of texts truncated elsewhere, or narrower than the student.
+          TeacherCacheError: incomplete, of other data, of texts truncated elsewhere, or not of the student's width.
           FileError, VectorStoreError: a shard is damaged.
         """
         self.folder = epath.Path(folder)
@@ -115,20 +129,35 @@ class TeacherCache:
             self.content = CachedVectors(**read_json(self.folder / COMPLETE, sealed=True))
         except TypeError as error:
             raise TeacherCacheError(f"{folder} was written by another version of f2llm_jax; run cache_teacher anew") from error
-        remedy = f"make one with cache_teacher --data {dataset.folder} --max-length {max_length} --dims {student_width} or more"
+        remedy = f"make one with cache_teacher --data {dataset.folder} --max-length {max_length}"
         if self.content.data != dataset.digest:
             raise TeacherCacheError(f"{folder} was made from other data than {dataset.folder}; {remedy}")
         if self.content.max_length != max_length:
             raise TeacherCacheError(
                 f"{folder} holds texts truncated at {self.content.max_length} tokens, this run truncates at {max_length}; {remedy}"
             )
-        if self.content.width < student_width:
-            raise TeacherCacheError(f"{folder} keeps {self.content.width} dims, fewer than the student's {student_width}; {remedy}")
+        self._check_width(student_width)
         self._store = self.content.store(self.folder)
         self._shards = {(shard.source, shard.split, shard.start): shard for shard in shards(dataset)}
         ordered = list(self._shards.values())
         for shard in ordered[:: max(1, len(ordered) // CHECKED_SHARDS)]:
             self._open(shard)
+
+    def _check_width(self, student: int | None) -> None:
+        """The first components of a model of this project are a vector by themselves, as its matryoshka widths are; those of another's need
+        not be."""
+        width, scores = (
+            self.content.width,
+            'config.objective.distillation="scores", which compares similarities, takes a teacher of any width',
+        )
+        if student is None or width == student or (width > student and self.content.reads == "ids"):
+            return
+        if width < student:
+            raise TeacherCacheError(f"{self.folder} keeps {width} dims, fewer than the student's {student}; {scores}")
+        raise TeacherCacheError(
+            f"{self.folder} keeps {width} dims of {self.content.name}, more than the student's {student}; {scores}; or, if the first "
+            f"{student} components are a good vector by themselves, make the cache with --dims {student}"
+        )
 
     def verify(self) -> None:
         """Reads every shard whole.

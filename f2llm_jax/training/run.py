@@ -111,7 +111,8 @@ def _train(
     cached = None
     if config.teacher_cache:
         cache = local_copy(config.teacher_cache, config.data.copy_to, last=teacher_cache.COMPLETE)
-        cached = TeacherCache(cache, dataset, batch_config.max_length, model.config.hidden_size)
+        width = None if config.objective.distillation == "scores" or own else model.config.hidden_size
+        cached = TeacherCache(cache, dataset, batch_config.max_length, width)
         if resume.verify:
             cached.verify()
     if teacher and cached:
