@@ -1,6 +1,7 @@
 """Which terms are summed and how. Every default is the published recipe."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from f2llm_jax.errors import UserError
@@ -9,6 +10,7 @@ from f2llm_jax.objectives.matryoshka import check_dims, matryoshka_weights
 PassageGrad = Literal["full", "none"]
 Pool = Literal["positives", "positives_and_negatives"]
 LossDtype = Literal["float32", "bfloat16"]
+GuideMargin = Literal["", "absolute", "relative"]
 DistillationKind = Literal["mse", "cosine", "scores"]
 
 
@@ -30,6 +32,15 @@ class ContrastiveConfig:
         multi-GPU trainer does, whose gather carries no gradient.
       mask_false_negatives: leave out candidates whose text is the positive's.
       false_negative_margin: leave out candidates whose cosine exceeds the positive's by more than this; inf for never.
+      guide: leave out candidates that the teacher finds nearer to the query than the positive, less a margin of the given kind (see
+        false_negatives.py); "" for none.
+      guide_margin: a cosine ("absolute") or a share of the positive's ("relative"); negative ones leave out less.
+      query_negatives: other queries are negatives of a query too (GTE, arXiv 2308.03281, section 3.3; Qwen3-Embedding, arXiv 2506.05176).
+      document_negatives: other documents of the pool are negatives of the positive too (the same).
+      hardness: a query's own hard negatives weigh `exp(hardness * cosine)` in the sum, without gradient through the weight
+        (EmbeddingGemma, arXiv 2509.20354, section 2.3, takes 5); 0 for all alike.
+      focal: each sample's loss is multiplied by `(1 - p) ** focal`, p being the probability of its positive (focal loss, arXiv 1708.02002;
+        KaLM-Embedding-V2, arXiv 2506.20923, takes 0.5); 0 for all alike.
       loss_dtype: normalised vectors, cosines and logits are rounded to it; "bfloat16" is what the published trainer computes in.
     """
 
@@ -40,6 +51,12 @@ class ContrastiveConfig:
     in_batch_passage_grad: PassageGrad = "full"
     mask_false_negatives: bool = False
     false_negative_margin: float = float("inf")
+    guide: GuideMargin = ""
+    guide_margin: float = 0.0
+    query_negatives: bool = False
+    document_negatives: bool = False
+    hardness: float = 0.0
+    focal: float = 0.0
     loss_dtype: LossDtype = "float32"
 
     def __post_init__(self):
@@ -48,6 +65,14 @@ class ContrastiveConfig:
         _one_of("in_batch_passage_grad", self.in_batch_passage_grad, ("full", "none"))
         _one_of("loss_dtype", self.loss_dtype, ("float32", "bfloat16"))
         _one_of("in_batch_pool", self.in_batch_pool, ("positives", "positives_and_negatives"))
+        _one_of("guide", self.guide, ("", "absolute", "relative"))
+        for name in ("hardness", "focal"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name}={getattr(self, name)} must be a number from 0")
+        if not math.isfinite(self.guide_margin):
+            raise UserError(f"guide_margin={self.guide_margin} must be finite; guide='' leaves nothing out")
+        if self.guide_margin and not self.guide:
+            raise UserError(f"guide_margin={self.guide_margin} has no effect without a guide; set guide to 'absolute' or 'relative'")
         if self.weights and len(self.weights) != len(self.dims):
             raise UserError(f"{len(self.weights)} matryoshka weights for {len(self.dims)} dims; give one a dim, or none for the published")
 

@@ -6,7 +6,8 @@ queries are split over devices, so no device ever holds more than its queries ti
 Dimensions: B samples, N negatives a sample, D model, J matryoshka widths, G candidates of a block.
 """
 
-import math
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,87 +15,168 @@ from jaxtyping import Array, Bool, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Samples
-from f2llm_jax.objectives.candidates import Candidates, Embeddings, candidate_blocks
+from f2llm_jax.objectives.candidates import Candidates, Embeddings, candidate_blocks, query_blocks
 from f2llm_jax.objectives.config import ContrastiveConfig
+from f2llm_jax.objectives.false_negatives import false_negatives
 from f2llm_jax.objectives.matryoshka import prefix_cosines
 from f2llm_jax.objectives.mean import Mean, mean_of
 
+CERTAIN = 1e-6  # loss below which focal weighting gives 0: where nothing is left to compare with, its slope is not finite
 
-def contrastive(embeddings: Embeddings, samples: Samples, config: ContrastiveConfig) -> tuple[Float[Array, ""], dict[str, Mean]]:
+
+def contrastive(
+    embeddings: Embeddings, samples: Samples, config: ContrastiveConfig, guide: Embeddings | None = None
+) -> tuple[Float[Array, ""], dict[str, Mean]]:
     """The loss `in_batch + hard` (weighted over widths), its parts and diagnostics.
 
     `in_batch` exists for retrieval only (`in_batch_weight`), `hard` for every kind. They stay two separate softmaxes.
     Diagnostics, at the largest width: `positive_cosine`, `hard_negative_cosine` and `in_batch_negative_cosine` (each query's
-    hardest), `in_batch_accuracy`, `masked_negatives` (share of the pool masked as false negatives), `embedding_norm`.
+    hardest), `in_batch_accuracy`, `masked_negatives` (share of the pool masked as false negatives), `embedding_norm`; with a guide also
+    `masked_hard_negatives` (share of the samples' own).
+
+    Args:
+      embeddings: raw, of the model that is trained.
+      samples: which of them exist.
+      config: the options.
+      guide: of the guide model, of any width; read only if `config.guide` is set, and without it none is left out for its sake.
     """
+    guide = jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(jnp.float32)), guide) if config.guide else None
     query = sharding.shard(embeddings.query.astype(jnp.float32), sharding.SAMPLES_D)
     with jax.named_scope("in_batch"):
-        in_batch, in_batch_facts = in_batch_loss(query, embeddings, samples, config)
+        in_batch, in_batch_facts = in_batch_loss(query, embeddings, samples, config, guide)
     with jax.named_scope("hard"):
-        hard, hard_facts = hard_loss(query, embeddings, samples, config)
+        hard, hard_facts = hard_loss(query, embeddings, samples, config, guide)
     norm = mean_of(jnp.linalg.norm(query, axis=-1), samples.sample_mask)
     total = in_batch.value + hard.value
     return total, {"in_batch": in_batch, "hard": hard, **in_batch_facts, **hard_facts, "embedding_norm": norm}
 
 
+class _Running(NamedTuple):
+    """What a stream of candidates leaves of each sample."""
+
+    total: Float[Array, "J B"]  # log of the sum of exponentials of the logits
+    hardest: Float[Array, " B"]  # cosine of the nearest candidate, at the largest width
+    masked: Int[Array, " B"]  # candidates left out as false negatives
+    pool: Int[Array, " B"]  # candidates, those included
+
+
+class _Anchors(NamedTuple):
+    """What candidates are compared with, and what they must stay below."""
+
+    vectors: Float[Array, "B D"]
+    guide: Float[Array, "B W"] | None
+    own: Float[Array, "J B"]  # cosines of queries and positives
+    guide_own: Float[Array, " B"] | None
+    ids: Int[Array, " B"]  # of positives
+    sample: Int[Array, " B"]
+
+
 def in_batch_loss(
-    query: Float[Array, "B D"], embeddings: Embeddings, samples: Samples, config: ContrastiveConfig
+    query: Float[Array, "B D"], embeddings: Embeddings, samples: Samples, config: ContrastiveConfig, guide: Embeddings | None = None
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Cross-entropy of each query against the candidates of the whole global batch."""
+    """Cross-entropy of each query against the candidates of the whole global batch.
+
+    With `query_negatives` and `document_negatives` the other queries, compared with the query, and the other documents, compared with its
+    positive, are further terms of the same sum.
+    """
     stop = jax.lax.stop_gradient if config.in_batch_passage_grad == "none" else lambda x: x
     dims, weights = config.widths(query.shape[-1])
+    split = functools.partial(sharding.shard, value=sharding.P(sharding.BATCH))
     passage = sharding.shard(stop(embeddings.passage.astype(jnp.float32)), sharding.SAMPLES_D)
     own = prefix_cosines("bd,bd->b", query, passage, jnp.multiply, dims, config.loss_dtype)
-    pool = Embeddings(query, *(stop(e) for e in embeddings[1:]))
-    blocks = candidate_blocks(pool, samples, config.in_batch_pool)
-    ids = sharding.shard(samples.passage_ids, sharding.P(sharding.BATCH))
-    rows = sharding.shard(jnp.arange(query.shape[0]), sharding.P(sharding.BATCH))
+    pool = Embeddings(*(stop(e) for e in embeddings))
+    ids, rows = split(samples.passage_ids), split(jnp.arange(query.shape[0]))
+    guide_query = guide_passage = guide_own = None
+    if guide:
+        guide_query, guide_passage = (sharding.shard(x, sharding.SAMPLES_D) for x in guide[:2])
+        guide_own = _cosines("bd,bd->b", guide_query, guide_passage)
+    from_query = _Anchors(query, guide_query, own, guide_own, ids, rows)
+    from_passage = from_query._replace(vectors=passage, guide=guide_passage)
+    documents = candidate_blocks(pool, samples, config.in_batch_pool), guide and candidate_blocks(guide, samples, config.in_batch_pool)
 
-    @jax.checkpoint
-    def stream(carry, block: Candidates):
-        running, hardest, masked, pool = carry
-        cosines = prefix_cosines("bd,gd->bg", query, block.vectors, lambda q, p: q[:, None] * p[None, :], dims, config.loss_dtype)
-        other = (block.mask > 0)[None, :] & (block.negative[None, :] | (block.sample[None, :] != rows[:, None]))
-        false = other & _false_negatives(cosines[-1], own[-1][:, None], block.ids[None, :], ids[:, None], config)
-        allowed = other & ~false
-        logits = jnp.where(allowed, _logits(cosines, config), -jnp.inf)
-        # With the running value among the terms, a block of nothing but masked candidates leaves value and gradient alone.
-        running = jax.nn.logsumexp(jnp.concatenate([running[..., None], logits], axis=-1), axis=-1)
-        hardest = jnp.maximum(hardest, jnp.max(jnp.where(allowed, cosines[-1], -jnp.inf), axis=-1))
-        return (running, hardest, masked + false.sum(-1), pool + other.sum(-1)), None
-
-    none = sharding.shard(jnp.zeros(query.shape[0], jnp.int32), sharding.P(sharding.BATCH))
-    start = (_logits(own, config), jnp.full_like(own[-1], -jnp.inf), none, none)
-    (running, hardest, masked, pool), _ = jax.lax.scan(stream, start, blocks)
-    losses = jnp.einsum("j,jb->b", jnp.asarray(weights), running - _logits(own, config))
+    none = split(jnp.zeros(query.shape[0], jnp.int32))
+    state = _Running(_logits(own, config), jnp.full_like(own[-1], -jnp.inf), none, none)
+    state = _streamed(state, from_query, documents, config, dims, hard_negatives=True)
+    hardest = state.hardest
+    if config.query_negatives:
+        queries = query_blocks(pool.query, samples), guide and query_blocks(guide.query, samples)
+        state = _streamed(state, from_query, queries, config, dims)
+    if config.document_negatives:
+        state = _streamed(state, from_passage, documents, config, dims)
+    losses = jnp.einsum("j,jb->b", jnp.asarray(weights), _focal(state.total - _logits(own, config), config))
     counted = samples.in_batch_weight * samples.sample_mask
     compared = counted * (hardest > -jnp.inf)
     return mean_of(losses, counted), {
         "in_batch_accuracy": mean_of(own[-1] > hardest, compared),
         "in_batch_negative_cosine": mean_of(jnp.where(hardest > -jnp.inf, hardest, 0.0), compared),
-        "masked_negatives": Mean(jnp.sum(masked * counted), jnp.sum(pool * counted)),
+        "masked_negatives": Mean(jnp.sum(state.masked * counted), jnp.sum(state.pool * counted)),
     }
 
 
+def _streamed(
+    state: _Running,
+    anchors: _Anchors,
+    blocks: tuple[Candidates, Candidates | None],
+    config: ContrastiveConfig,
+    dims: tuple[int, ...],
+    hard_negatives: bool = False,
+) -> _Running:
+    """`state` with the candidates in it that do not belong to the anchor's own sample; with `hard_negatives` its own negatives too."""
+
+    @jax.checkpoint
+    def stream(state: _Running, blocks: tuple[Candidates, Candidates | None]) -> tuple[_Running, None]:
+        block, guide = blocks
+        cosines = prefix_cosines("bd,gd->bg", anchors.vectors, block.vectors, _outer, dims, config.loss_dtype)
+        mine = block.sample[None, :] == anchors.sample[:, None]
+        other = (block.mask > 0)[None, :] & (block.negative[None, :] | ~mine if hard_negatives else ~mine)
+        guided = None
+        if guide is not None and anchors.guide is not None and anchors.guide_own is not None:
+            guided = _cosines("bd,gd->bg", anchors.guide, guide.vectors, _outer), anchors.guide_own[:, None]
+        same = block.ids[None, :] == anchors.ids[:, None]
+        false = other & false_negatives(cosines[-1], anchors.own[-1][:, None], same, config, guided)
+        allowed = other & ~false
+        logits = _logits(cosines, config)
+        if hard_negatives:
+            logits = _hardened(logits, cosines, mine, config)
+        logits = jnp.where(allowed, logits, -jnp.inf)
+        # With the running value among the terms, a block of nothing but masked candidates leaves value and gradient alone.
+        total = jax.nn.logsumexp(jnp.concatenate([state.total[..., None], logits], axis=-1), axis=-1)
+        hardest = jnp.maximum(state.hardest, jnp.max(jnp.where(allowed, cosines[-1], -jnp.inf), axis=-1))
+        return _Running(total, hardest, state.masked + false.sum(-1), state.pool + other.sum(-1)), None
+
+    return jax.lax.scan(stream, state, blocks)[0]
+
+
 def hard_loss(
-    query: Float[Array, "B D"], embeddings: Embeddings, samples: Samples, config: ContrastiveConfig
+    query: Float[Array, "B D"], embeddings: Embeddings, samples: Samples, config: ContrastiveConfig, guide: Embeddings | None = None
 ) -> tuple[Mean, dict[str, Mean]]:
     """Cross-entropy of each query against its own positive and its own negatives."""
     dims, weights = config.widths(query.shape[-1])
     candidates = jnp.concatenate([embeddings.passage[:, None], embeddings.negatives], axis=1)
-    candidates = sharding.shard(candidates, sharding.P(sharding.BATCH, None, None))
-    cosines = prefix_cosines("bd,bnd->bn", query, candidates, lambda q, c: q[:, None] * c, dims, config.loss_dtype)
+    candidates = sharding.shard(candidates, sharding.ROWS_TD)
+    cosines = prefix_cosines("bd,bnd->bn", query, candidates, _each, dims, config.loss_dtype)
     own, others = cosines[..., :1], cosines[..., 1:]
-    false = _false_negatives(others[-1], own[-1], samples.negative_ids, samples.passage_ids[:, None], config)
-    allowed = (samples.negative_mask > 0) & ~false
-    logits = _logits(jnp.concatenate([own, jnp.where(allowed, others, -jnp.inf)], axis=-1), config)
-    losses = jnp.einsum("j,jb->b", jnp.asarray(weights), jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
+    guided = None
+    if guide:
+        theirs = sharding.shard(jnp.concatenate([guide.passage[:, None], guide.negatives], axis=1), sharding.ROWS_TD)
+        guides = _cosines("bd,bnd->bn", sharding.shard(guide.query, sharding.SAMPLES_D), theirs, _each)
+        guided = guides[:, 1:], guides[:, :1]
+    same = samples.negative_ids == samples.passage_ids[:, None]
+    false = false_negatives(others[-1], own[-1], same, config, guided)
+    there = samples.negative_mask > 0
+    allowed = there & ~false
+    rivals = _hardened(_logits(others, config), others, True, config)
+    logits = jnp.concatenate([_logits(own, config), jnp.where(allowed, rivals, -jnp.inf)], axis=-1)
+    losses = jnp.einsum("j,jb->b", jnp.asarray(weights), _focal(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0], config))
     hardest = jnp.max(jnp.where(allowed, others[-1], -jnp.inf), axis=-1, initial=-jnp.inf)
     some = samples.sample_mask * (hardest > -jnp.inf)
-    return mean_of(losses, samples.sample_mask), {
+    facts = {
         "positive_cosine": mean_of(own[-1, :, 0], samples.sample_mask),
         "hard_negative_cosine": mean_of(jnp.where(hardest > -jnp.inf, hardest, 0.0), some),
     }
+    if guide:
+        facts["masked_hard_negatives"] = mean_of(jnp.where(there, false, False), samples.negative_mask)
+    return mean_of(losses, samples.sample_mask), facts
 
 
 def _logits(cosines: Float[Array, "..."], config: ContrastiveConfig) -> Float[Array, "..."]:
@@ -102,11 +184,31 @@ def _logits(cosines: Float[Array, "..."], config: ContrastiveConfig) -> Float[Ar
     return (cosines / config.temperature).astype(jnp.float32)
 
 
-def _false_negatives(
-    cosine: Float[Array, "B G"], own: Float[Array, "B 1"], ids: Int[Array, "... G"], own_ids: Int[Array, "B 1"], config: ContrastiveConfig
-) -> Bool[Array, "B G"]:
-    """Candidates that are the positive's own document, or nearer to the query than the positive by more than the margin."""
-    false = jnp.zeros(cosine.shape, bool) if not config.mask_false_negatives else ids == own_ids
-    if math.isinf(config.false_negative_margin):
-        return jnp.broadcast_to(false, cosine.shape)
-    return false | (jax.lax.stop_gradient(cosine) > jax.lax.stop_gradient(own) + config.false_negative_margin)
+def _hardened(
+    logits: Float[Array, "..."], cosines: Float[Array, "..."], mine: Bool[Array, "..."] | bool, config: ContrastiveConfig
+) -> Float[Array, "..."]:
+    """Logits in which a query's own hard negatives weigh `exp(hardness * cosine)` in the sum (EmbeddingGemma, section 2.3)."""
+    if not config.hardness:
+        return logits
+    return logits + jnp.where(mine, config.hardness * jax.lax.stop_gradient(cosines).astype(jnp.float32), 0.0)
+
+
+def _focal(losses: Float[Array, "J B"], config: ContrastiveConfig) -> Float[Array, "J B"]:
+    """Cross-entropies times `(1 - p) ** focal`, p being the probability of the positive."""
+    if not config.focal:
+        return losses
+    uncertain = losses > CERTAIN
+    missing = -jnp.expm1(-jnp.where(uncertain, losses, 1.0))
+    return jnp.where(uncertain, missing**config.focal * losses, 0.0)
+
+
+def _cosines(contract: str, a: Float[Array, "... W"], b: Float[Array, "... W"], outer=jnp.multiply) -> Float[Array, "..."]:
+    return prefix_cosines(contract, a, b, outer, a.shape[-1:])[0]
+
+
+def _outer(a: Float[Array, " B"], b: Float[Array, " G"]) -> Float[Array, "B G"]:
+    return a[:, None] * b[None, :]
+
+
+def _each(a: Float[Array, " B"], b: Float[Array, "B N"]) -> Float[Array, "B N"]:
+    return a[:, None] * b

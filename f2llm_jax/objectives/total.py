@@ -18,13 +18,19 @@ LossFunction = Callable[[Embeddings, Samples, Embeddings | None], tuple[Float[Ar
 
 
 def total(
-    embeddings: Embeddings, samples: Samples, objective: Objective, teacher: Embeddings | None = None
+    embeddings: Embeddings,
+    samples: Samples,
+    objective: Objective,
+    teacher: Embeddings | None = None,
+    guide: Embeddings | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Mean]]:
     """The loss, and what to log of it.
 
+    `teacher` is what distillation follows, `guide` what finds false negatives (see false_negatives.py); either may be None.
+
     The weighted value of each optional term is logged too, as `weighted/NAME`; the contrastive parts have weight 1.
     """
-    loss, metrics = contrastive(embeddings, samples, objective.contrastive)
+    loss, metrics = contrastive(embeddings, samples, objective.contrastive, guide)
     extra = {}
     if teacher is not None:
         term = distillation(embeddings, teacher, samples, objective.distillation, objective.contrastive.temperature)

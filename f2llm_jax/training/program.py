@@ -96,10 +96,15 @@ def build(
     objective = _objective(config.objective, dims, distil=teacher is not None or cached)
     optimizer = OptimizerConfig(total_steps=total_steps, **config.optimizer)
     frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none", kernel, followed_depths(depths, teacher)))
-    if cached and depths:
+    if objective.contrastive.guide and not (teacher or cached):
+        raise UserError(
+            f"config.objective.guide={objective.contrastive.guide!r} needs a model that guides: set config.teacher or config.teacher_cache "
+            "(and config.objective.distillation_weight=0 to use it as guide alone)"
+        )
+    if cached and depths and objective.distillation_weight:
         raise UserError(
             "config.teacher_cache holds embeddings of the whole teacher alone, but with config.objective.layer_matryoshka each depth "
-            "follows one of the teacher's; set config.teacher instead"
+            "follows one of the teacher's; set config.teacher instead, or config.objective.distillation_weight=0 to use it as guide alone"
         )
     ranks = TableRanks(config.table_rank, config.seed) if config.table_rank and config.table_rank_sampled else None
     trained = low_rank.ranks(config.table_rank) if ranks else (config.table_rank,) if config.table_rank else ()

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.model import encoder, low_rank
-from f2llm_jax.objectives import Embeddings, LossFunction, Mean, Objective
+from f2llm_jax.objectives import Embeddings, LossFunction, Mean, Objective, Samples
 from f2llm_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 
@@ -90,23 +90,30 @@ def make_train_step(
     """`(state, teacher_params, batch) -> (state, metrics)`; `teacher_params` is None without a teacher.
 
     If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka), each following the teacher's of its place,
-    counted from the deepest. With `table_ranks` only that many
-    columns of the factored embedding table take part in a step.
+    counted from the deepest; the guide is the teacher's deepest for all. With `table_ranks` only that many columns of the factored
+    embedding table take part in a step.
     Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, the `learning_rate` of this update, and `skipped`, which is
     1 where loss or gradient was not finite: then weights and moments stay as they were and only counters advance.
     """
     optimizer = make_optimizer(optimizer_config)
-    loss_function: Callable[..., tuple[Float[Array, ""], dict[str, Mean]]] = (
-        functools.partial(objectives.total, objective=objective) if isinstance(objective, Objective) else objective
-    )
+    own = None if isinstance(objective, Objective) else objective
+    follows = own or cast(Objective, objective).distillation_weight
+
+    def loss_function(
+        embeddings: Embeddings, samples: Samples, teacher: Embeddings | None, guide: Embeddings | None
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        if own:
+            return own(embeddings, samples, teacher)
+        return objectives.total(embeddings, samples, cast(Objective, objective), teacher, guide)
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         targets = teacher_embeddings(teacher, teacher_params, batch)
 
         def loss(embeddings: Float[Array, "S D"] | Float[Array, "S J D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
             depths = by_depth(embeddings, batch.samples.negative_mask)
-            followed = targets[-len(depths) :] if targets else [None] * len(depths)
-            losses = [loss_function(depth, batch.samples, teacher=target) for depth, target in zip(depths, followed, strict=True)]
+            followed = targets[-len(depths) :] if targets and follows else [None] * len(depths)
+            guide = targets[-1] if targets else None
+            losses = [loss_function(depth, batch.samples, target, guide) for depth, target in zip(depths, followed, strict=True)]
             # The mean over depths, as ML-Embed's `utils.py`; metrics are those of the whole depth.
             return cast(Array, sum(value for value, _ in losses)) / len(losses), losses[-1][1]
 
