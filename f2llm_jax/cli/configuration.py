@@ -17,7 +17,7 @@ import ml_collections
 
 from f2llm_jax.errors import UserError
 
-SHIPPED = pathlib.Path(__file__).parent / "configs"
+SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
 PREFIX = "--config."
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
