@@ -77,6 +77,9 @@ CONFIG = {
     "pruned_heads": _only(None, {}, why="all heads are computed"),
     "auto_map": _only(None, why="the folder's own Python code is never run"),
     "text_config": _only(None, why="the decoder is not nested in another model"),
+    "compression_config": _only(None, why="weights are floating-point numbers; decompress them first"),
+    "per_layer_config": _only(None, {}, why="all layers have one shape"),
+    "transformers_weights": _only(None, "model.safetensors", why="the weights are in files of the usual names"),
     **_harmless("sliding_window max_window_layers", "read only with use_sliding_window"),
     **_harmless("attention_dropout", "acts in training with transformers only"),
     **_harmless("initializer_range", "random weights only"),
@@ -98,6 +101,8 @@ TOKENIZER = {
     "added_tokens_decoder": _computed("must be in tokenizer.json"),
     "additional_special_tokens": _computed("must be in tokenizer.json"),
     "extra_special_tokens": _computed("must be in tokenizer.json"),
+    "model_specific_special_tokens": _computed("must be in tokenizer.json"),
+    "tokenizer_class": _computed("must be one that opens tokenizer.json as it is, or Qwen2's where that is the same"),
     "truncation_side": _only("right", None, why="long texts lose their end"),
     "split_special_tokens": _only(False, None, why="special tokens in a text are one id"),
     "do_lower_case": _only(False, None, why="texts keep their case"),
@@ -106,7 +111,7 @@ TOKENIZER = {
     **{role: _computed("must be in tokenizer.json") for role in ("bos_token", "unk_token", "sep_token", "cls_token", "mask_token")},
     **_harmless("clean_up_tokenization_spaces errors", "ids to text only"),
     **_harmless("chat_template processor_class", "conversations only"),
-    **_harmless("tokenizer_class backend is_local local_files_only use_fast legacy name_or_path", "how transformers opens tokenizer.json"),
+    **_harmless("backend is_local local_files_only use_fast legacy name_or_path", "how transformers opens tokenizer.json"),
     **_harmless("stride truncation_strategy max_length return_token_type_ids model_input_names", "sentence-transformers sets its own"),
 }
 

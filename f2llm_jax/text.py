@@ -23,7 +23,7 @@ import tokenizers
 from etils import epath
 from jaxtyping import Int
 
-from f2llm_jax import hf_settings
+from f2llm_jax import hf_settings, tokenizer_settings
 from f2llm_jax.errors import UserError
 from f2llm_jax.storage.files import is_remote, read_json, write_json, write_text
 
@@ -31,8 +31,6 @@ INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery: "
 _INSTRUCTION = re.compile(r"\AInstruct: (.*?)\nQuery: ?", re.DOTALL)
 
 DEFAULT_QUERY_INSTRUCTION = "Given a question, retrieve passages that can help answer the question."
-
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 TokenIds = Int[np.ndarray, " length"]
 
@@ -125,14 +123,14 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} does not exist; save a fast tokenizer there with `AutoTokenizer(...).save_pretrained`")
     config = read_json(folder / "tokenizer_config.json")
-    backend = _backend(folder, (folder / "tokenizer.json").read_text())
+    backend, pipeline = _backend(folder, (folder / "tokenizer.json").read_text())
     notes = hf_settings.check(folder / "tokenizer_config.json", "tokenizer_config.json", config, hf_settings.TOKENIZER)
-    _add_special_tokens(backend, config, folder)
+    tokenizer_settings.add_special_tokens(folder, config, backend)
     before, after = _added(backend, folder)
     if not after:
         after = [_special(config, "eos_token", backend, folder)]
-        backend = _with_end(backend, before, after[0])
-    _check_settings(folder, config, backend, before, after)
+        _append(backend, pipeline.get("post_processor"), before, after[0])
+    tokenizer_settings.check(folder, config, pipeline, [str(backend.id_to_token(n)) for n in before], str(backend.id_to_token(after[0])))
     _check_encodings(folder, backend, before, after)
     pad_id = _special(config, "pad_token", backend, folder)
     bound = 1 + max(backend.get_vocab(with_added_tokens=True).values())
@@ -157,44 +155,20 @@ def find_tokenizer(name: str) -> epath.Path:
         raise UserError(f"{name!r} is no folder and could not be downloaded from the Hub ({why})") from error
 
 
-def _backend(folder: epath.Path, content: str) -> tokenizers.Tokenizer:
+def _backend(folder: epath.Path, content: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer of a file, and the file's own statement of it: a large one takes most of a second to read either way."""
     try:
-        backend = tokenizers.Tokenizer.from_str(content)
+        backend, pipeline = tokenizers.Tokenizer.from_str(content), json.loads(content)
     except Exception as error:  # tokenizers raises plain Exception on a malformed file
         raise UserError(f"{folder}/tokenizer.json is not a readable fast tokenizer ({error}); save it again") from error
     truncation = backend.truncation
     if truncation and truncation["direction"].lower() != "right":
         raise UserError(f"{folder}/tokenizer.json cuts long texts at their start; set truncation to null or its direction to Right")
-    if json.loads(content)["model"].get("dropout"):
+    if pipeline["model"].get("dropout"):
         raise UserError(f"{folder}/tokenizer.json has a dropout of merges, so a text has other ids each time; set model.dropout to null")
     backend.no_truncation()
     backend.no_padding()
-    return backend
-
-
-def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: epath.Path) -> None:
-    """Makes the tokens that tokenizer_config.json names special, as transformers does: within a text each is one id then.
-
-    Raises:
-      UserError: one is not in the vocabulary, or has another id there.
-    """
-    vocabulary, numbers = backend.get_vocab(with_added_tokens=True), {}
-    for role in _ROLES:
-        if token := _content(config.get(role)):
-            numbers[token] = vocabulary.get(token)
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = config.get(key) or []
-        tokens = [str(_content(token)) for token in (listed.values() if isinstance(listed, dict) else listed)]
-        numbers |= {token: vocabulary.get(token) for token in tokens}
-    numbers |= {str(_content(token)): int(number) for number, token in (config.get("added_tokens_decoder") or {}).items()}
-    if wrong := [token for token, number in numbers.items() if number is None or vocabulary.get(token) != number]:
-        raise UserError(
-            f"{folder}/tokenizer_config.json names special tokens (in its roles, additional_special_tokens, "
-            f"extra_special_tokens or added_tokens_decoder) that tokenizer.json lacks or numbers otherwise: {', '.join(wrong)}; "
-            "save the tokenizer again with transformers, which writes them into tokenizer.json"
-        )
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_special_tokens([token for token in numbers if token not in added])
+    return backend, pipeline
 
 
 def _added(backend: tokenizers.Tokenizer, folder: epath.Path) -> tuple[list[int], list[int]]:
@@ -206,8 +180,8 @@ def _added(backend: tokenizers.Tokenizer, folder: epath.Path) -> tuple[list[int]
     raise UserError(f"{folder}/tokenizer.json has a post-processor that rearranges the ids of a text; keep one that only adds tokens")
 
 
-def _with_end(backend: tokenizers.Tokenizer, before: list[int], end: int) -> tokenizers.Tokenizer:
-    """The tokenizer with one template that adds `before` as now, and `end`.
+def _append(backend: tokenizers.Tokenizer, present: dict[str, Any] | None, before: list[int], end: int) -> None:
+    """Gives the tokenizer one template that adds `before` as the `present` post-processor does, and `end`.
 
     One template, because of two in a row the second takes what the first returns for a pair of texts and uses its own pair template.
     """
@@ -223,12 +197,11 @@ def _with_end(backend: tokenizers.Tokenizer, before: list[int], end: int) -> tok
         "pair": framed("A", 0) + framed("B", 1),
         "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]} for number, name in special.items()},
     }
-    content = json.loads(backend.to_str())
-    present = content["post_processor"] or {"type": "Sequence", "processors": []}
-    parts = present["processors"] if present["type"] == "Sequence" else [present]
+    parts = present["processors"] if present and present["type"] == "Sequence" else [present] if present else []
     offsets = [part for part in parts if part["type"] == "ByteLevel"]  # changes offsets and no id
-    content["post_processor"] = {"type": "Sequence", "processors": [*offsets, template]} if offsets else template
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
+    made = {"type": "Sequence", "processors": [*offsets, template]} if offsets else template
+    small = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}, "post_processor": made}
+    backend.post_processor = tokenizers.Tokenizer.from_str(json.dumps(small)).post_processor
 
 
 def _check_encodings(folder: epath.Path, backend: tokenizers.Tokenizer, before: list[int], after: list[int]) -> None:
@@ -246,29 +219,8 @@ def _check_encodings(folder: epath.Path, backend: tokenizers.Tokenizer, before: 
             raise UserError(f"{file} does not end the text {text[:40]!r} in {shown!r}; keep a post-processor that ends every text in it")
 
 
-def _check_settings(folder: epath.Path, config: dict[str, Any], backend: tokenizers.Tokenizer, before: list[int], after: list[int]) -> None:
-    """Raises a UserError if tokenizer_config.json tells other software something else than tokenizer.json tells this project."""
-    file, wrong = folder / "tokenizer_config.json", []
-    names = [str(backend.id_to_token(number)) for number in (*before, *after)]
-    if (add := config.get("add_bos_token")) is not None and bool(add) != bool(before):
-        wrong.append(
-            f"add_bos_token is {add}, but the post-processor of tokenizer.json begins a text with {names[: len(before)] or 'nothing'}"
-        )
-    if (add := config.get("add_eos_token")) is not None and _content(config.get("eos_token")) != names[-1] and add:
-        wrong.append(f"add_eos_token is True, but a text ends in {names[-1]!r} and not in the eos_token")
-    prefix = (json.loads(backend.to_str())["pre_tokenizer"] or {}).get("add_prefix_space")
-    if config.get("add_prefix_space") is not None and prefix is not None and config["add_prefix_space"] != prefix:
-        wrong.append(f"add_prefix_space is {config['add_prefix_space']}, but {prefix} in the pre_tokenizer of tokenizer.json")
-    if wrong:
-        raise UserError(f"{file} and tokenizer.json disagree:\n  " + "\n  ".join(wrong))
-
-
-def _content(token: Any) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
-
-
 def _special(config: dict[str, Any], role: str, backend: tokenizers.Tokenizer, folder: epath.Path) -> int:
-    token = _content(config.get(role))
+    token = tokenizer_settings.content(config.get(role))
     number = backend.token_to_id(token) if token else None
     if number is None:
         raise UserError(

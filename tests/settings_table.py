@@ -122,6 +122,7 @@ def with_hole(content: dict) -> None:
     vocabulary[max(vocabulary, key=vocabulary.get)] = tiny.CONFIG.vocab_size - 1
 
 
+SPECIAL = {"content": "<|im_end|>", "special": True}
 IDENTITY = {"activation_function": "torch.nn.modules.linear.Identity"}
 ROTATED = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0].contiguous()
 SECOND_LAYER = {"text": {"method": "forward", "method_output_name": ["hidden_states", 1]}}
@@ -157,6 +158,18 @@ CASES = [
     case(C, "harmless", architectures=["Qwen3ForCausalLM"]),
     case(C, "harmless", eos_token_id=7, bos_token_id=3, pad_token_id=None),
     case(C, "harmless", note_of_its_maker="hello"),
+    case(C, "refused", rms_norm_eps="1e-6"),
+    case(C, "refused", head_dim=DELETE),
+    case(C, "refused", num_hidden_layers=2, names="layer_types"),  # layer_types and the weights have three
+    case(C, "refused", layer_types=["full_attention"] * 4),
+    case(C, "refused", rope_scaling={"type": "dynamic", "factor": 2.0}),
+    case(C, "computed", rope_scaling={"type": "default"}),
+    case(C, "refused", per_layer_config={"0": {"rms_norm_eps": 0.5}}),
+    case(C, "refused", transformers_weights="other.safetensors"),
+    case(C, "refused", compression_config={"quant_method": "compressed-tensors"}),
+    case(C, "harmless", mlp_bias=True),
+    case(C, "harmless", dtype="float16"),
+    case(C, "harmless", output_hidden_states=True, return_dict=False),
     case(T, "computed", model_max_length=24, also={MODULE: {"max_seq_length": DELETE}}),
     case(T, "refused", truncation_side="left"),
     case(T, "refused", split_special_tokens=True),
@@ -167,11 +180,33 @@ CASES = [
     case(T, "harmless", padding_side="left"),
     case(T, "harmless", add_eos_token=True),
     case(T, "harmless", clean_up_tokenization_spaces=True, chat_template="{{ messages }}", errors="replace"),
+    case(T, "refused", tokenizer_class="Qwen2Tokenizer"),  # its own pre-tokenizer is not the one of the file
+    case(T, "refused", tokenizer_class=DELETE),
+    case(T, "refused", tokenizer_class="GPT2Tokenizer"),
+    case(T, "refused", tokenizer_class="WhisperTokenizer"),
+    case(T, "computed", tokenizer_class="TokenizersBackend"),
+    case(T, "refused", pad_token="the", names="special_tokens_map.json"),
+    case(T, "refused", mask_token="horse", names="horse"),
+    case(T, "refused", image_token="horse", names="horse"),
+    case(T, "computed", image_token="mat"),
+    case(T, "computed", model_specific_special_tokens={"image_token": "mat"}),
+    case(T, "refused", "<|im_end|> with lstrip", "added_tokens_decoder", added_tokens_decoder={"1": {**SPECIAL, "lstrip": True}}),
+    case(T, "computed", "<|im_end|> without", added_tokens_decoder={"1": SPECIAL}),
+    case(T, "harmless", max_length=8, stride=2, truncation_strategy="only_first"),
+    case("special_tokens_map.json", "refused", additional_special_tokens=["mat"], names="special_tokens_map.json"),
+    case("special_tokens_map.json", "refused", mask_token="mat", names="special_tokens_map.json"),
+    case("added_tokens.json", "refused", mat=250, names="added_tokens.json"),
+    tokenizer_case("computed", "a normalizer that lowers case", lambda t: t.update(normalizer={"type": "Lowercase"})),
+    tokenizer_case("computed", "padding to 48 from the left", lambda t: t.update(padding=PADDED)),
+    tokenizer_case("computed", "truncation to 8", lambda t: t.update(truncation={**LEFT, "direction": "Right", "max_length": 8})),
+    tokenizer_case("computed", "<|im_end|> with lstrip and rstrip", lambda t: t["added_tokens"][1].update(lstrip=True, rstrip=True)),
     tokenizer_case("computed", "post_processor appends <|endoftext|>, eos_token is <|im_end|>", ends_in(tiny.PAD)),
     tokenizer_case("computed", "a hole in the ids", with_hole),
     tokenizer_case("refused", "truncation from the left", lambda t: t.update(truncation=LEFT), "truncation"),
     tokenizer_case("refused", "a dropout of merges", lambda t: t["model"].update(dropout=0.9), "dropout"),
     case(MODULE, "computed", max_seq_length=16),
+    case(MODULE, "computed", max_seq_length=None, also={T: {"model_max_length": 24}}),
+    case(MODULE, "computed", max_seq_length=96, also={T: {"model_max_length": 24}}),
     case(MODULE, "refused", do_lower_case=True),
     case(MODULE, "refused", query_length=6),
     case(MODULE, "refused", processing_kwargs={"text": {"max_length": 6}}),
@@ -191,9 +226,16 @@ CASES = [
     case(PROMPTS, "refused", default_prompt_name="query"),
     case(PROMPTS, "computed", prompts={"query": "Instruct: Find it\nQuery:", "document": ""}),
     case(PROMPTS, "computed", prompts={}),
+    case(PROMPTS, "refused", prompts={"query": "query: ", "document": "passage: "}, names="document"),
+    case(PROMPTS, "refused", prompts={"passage": "passage: "}, names="passage"),
+    case(PROMPTS, "computed", prompts={"passage": "passage: ", "document": ""}),
+    case(PROMPTS, "computed", default_prompt_name="document"),
+    case(PROMPTS, "refused", default_prompt_name="none_of_them"),
+    case(PROMPTS, "refused", truncate_dim=16),
     case(PROMPTS, "harmless", similarity_fn_name="dot"),
     case(PROMPTS, "refused", model_type="SparseEncoder"),
 ]  # fmt: skip
+PADDED = {"strategy": {"Fixed": 48}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": tiny.PAD}
 LEFT = {"direction": "Left", "max_length": 96, "strategy": "LongestFirst", "stride": 0}
 
 
@@ -222,7 +264,7 @@ def ours(folder: pathlib.Path) -> np.ndarray:
 def theirs(folder: pathlib.Path) -> np.ndarray:
     """The same by sentence-transformers."""
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
-    vectors = np.concatenate([model.encode(TEXTS), model.encode_query(TEXTS)])
+    vectors = np.concatenate([model.encode_document(TEXTS), model.encode_query(TEXTS)])
     return truncate_and_normalize(vectors, vectors.shape[1])
 
 
@@ -231,20 +273,12 @@ def worst_cosine(one: np.ndarray, other: np.ndarray) -> float:
     return float((one * other).sum(1).min()) if one.shape == other.shape else 0.0
 
 
-def outcome(case: Case, folder: pathlib.Path) -> tuple[str, str]:
-    """What became of the case ("refused" with the message, or "accepted"), and the cosine with sentence-transformers in words.
-
-    Of a refusal it is the cosine that ignoring the setting would have given.
-    """
-    edited(case, folder)
+def read(folder: pathlib.Path) -> tuple[np.ndarray, str]:
+    """Our vectors and ""; or those of the unchanged folder and the message of the refusal."""
     try:
-        found, message = ours(folder), "accepted"
+        return ours(folder), ""
     except UserError as error:
-        found, message = unchanged(), f"refused: {error}"
-    try:
-        return message, f"{worst_cosine(found, theirs(folder)):.6f}"
-    except Exception as error:  # whatever a library raises on a folder that it cannot load either
-        return message, f"sentence-transformers refuses it too ({type(error).__name__})"
+        return unchanged(), str(error)
 
 
 @functools.cache
@@ -255,11 +289,16 @@ def unchanged() -> np.ndarray:
 def main() -> None:
     print("| file | setting | here | worst cosine with sentence-transformers |\n|---|---|---|---|")
     for one in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            message, cosine = outcome(one, pathlib.Path(folder) / "model")
-        right = message.startswith("refused") == (one.verdict == "refused")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = edited(one, pathlib.Path(temporary) / "model")
+            vectors, refusal = read(folder)
+            try:
+                cosine = f"{worst_cosine(vectors, theirs(folder)):.6f}"  # of a refusal what ignoring the setting would have given
+            except Exception as error:  # whatever a library raises on a folder that it cannot load either
+                cosine = f"sentence-transformers refuses it too ({type(error).__name__})"
+        right = bool(refusal) == (one.verdict == "refused")
         shown = one.setting.replace("|", "\\|")
-        print(f"| {one.file} | {shown} | {one.verdict if right else 'WRONG ' + message[:80]} | {cosine} |", flush=True)
+        print(f"| {one.file} | {shown} | {one.verdict if right else 'WRONG ' + refusal[:80]} | {cosine} |", flush=True)
     print(f"\n{len(CASES)} settings", file=sys.stderr)
 
 

@@ -26,6 +26,7 @@ ADAPTER_FILE = "adapter_config.json"
 TRANSFORMER_FILES = tuple(
     f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # of these the first that a folder has is `encode_document`'s
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
@@ -211,6 +212,11 @@ def _prompts(folder: epath.Path, *, normalized: bool) -> tuple[dict[str, str], l
     if not isinstance(prompts, dict) or any(not isinstance(value, str | None) for value in prompts.values()):
         raise UserError(f"{path}: prompts is {prompts!r}, must be an object of texts by name")
     prompts = {key: value or "" for key, value in prompts.items()}
+    if prompts.get(first := next((name for name in DOCUMENT_PROMPTS if name in prompts), "")):
+        raise UserError(
+            f"{path}: the prompt {first!r} goes before every document in sentence-transformers, but documents have none here; set it to "
+            "an empty text if the model was not trained with it"
+        )
     default = settings.get("default_prompt_name")
     if default is not None and prompts.get(default) != "":
         raise UserError(
