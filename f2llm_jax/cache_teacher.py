@@ -92,17 +92,19 @@ def _check(flags: argparse.Namespace) -> None:
 def _teacher(flags: argparse.Namespace, dataset: "Dataset") -> "Teacher":
     """The teacher that the flags name."""
     from f2llm_jax.inference.devices import local_mesh
+    from f2llm_jax.inference.shared_model import find_shared
+    from f2llm_jax.storage.files import absolute
     from f2llm_jax.teachers import own, sentence_transformers, vector_file
     from f2llm_jax.teachers.texts import TextModel, TextTeacher
-    from f2llm_jax.weights.models import find_model
 
+    common = f"{absolute(flags.out)}.model"  # where several hosts share a model of the Hub
     computing = {"compute": flags.compute, "mesh": local_mesh(), "chunk_tokens": flags.batch_tokens}
     if flags.model and not flags.retokenize:
-        return own.OwnTeacher(find_model(flags.model), dataset, flags.max_length, **computing)
+        return own.OwnTeacher(find_shared(flags.model, common), dataset, flags.max_length, **computing)
     decoder = _decoder(flags, dataset)
     model: TextModel
     if flags.model:
-        model = own.OwnTextModel(find_model(flags.model), **computing)
+        model = own.OwnTextModel(find_shared(flags.model, common), **computing)
     elif flags.sentence_transformers:
         model = sentence_transformers.SentenceTransformersModel(flags.sentence_transformers, flags.compute)
     else:

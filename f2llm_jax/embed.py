@@ -37,10 +37,10 @@ def _embed(flags: argparse.Namespace) -> str:
 
     from f2llm_jax.inference.devices import all_here, is_first, local_mesh
     from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
+    from f2llm_jax.inference.shared_model import find_shared
     from f2llm_jax.inference.vector_cache import CachedEncoder
     from f2llm_jax.text import query_prompt
     from f2llm_jax.weights.digest import model_digest
-    from f2llm_jax.weights.models import find_model
 
     check_apart(flags.output, {f"--input {flags.input}": flags.input, f"--model {flags.model}": flags.model})
     check_new_file(flags.output)
@@ -50,12 +50,12 @@ def _embed(flags: argparse.Namespace) -> str:
     texts = fields.joined()
     for line in fields.describe():
         print(line)
-    origin = find_model(flags.model)
+    cache = epath.Path(f"{flags.output}.vectors")
+    origin = find_shared(flags.model, cache)
     dim = flags.dim or origin.width
     if dim > origin.width:
         raise UserError(f"--dim {dim} exceeds the {origin.width} dimensions of {flags.model}")
     encoder = load_encoder(origin, mesh=local_mesh(), dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
-    cache = epath.Path(f"{flags.output}.vectors")
     prompt = flags.prompt or query_prompt(flags.instruction, origin.embedding.instruction_template)
     with Progress() as progress:
         progress.begin("compiling and embedding")

@@ -52,16 +52,16 @@ def _evaluate(flags: argparse.Namespace) -> "list[Score]":
     from f2llm_jax.evaluation.mteb_encoder import Conditions, model_meta
     from f2llm_jax.evaluation.mteb_run import find_tasks, run_tasks
     from f2llm_jax.inference.encode import load_encoder
+    from f2llm_jax.inference.shared_model import find_shared
     from f2llm_jax.inference.vector_cache import CachedEncoder
     from f2llm_jax.weights.digest import model_digest
-    from f2llm_jax.weights.models import find_model
 
     tasks = find_tasks(flags.tasks, flags.benchmark)
     local, theirs = read_manifest(flags.manifest) if flags.manifest else ([], {})
     for line in (line for task in local for line in task.described):
         print(line)
     own = instructions.read_instructions(flags.instructions, theirs) if flags.instructions else {}
-    origin = find_model(flags.model)
+    origin = find_shared(flags.model, flags.out)
     dims = _widths(flags.dims, origin)
     options = {"max_length": flags.max_length, "dtype": jnp.dtype(flags.dtype), "chunk_tokens": flags.batch_tokens}
     encoder = load_encoder(origin, mesh=_mesh(flags.mesh), **options)

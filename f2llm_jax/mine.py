@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _mine(flags: argparse.Namespace) -> dict:
+    from f2llm_jax.inference.shared_model import find_shared
     from f2llm_jax.mining import run  # after the flags are parsed: --help needs no JAX
     from f2llm_jax.mining.writing import write_built
-    from f2llm_jax.weights.models import find_model
 
     named = [*(("--queries", path) for path in flags.queries), *(("--corpus", path) for path in flags.corpus or ())]
     read = {f"{flag} {path}": path for flag, path in named}
@@ -64,7 +64,7 @@ def _mine(flags: argparse.Namespace) -> dict:
             progress.show(phase, done, total, "documents" if phase == "search" else "texts")
 
         options = {"encoding": encoding, "cache": flags.cache, "overwrite": flags.overwrite, "inputs": read, "report": report}
-        return run.mine(find_model(flags.model), sources, corpus, flags.out, rules, **options)
+        return run.mine(find_shared(flags.model, flags.cache or f"{flags.out}.cache"), sources, corpus, flags.out, rules, **options)
 
 
 def _describe(sources: Sequence[inputs.Pairs]) -> None:

@@ -72,12 +72,12 @@ def _encoders(name: str, flags: argparse.Namespace) -> "tuple[TextEncoder, TextE
 
     from f2llm_jax.inference.devices import local_mesh
     from f2llm_jax.inference.encode import load_encoder
+    from f2llm_jax.inference.shared_model import find_shared
     from f2llm_jax.inference.vector_cache import CachedEncoder
     from f2llm_jax.weights.digest import model_digest
-    from f2llm_jax.weights.models import find_model
 
     print(f"loading {name}", file=sys.stderr, flush=True)
-    origin = find_model(name)
+    origin = find_shared(name, flags.cache)
     encoder = load_encoder(origin, mesh=local_mesh(), dtype=jnp.dtype(flags.dtype))
     return encoder, CachedEncoder(encoder, flags.cache, model=model_digest(origin)) if flags.cache else encoder
 

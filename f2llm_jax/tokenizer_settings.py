@@ -90,7 +90,7 @@ def _named(config: Mapping[str, Any]) -> Iterator[str]:
             yield from (str(content(token)) for token in (value.values() if isinstance(value, dict) else value or ()))
 
 
-def _check_companions(folder: epath.Path, config: Mapping[str, Any], added: Mapping[str, int]) -> None:
+def _check_companions(folder: epath.Path, config: Mapping[str, Any], added: Mapping[str, int | None]) -> None:
     """Raises a UserError if files that some versions of transformers read next to tokenizer_config.json name other special tokens."""
     for file in ("special_tokens_map.json", "added_tokens.json"):
         path = folder / file
@@ -102,8 +102,8 @@ def _check_companions(folder: epath.Path, config: Mapping[str, Any], added: Mapp
         wrong += [key for key in found if key.endswith("_token") and config.get(key) and content(config[key]) != content(found[key])]
         if wrong:
             raise UserError(
-                f"{path} says otherwise than tokenizer.json and tokenizer_config.json of {', '.join(wrong)}, and readers take one or the "
-                f"other; correct it, or remove it if those two are right"
+                f"{path} says otherwise than tokenizer.json and tokenizer_config.json of {', '.join(wrong)}, and readers differ in which "
+                "they take; correct it, or remove it if those two are right"
             )
 
 

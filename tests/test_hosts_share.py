@@ -1,7 +1,9 @@
 """Commands on all devices of a host, and of two hosts: the vectors of one device, the work dealt evenly, nothing twice after a kill."""
 
 import json
+import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,8 +67,12 @@ def data(folder):
     return small_data.write(folder / "prepared").folder
 
 
-def run(name, *flags, devices=1, processes=1, kill_after=0):
-    """What each process wrote at its end; None for one that was killed."""
+def run(name, *flags, devices=1, processes=1, kill_after=0, environments=None):
+    """What each process wrote at its end; None for one that was killed.
+
+    Args:
+      environments: variables of each process besides this one's.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -75,7 +81,11 @@ def run(name, *flags, devices=1, processes=1, kill_after=0):
         words = [
             [sys.executable, "-c", PROGRAM, file, devices, port, i, processes, kill_after, name, *flags] for i, file in enumerate(files)
         ]
-        running = [subprocess.Popen([str(w) for w in one], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for one in words]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        running = [
+            subprocess.Popen([str(w) for w in one], env={**os.environ, **own}, **pipes)
+            for one, own in zip(words, environments or [{}] * processes, strict=True)
+        ]
         for process in running:
             _, err = process.communicate(timeout=400)
             # Of two, the second may be ended by JAX before it kills itself.
@@ -95,6 +105,27 @@ def test_embed(folder):
     texts = [one["texts"] for one in both]
     assert sum(texts) == len(set(LINES)) and min(texts) > 0.4 * len(set(LINES))
     assert not list(folder.glob("*.vectors"))
+
+
+@pytest.mark.slow
+def test_a_hub_model_is_downloaded_by_one_host_for_all(folder, data):
+    """Only the first host's cache of the Hub, offline, has the model."""
+    hub = folder / "hub/models--owner--name"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs/main").write_text("0" * 40)
+    shutil.copytree(folder / "model", hub / "snapshots" / ("0" * 40))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "nothing")}
+    hosts = {"processes": 2, "environments": [offline | {"HF_HUB_CACHE": str(folder / "hub")}, offline]}
+    (folder / "some.jsonl").write_text("".join(json.dumps({"query": line, "passage": f"{line} here"}) + "\n" for line in LINES[:60]))
+    lines, pairs, model = folder / "lines.txt", folder / "some.jsonl", ("--model", "owner/name")
+    run("embed", *model, "--input", lines, "--output", folder / "hub.npy", **hosts)
+    run("embed", "--model", folder / "model", "--input", lines, "--output", folder / "disk.npy")
+    np.testing.assert_allclose(np.load(folder / "hub.npy"), np.load(folder / "disk.npy"), atol=1e-5)
+    run("cache_teacher", *model, "--data", data, "--dims", 32, "--max-length", 48, "--out", folder / "hub-cache", **hosts)
+    loose = ("--negatives", 2, "--skip", 0, "--max-score", "none", "--max-relative", "none", "--near-duplicate", 2)
+    run("mine", *model, "--queries", pairs, "--out", folder / "hub-mined", *loose, **hosts)
+    run("recall", *model, "--pairs", pairs, "--cache", folder / "hub-recall", **hosts)
+    assert (folder / "hub-mined/some.parquet").exists()
 
 
 def test_embed_killed_and_run_again_encodes_nothing_twice(folder):

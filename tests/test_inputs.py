@@ -227,6 +227,16 @@ def test_several_positives_become_several_rows_and_are_no_negatives(tmp_path):
     assert opened.rows == 3
 
 
+def test_passages_that_are_objects(tmp_path):
+    """As Tevatron writes them: the text of one is its title and its text."""
+    passages = [{"docid": "1", "title": "T", "text": "a"}, {"docid": 2, "text": "b"}]
+    path = lines(tmp_path / "a.jsonl", {"query": "q", "positive_passages": passages, "negative_passages": [{"title": None, "text": "x"}]})
+    assert rows_of(path) == [("q", "T a", ["x"]), ("q", "b", ["x"])]
+    judged = lines(tmp_path / "b.jsonl", {"query": "q", "positive": "p", "negative_passages": [{"text": "x", "score": 3}]})
+    with pytest.raises(UserError, match=r"row 0, column 'negative_passages\[0\]' is an object of text, score, not a text"):
+        rows_of(judged)
+
+
 def test_an_instruction_of_a_row_goes_to_a_query_that_has_none(tmp_path):
     own = query_prompt("Own.") + "q"
     path = lines(tmp_path / "a.jsonl", *({"query": query, "instruction": "Find.", "passage": "p"} for query in ("q", own)))

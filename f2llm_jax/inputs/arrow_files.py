@@ -92,7 +92,11 @@ def _batches(file: Any) -> pa.RecordBatchReader:
 
 
 def _is_texts(kind: pa.DataType) -> bool:
-    return is_list(kind) and is_text(kind.value_type)
+    """Whether cells are lists of texts, or of objects that have one."""
+    if not is_list(kind):
+        return False
+    item = kind.value_type
+    return is_text(item) or (pa.types.is_struct(item) and item.get_field_index("text") >= 0)
 
 
 def _classes(schema: pa.Schema) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ Cells: TypeAlias = pa.Array | list[Any]  # of one column: Arrow's, or Python's f
 
 NULL, ABSENT, NOT_UTF8, EMPTY = "is null", "is absent", "is not valid UTF-8", "is empty"
 NOT_A_LIST = "is not a JSON list of texts"
+PASSAGE_IDS = ("docid", "doc_id", "_id", "id", "pid")  # of a passage that is an object: they tell nothing of its text
 
 
 class Missing:
@@ -53,7 +54,10 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class TextLists:
-    """A column of lists of texts, all lists after one another; `broken` by row says what is no list. Null and absent are empty."""
+    """A column of lists of texts, all lists after one another; `broken` by row says what is no list. Null and absent are empty.
+
+    Items may be objects with a title and a text, as Tevatron writes passages.
+    """
 
     flat: Texts
     lengths: Int[np.ndarray, " B"]
@@ -113,7 +117,9 @@ def _texts(values: Sequence[Any]) -> Texts:
 
 
 def _named(value: Any) -> str:
-    names = {bool: "true or false", Number: "a number", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names: dict[type, str] = {bool: "true or false", Number: "a number", int: "a number", float: "a number", list: "a list"}
+    if isinstance(value, dict):
+        return f"an object of {', '.join(map(str, value))}"
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
@@ -121,7 +127,10 @@ def text_lists(cells: Cells) -> TextLists:
     """The lists of a column: lists, JSON lists (or Python's) in a text, and in JSON lines also a text alone."""
     if not isinstance(cells, list) and is_list(cells.type):
         lengths = pc.fill_null(pc.list_value_length(cells), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        return TextLists(texts(cells.flatten()), lengths, {})
+        items = cells.flatten()
+        return TextLists(
+            _texts([_passage(item) for item in items.to_pylist()]) if pa.types.is_struct(items.type) else texts(items), lengths, {}
+        )
     alone = isinstance(cells, list)
     values = list(cells) if isinstance(cells, list) else texts(cells).values.to_pylist()
     flat: list[Any] = []
@@ -130,9 +139,17 @@ def text_lists(cells: Cells) -> TextLists:
         found = _as_list(value, alone)
         if found is None:
             broken[row], found = NOT_A_LIST, []
-        flat += found
+        flat += map(_passage, found)
         lengths[row] = len(found)
     return TextLists(_texts(flat), lengths, broken)
+
+
+def _passage(item: Any) -> Any:
+    """The title and the text of an object, as BEIR and mteb join them; the item itself where it is anything else."""
+    if not isinstance(item, dict) or not isinstance(item.get("text"), str) or not item.keys() <= {"text", "title", *PASSAGE_IDS}:
+        return item
+    title = item.get("title")
+    return " ".join(part for part in (title, item["text"]) if part) if title is None or isinstance(title, str) else item
 
 
 def _as_list(value: Any, alone: bool) -> list[Any] | None:
@@ -146,8 +163,8 @@ def _as_list(value: Any, alone: bool) -> list[Any] | None:
     return None
 
 
-def parse_list(text: str) -> list[str] | None:
-    """The list of texts that `text` spells in JSON or, as pandas writes lists to CSV, in Python; None if it spells none."""
+def parse_list(text: str) -> list[Any] | None:
+    """The list of texts or objects that `text` spells in JSON or, as pandas writes lists to CSV, in Python; None if it spells none."""
     if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
         return None
     for parse in (json.loads, ast.literal_eval):
@@ -155,7 +172,7 @@ def parse_list(text: str) -> list[str] | None:
             found = parse(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        return found if isinstance(found, list) and all(isinstance(item, str) for item in found) else None
+        return found if isinstance(found, list) and all(isinstance(item, str | dict) for item in found) else None
     return None
 
 

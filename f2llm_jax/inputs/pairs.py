@@ -8,7 +8,8 @@
     instruction    instruction                                                            text, for queries that carry none
     scores         scores, as `mine` writes them                                          no objective reads them
 
-A list is a list, or a text of JSON that spells one. `--columns` names others, and joins several with `+`, as in `passage=title+text`.
+A list is a list, or a text of JSON that spells one. Its items are texts, or objects with a `title` and a `text` as Tevatron's
+`positive_passages` and `negative_passages`. `--columns` names others, and joins several with `+`, as in `passage=title+text`.
 A BEIR folder is such a file too: a row for each pair of relevance above 0.
 """
 
@@ -33,7 +34,7 @@ from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, leading_prompt, query_prom
 PAIRS = Form(
     {
         "query": ("query", "anchor", "question"),
-        "passage": ("passage", "positive", "pos", "document", "answer", "positives", "passages"),
+        "passage": ("passage", "positive", "pos", "document", "answer", "positives", "passages", "positive_passage", "positive_passages"),
         "lang": ("lang", "language"),
         "instruction": ("instruction",),
         "scores": ("scores",),
@@ -41,7 +42,7 @@ PAIRS = Form(
     optional=("lang", "instruction", "scores"),
     negatives=True,
 )
-PLURALS = ("positives", "passages")
+PLURALS = ("positives", "passages", "positive_passages")
 FIRST_ROWS = 8
 
 
