@@ -4,6 +4,8 @@ A teacher is one of
 
     --model MODEL                     a model of this project with the dataset's tokenizer; with --retokenize also of another one
     --sentence-transformers MODEL     what sentence-transformers loads
+    --endpoint URL                    a model that is served with OpenAI's protocol (OpenAI, vLLM, text-embeddings-inference, infinity),
+                                      with --endpoint-model NAME and, where it asks for a key, --api-key-variable VARIABLE
     --vectors FILE                    vectors that other software computed: parquet with the columns vector and id or text, or .npy
                                       with --vectors-of TABLE, whose rows have the id or text of each
 
@@ -14,6 +16,7 @@ own. Training reads the vectors with its texts (`--config.teacher_cache=DIR`). I
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -36,9 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="teacher: workdir, checkpoint, Hugging Face folder or Hub id")
     what.add_argument("--sentence-transformers", metavar="MODEL", help="teacher: folder or Hub id of sentence-transformers")
+    what.add_argument("--endpoint", metavar="URL", help="teacher: such as http://localhost:8000/v1")
     what.add_argument("--vectors", metavar="FILE", help="teacher: a file of vectors")
     what.add_argument("--write-texts", metavar="FILE", help="write the texts as parquet, and no cache")
     parser.add_argument("--vectors-of", metavar="TABLE", help="ids or texts of the rows of an .npy file of --vectors")
+    parser.add_argument("--endpoint-model", metavar="NAME", help="name of the model at --endpoint")
+    parser.add_argument("--api-key-variable", metavar="VARIABLE", help="environment variable with the key of --endpoint (default: no key)")
+    parser.add_argument("--endpoint-batch", type=positive, default=64, help="texts a request (default 64)")
+    parser.add_argument("--endpoint-requests", type=positive, default=8, help="requests at once (default 8)")
     parser.add_argument("--retokenize", action="store_true", help="--model reads texts by its own tokenizer, not the dataset's ids")
     own = "(default: the model's own; none where it has none)"
     parser.add_argument("--query-prompt", help=f"before queries; {{instruction}} in it is that of the stored query {own}")
@@ -85,6 +93,12 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError("--query-prompt and --document-prompt are for teachers that read texts: pass --retokenize, or drop them")
     if flags.retokenize and not flags.model:
         raise UserError("--retokenize goes with --model alone: every other teacher reads texts by its own tokenizer anyway")
+    if bool(flags.endpoint) != bool(flags.endpoint_model):
+        raise UserError("--endpoint and --endpoint-model go together: where a model is served, and its name there")
+    if flags.api_key_variable and not flags.endpoint:
+        raise UserError("--api-key-variable goes with --endpoint alone; drop it")
+    if flags.api_key_variable and not os.environ.get(flags.api_key_variable):
+        raise UserError(f"--api-key-variable {flags.api_key_variable}: there is no such environment variable; export it with the key")
     if flags.vectors_of and not flags.vectors:
         raise UserError("--vectors-of goes with --vectors alone; drop it")
 
@@ -94,7 +108,7 @@ def _teacher(flags: argparse.Namespace, dataset: "Dataset") -> "Teacher":
     from f2llm_jax.inference.devices import local_mesh
     from f2llm_jax.inference.shared_model import find_shared
     from f2llm_jax.storage.files import absolute
-    from f2llm_jax.teachers import own, sentence_transformers, vector_file
+    from f2llm_jax.teachers import endpoint, own, sentence_transformers, vector_file
     from f2llm_jax.teachers.texts import TextModel, TextTeacher
 
     common = f"{absolute(flags.out)}.model"  # where several hosts share a model of the Hub
@@ -107,6 +121,10 @@ def _teacher(flags: argparse.Namespace, dataset: "Dataset") -> "Teacher":
         model = own.OwnTextModel(find_shared(flags.model, common), **computing)
     elif flags.sentence_transformers:
         model = sentence_transformers.SentenceTransformersModel(flags.sentence_transformers, flags.compute)
+    elif flags.endpoint:
+        key = os.environ[flags.api_key_variable] if flags.api_key_variable else ""
+        batch, at_once = flags.endpoint_batch, flags.endpoint_requests
+        model = endpoint.EndpointModel(flags.endpoint, flags.endpoint_model, key=key, batch=batch, at_once=at_once)
     else:
         model = vector_file.VectorFile(flags.vectors, flags.vectors_of, decoder)
     return TextTeacher(model, decoder, _prompts(flags))

@@ -23,7 +23,8 @@ from f2llm_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes over which rows and samples are split
 
-# Parameters: V vocab, Z rank of the table, D model, H query heads, K key/value heads, E head dim, F ffn. A leading L is never split.
+# Parameters: V vocab, Z rank of the table, D model, H query heads, K key/value heads, E head dim, F ffn, W teacher width.
+# A leading L is never split.
 # A layer's weights all have D first, also those that project back to it: where one is split finely by its last dim, XLA for TPUs
 # sums its gradient whole instead of scattering it.
 PARAMETER_SPECS = {
@@ -33,6 +34,7 @@ PARAMETER_SPECS = {
     "DHE": P("fsdp", "tensor", None),
     "DKE": P("fsdp", "tensor", None),
     "DF": P("fsdp", "tensor"),
+    "DW": P("fsdp", None),
     "D": P(None),
     "E": P(None),
 }

@@ -5,6 +5,7 @@ import unicodedata
 
 import babel
 import foreign_teacher
+import made_vectors
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,8 +22,7 @@ from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCacheError
 from f2llm_jax.errors import UserError
 from f2llm_jax.preparation.encoding import Encoder
 from f2llm_jax.release import hf_folder
-from f2llm_jax.teachers.fill import fill_cache
-from f2llm_jax.teachers.texts import Prompts, StoredText, TextDecoder, TextTeacher, stored_texts
+from f2llm_jax.teachers.texts import Prompts, TextDecoder, stored_texts
 from f2llm_jax.text import load_tokenizer
 
 LIMIT = 32
@@ -183,11 +183,7 @@ def written(tmp_path_factory, dataset):
     words = ["--write-texts", file, "--data", dataset.folder, "--max-length", LIMIT]
     assert cache_teacher.main([str(word) for word in words]) == 0
     table = pq.read_table(file)
-    return file, table, np.stack([fake_vector(text) for text in table["text"].to_pylist()])
-
-
-def fake_vector(text):
-    return np.random.default_rng(list(text.encode())).normal(size=6).astype(np.float32)
+    return file, table, np.stack([made_vectors.vector(text) for text in table["text"].to_pylist()])
 
 
 def vector_column(vectors):
@@ -195,7 +191,9 @@ def vector_column(vectors):
 
 
 def check_file_cache(cache, dataset):
-    for got, want in compared(dataset, cache, lambda texts: np.stack([fake_vector(text) for text in texts]), {"query": "", "document": ""}):
+    for got, want in compared(
+        dataset, cache, lambda texts: np.stack([made_vectors.vector(text) for text in texts]), {"query": "", "document": ""}
+    ):
         np.testing.assert_array_equal(got, want)
 
 
@@ -267,29 +265,14 @@ def test_a_model_that_changed_under_its_name_is_refused(tmp_path, dataset, monke
     """As an endpoint's may, between the two halves of an interrupted run."""
     monkeypatch.setattr(teacher_cache, "SHARD_TEXTS", 32)
 
-    class Model:
-        name, digest, compute, width = "model", "0", "", 6
-
-        def __init__(self, sign, calls):
-            self.sign, self.calls = sign, calls
-
-        def encode(self, texts: list[StoredText]):
-            self.calls -= 1
-            if self.calls < 0:
-                raise UserError("gone")
-            return self.sign * np.stack([fake_vector(text.read) for text in texts])
-
-    def fill(model):
-        teacher = TextTeacher(model, TextDecoder(dataset.tokenizer().backend, LIMIT), Prompts())
-        return fill_cache(teacher, dataset, tmp_path, dims=None, max_length=LIMIT, dtype="float16")
-
+    fill = lambda model: made_vectors.fill(model, dataset, tmp_path, LIMIT)  # noqa: E731
     with pytest.raises(UserError, match="gone"):
-        fill(Model(1, 4))
+        fill(made_vectors.Model(calls=4))
     with pytest.raises(TeacherCacheError, match="another model than the one"):
-        fill(Model(-1, 99))
+        fill(made_vectors.Model(sign=-1))
     with pytest.raises(TeacherCacheError, match="no complete teacher cache"):
         TeacherCache(tmp_path, dataset, LIMIT, None)
-    rest = Model(1, 99)
+    rest = made_vectors.Model(calls=99)
     fill(rest)
     assert 99 - rest.calls == len(teacher_cache.shards(dataset)) - 4 + 1  # and the question
     TeacherCache(tmp_path, dataset, LIMIT, 6).verify()

@@ -28,7 +28,7 @@ def abstract_arguments(
     Raises:
       UserError: its rows cannot be split over the mesh.
     """
-    state = program.abstract_state(model, steps.optimizer, mesh)
+    state = program.abstract_state(model, steps.optimizer, mesh, steps.projected)
     frozen = None
     if teacher:
         _, params = abstract_decoder(teacher, mesh)

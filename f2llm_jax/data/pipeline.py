@@ -15,7 +15,7 @@ from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import EVERY_ROW_ONCE, NegativesPer, Plan, PlanSource, SingleNegative, StepPlan, Tail
 from f2llm_jax.data.records import Dataset, Kind, allow_open_files
-from f2llm_jax.data.teacher_cache import TeacherCache
+from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCaches
 from f2llm_jax.errors import UserError
 from f2llm_jax.text import truncate
 
@@ -90,7 +90,7 @@ class Pipeline:
         seed: int,
         mesh: jax.sharding.Mesh | None,
         sources: list[str] | None = None,
-        teacher: TeacherCache | None = None,
+        teacher: TeacherCache | TeacherCaches | None = None,
         sampling: Sampling = EVERY_ROW_ONCE,
     ):
         """Args as named; `sources` restricts to some of the dataset's; with a `teacher` its vectors come with the texts.
@@ -169,11 +169,13 @@ class Pipeline:
         lengths = packing.lengths.astype(np.int64)
         return batch, plan, int(lengths.sum()), int(lengths @ lengths), padded
 
-    def _teacher_vectors(self, teacher: TeacherCache, source: str, where: Int[np.ndarray, " S"]) -> Float[np.ndarray, "B 2+N W"]:
+    def _teacher_vectors(
+        self, teacher: TeacherCache | TeacherCaches, source: str, where: Int[np.ndarray, " S"]
+    ) -> Float[np.ndarray, "B 2+N W"]:
         """Of each sample's query, positive and negatives; 0 for what does not exist or lives elsewhere."""
         B = self._samples
         here = sharding.local_part(B, self._mesh)
-        vectors = np.zeros((B, len(where) // B, teacher.content.width), np.float32)
+        vectors = np.zeros((B, len(where) // B, teacher.width), np.float32)
         queries = here & (where[:B] >= 0)
         vectors[queries, 0] = teacher.read(source, self._split, where[:B][queries])
         documents = np.concatenate([where[B : 2 * B, None], where[2 * B :].reshape(B, -1)], axis=1)

@@ -6,6 +6,7 @@ interrupted run resumes where it stopped and several hosts can share the work.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from f2llm_jax.storage.vectors import VectorStore
 
 SHARD_TEXTS = 8192
 CHECKED_SHARDS = 16  # read whole when a cache is opened; the others when they are first used
+# What helps where the teacher's width is not the student's.
+ANY_WIDTH = "config.objective.projection=True maps the student to a teacher of any width, config.objective.distillation='scores' needs none"
 BEGUN, COMPLETE = "begun.json", "cache.json"  # the second is written last
 
 
@@ -144,20 +147,31 @@ class TeacherCache:
             self._open(shard)
 
     def _check_width(self, student: int | None) -> None:
-        """The first components of a model of this project are a vector by themselves, as its matryoshka widths are; those of another's need
-        not be."""
-        width, scores = (
-            self.content.width,
-            'config.objective.distillation="scores", which compares similarities, takes a teacher of any width',
-        )
+        """First components are a vector by themselves in a model of this project (its matryoshka widths); in another they need not be."""
+        width = self.content.width
         if student is None or width == student or (width > student and self.content.reads == "ids"):
             return
         if width < student:
-            raise TeacherCacheError(f"{self.folder} keeps {width} dims, fewer than the student's {student}; {scores}")
+            raise TeacherCacheError(f"{self.folder} keeps {width} dims, fewer than the student's {student}; {ANY_WIDTH}")
         raise TeacherCacheError(
-            f"{self.folder} keeps {width} dims of {self.content.name}, more than the student's {student}; {scores}; or, if the first "
+            f"{self.folder} keeps {width} dims of {self.content.name}, more than the student's {student}; {ANY_WIDTH}; or, if the first "
             f"{student} components are a good vector by themselves, make the cache with --dims {student}"
         )
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.content.width
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """W of each teacher: of this one."""
+        return (self.content.width,)
+
+    @property
+    def digest(self) -> str:
+        """Of everything that the vectors depend on besides data and truncation, which are a run's own."""
+        return self.content.model if self.content.reads == "ids" else self._store.digest
 
     def verify(self) -> None:
         """Reads every shard whole.
@@ -179,6 +193,31 @@ class TeacherCache:
 
     def _open(self, shard: Shard) -> np.ndarray:
         return self._store.read(shard.name, shard.stop - shard.start)
+
+
+class TeacherCaches:
+    """Those of several teachers, opened as one: their vectors of a text come one after another."""
+
+    def __init__(self, caches: Sequence[TeacherCache]):
+        """`caches`: of the same data, truncated alike."""
+        self._caches = caches
+        self.widths = tuple(cache.width for cache in caches)
+        self.width = sum(self.widths)
+        self.digest = "+".join(cache.digest for cache in caches)
+
+    def verify(self) -> None:
+        """As `TeacherCache.verify`."""
+        for cache in self._caches:
+            cache.verify()
+
+    def read(self, source: str, split: str, texts: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N W"]:
+        """As `TeacherCache.read`."""
+        return np.concatenate([cache.read(source, split, texts) for cache in self._caches], axis=1)
+
+
+def cache_folders(setting: str) -> list[str]:
+    """The folders of `config.teacher_cache`, which names one or, with commas between them, several."""
+    return [name.strip() for name in setting.split(",") if name.strip()]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:

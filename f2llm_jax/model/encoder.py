@@ -72,6 +72,19 @@ def value_and_grad(
 
     Over the mesh's `data` axis gradients are summed once, after the last chunk; over `fsdp` with each chunk, as their shards need.
     """
+    found, (gradients, _) = value_and_grads(lambda embeddings, _: objective(embeddings), encode_chunk, params, (), texts, text_count)
+    return found, gradients
+
+
+def value_and_grads(
+    objective: Callable[[Float[Array, "S ..."], Any], tuple[Float[Array, ""], Any]],
+    encode_chunk: EncodeChunk,
+    params: Any,
+    heads: Any,
+    texts: PackedTexts,
+    text_count: int,
+) -> tuple[tuple[Float[Array, ""], Any], tuple[Any, Any]]:
+    """As `value_and_grad`, of `objective(embeddings, heads)`, with respect to `params` and to the parameters `heads` of the objective."""
     params = sharding.unreduced(params)
     last = texts.groups - 1
     with jax.named_scope("encode"):
@@ -83,7 +96,7 @@ def value_and_grad(
         embeddings = _together(_place(placed, pooled, text))
 
     with jax.named_scope("objective"):
-        (loss, aux), cotangents = jax.value_and_grad(objective, has_aux=True)(embeddings)
+        (loss, aux), (cotangents, of_heads) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(embeddings, heads)
 
     def accumulate(rows: tuple[Array, ...], text: Array, gradients: Any) -> Any:
         _, chunk_backward = jax.vjp(lambda p: encode_chunk(p, *rows), params)
@@ -93,7 +106,7 @@ def value_and_grad(
     with jax.named_scope("last_group"):
         (gradients,) = backward(_pick(cotangents, text))
     with jax.named_scope("gradients"):
-        return (loss, aux), sharding.reduce_over_data(_for_each(texts, last, accumulate, gradients))
+        return (loss, aux), (sharding.reduce_over_data(_for_each(texts, last, accumulate, gradients)), of_heads)
 
 
 Carry = TypeVar("Carry")

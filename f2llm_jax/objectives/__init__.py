@@ -2,7 +2,7 @@
 
 from f2llm_jax.batch import Samples
 from f2llm_jax.objectives.accuracy import ranked_first
-from f2llm_jax.objectives.candidates import Embeddings
+from f2llm_jax.objectives.candidates import Embeddings, split
 from f2llm_jax.objectives.config import ContrastiveConfig, Objective
 from f2llm_jax.objectives.matryoshka import matryoshka_dims, matryoshka_weights
 from f2llm_jax.objectives.mean import Mean, mean_of
@@ -19,5 +19,6 @@ __all__ = [
     "matryoshka_weights",
     "mean_of",
     "ranked_first",
+    "split",
     "total",
 ]

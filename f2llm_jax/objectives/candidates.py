@@ -3,6 +3,8 @@
 Dimensions: B samples, N negatives a sample, D model, G candidates of a block.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,6 +23,12 @@ class Embeddings(NamedTuple):
     query: Float[Array, "B D"]
     passage: Float[Array, "B D"]
     negatives: Float[Array, "B N D"]
+
+
+def split(embeddings: Embeddings, widths: Sequence[int]) -> list[Embeddings]:
+    """Those of several models from their vectors one after another; of one model if no widths are given."""
+    ends = list(itertools.accumulate(widths)) or [embeddings.query.shape[-1]]
+    return [Embeddings(*(x[..., start:end] for x in embeddings)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 class Candidates(NamedTuple):

@@ -91,16 +91,47 @@ class Objective:
       contrastive: the two softmaxes.
       distillation: how a teacher is followed: "mse" of raw embeddings (published), "cosine", or "scores" (see distillation.py).
       distillation_weight: of that term; 0 without a teacher.
+      distillation_matryoshka: follow at every trained width, with the widths' weights, and not at the full one alone.
+      projection: compare in the teacher's space, through a linear map that is trained along.
+      teacher_widths: W of each of several teachers, whose vectors come one after another; empty for one of any width.
+      teacher_weights: one a teacher, of its part of the distillation term; empty for equal parts that add up to 1.
       spread_out_weight: of the spread-out regulariser (EmbeddingGemma, arXiv 2509.20354); 0 for none.
     """
 
     contrastive: ContrastiveConfig = ContrastiveConfig()
     distillation: DistillationKind = "mse"
     distillation_weight: float = 0.0
+    distillation_matryoshka: bool = False
+    projection: bool = False
+    teacher_widths: tuple[int, ...] = ()
+    teacher_weights: tuple[float, ...] = ()
     spread_out_weight: float = 0.0
 
     def __post_init__(self):
         _one_of("distillation", self.distillation, ("mse", "cosine", "scores"))
+        if self.projection and self.distillation == "scores":
+            raise UserError(
+                "distillation='scores' compares similarities, which needs no projection; set projection=False, or 'mse' or 'cosine'"
+            )
+        if self.distillation_matryoshka and self.distillation == "mse" and not self.projection:
+            raise UserError(
+                "distillation='mse' compares each component by itself, so shorter widths add nothing: set distillation_matryoshka=False, "
+                "projection=True, or distillation='cosine' or 'scores'"
+            )
+        if self.distillation_matryoshka and not self.contrastive.dims:
+            raise UserError(
+                "distillation_matryoshka follows at the trained widths, and none is trained; set matryoshka=True, or leave it out"
+            )
+        if self.teacher_weights and len(self.teacher_weights) != max(1, len(self.teacher_widths)):
+            raise UserError(
+                f"{len(self.teacher_weights)} teacher_weights for {max(1, len(self.teacher_widths))} teachers; give one a teacher"
+            )
+        if not all(0 <= weight < math.inf for weight in self.teacher_weights):
+            raise UserError(f"teacher_weights={self.teacher_weights} must be numbers from 0")
         for name in ("distillation_weight", "spread_out_weight"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+
+    def followed(self, width: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The widths at which a student of that width follows a teacher, and their weights."""
+        return self.contrastive.widths(width) if self.distillation_matryoshka else ((width,), (1.0,))

@@ -60,7 +60,7 @@ def prefix_cosines(
         dot = dot + jnp.einsum(contract, band_a, band_b, precision=jax.lax.Precision.HIGHEST)
         squares_a = squares_a + jnp.sum(band_a * band_a, axis=-1)
         squares_b = squares_b + jnp.sum(band_b * band_b, axis=-1)
-        cosines.append(dot * outer(_inverse_norm(squares_a), _inverse_norm(squares_b)))
+        cosines.append(dot * outer(inverse_norm(squares_a), inverse_norm(squares_b)))
     return jnp.stack(cosines)
 
 
@@ -73,5 +73,5 @@ def _rounded_cosine(contract: str, a: Float[Array, "... D"], b: Float[Array, "..
     return jnp.einsum(contract, unit(a), unit(b), preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _inverse_norm(squares: Float[Array, "..."]) -> Float[Array, "..."]:
+def inverse_norm(squares: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.rsqrt(jnp.maximum(squares, TINY))

@@ -1,14 +1,15 @@
 """The sum of all terms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from f2llm_jax.batch import Samples
-from f2llm_jax.objectives.candidates import Embeddings
+from f2llm_jax.objectives.candidates import Embeddings, split
 from f2llm_jax.objectives.config import Objective
 from f2llm_jax.objectives.contrastive import contrastive
-from f2llm_jax.objectives.distillation import distillation
+from f2llm_jax.objectives.distillation import Projection, distillation
 from f2llm_jax.objectives.mean import Mean
 from f2llm_jax.objectives.spread_out import spread_out
 
@@ -23,21 +24,48 @@ def total(
     objective: Objective,
     teacher: Embeddings | None = None,
     guide: Embeddings | None = None,
+    projections: Sequence[Projection] = (),
 ) -> tuple[Float[Array, ""], dict[str, Mean]]:
     """The loss, and what to log of it.
 
     `teacher` is what distillation follows, `guide` what finds false negatives (see false_negatives.py); either may be None.
+    `projections` has one for each teacher, or is empty.
 
     The weighted value of each optional term is logged too, as `weighted/NAME`; the contrastive parts have weight 1.
     """
     loss, metrics = contrastive(embeddings, samples, objective.contrastive, guide)
     extra = {}
     if teacher is not None:
-        term = distillation(embeddings, teacher, samples, objective.distillation, objective.contrastive.temperature)
+        terms = _follow_each(embeddings, teacher, samples, objective, projections)
+        shares = objective.teacher_weights or (1.0 / len(terms),) * len(terms)
+        term = Mean(jnp.asarray(sum(share * one.sum for share, one in zip(shares, terms, strict=True))), jnp.float32(1))
         extra["distillation"] = objective.distillation_weight, term
+        if len(terms) > 1:
+            metrics |= {f"distillation/{number}": one for number, one in enumerate(terms)}
     if objective.spread_out_weight:
         extra["spread_out"] = objective.spread_out_weight, spread_out(embeddings, samples.sample_mask)
     for name, (weight, term) in extra.items():
         loss = loss + weight * term.value
         metrics |= {name: term, f"weighted/{name}": Mean(weight * term.sum, term.count)}
     return loss, metrics
+
+
+def _follow_each(
+    embeddings: Embeddings, teacher: Embeddings, samples: Samples, objective: Objective, projections: Sequence[Projection]
+) -> list[Mean]:
+    """The distillation term of each teacher."""
+    teachers = split(teacher, objective.teacher_widths)
+    dims, weights = objective.followed(embeddings.query.shape[-1])
+    return [
+        distillation(
+            embeddings,
+            one,
+            samples,
+            objective.distillation,
+            objective.contrastive.temperature,
+            dims=dims,
+            weights=weights,
+            projection=projection,
+        )
+        for one, projection in zip(teachers, projections or (None,) * len(teachers), strict=True)
+    ]

@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: saved asynchronously, complete or absent, restorable on any mesh.
 
-A checkpoint holds `params` and `optimizer` as flat dictionaries from a readable path (`layers/query`) to an array, so it does
-not depend on module classes, and JSON metadata: the step, the decoder's shape and what else the run wants to hand on. The
-order of data follows from the step, so nothing of the input pipeline is stored.
+A checkpoint holds `params` and `optimizer`, and `projections` to teachers where there are any, as flat dictionaries from a readable path
+(`layers/query`) to an array, so it does not depend on module classes, and JSON metadata: the step, the decoder's shape and what else the
+run wants to hand on. The order of data follows from the step, so nothing of the input pipeline is stored.
 """
 
 import dataclasses
@@ -181,10 +181,10 @@ def save(
     Raises:
       DivergedError: a parameter or moment is not finite; nothing is saved.
     """
-    if not _all_finite((state.params, state.opt_state)):
+    if not _all_finite((state.params, state.opt_state, state.projections)):
         kept = f"checkpoint {checkpoints.latest.step} is unharmed" if checkpoints.latest else "there is no checkpoint"
         raise DivergedError(f"after update {step} a parameter is not finite, so it is not saved; {kept}: resume with a lower learning rate")
-    trees = {"params": flatten(state.params), "optimizer": flatten(state.opt_state)}
+    trees = _trees(state)
     trees = {part: chunks.reshaped(tree, stored_shapes(tree)) for part, tree in trees.items()}
     checkpoints.save_checkpointables_async(step, trees, force=True, custom_metadata=seal(metadata), metrics=metrics)
 
@@ -229,7 +229,7 @@ def restore(checkpoints: ocp.training.Checkpointer, step: int, abstract: TrainSt
     Raises:
       UserError: the checkpoint is of another model or optimizer, or damaged; the message names an older one that is not.
     """
-    targets = {"params": flatten(abstract.params), "optimizer": flatten(abstract.opt_state)}
+    targets = _trees(abstract)
     try:
         loaded = load_arrays(checkpoints, step, targets)
     except UserError:
@@ -245,7 +245,14 @@ def restore(checkpoints: ocp.training.Checkpointer, step: int, abstract: TrainSt
         step=_like(abstract.step, step),
         params=unflatten(abstract.params, loaded["params"]),
         opt_state=unflatten(abstract.opt_state, loaded["optimizer"]),
+        projections=unflatten(abstract.projections, loaded.get("projections", {})),
     )
+
+
+def _trees(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The arrays of a state as a checkpoint holds them. Readers of the model open `params` alone."""
+    trees = {"params": flatten(state.params), "optimizer": flatten(state.opt_state)}
+    return trees | {"projections": flatten(state.projections)} if state.projections else trees
 
 
 def _like(abstract: Any, value: int) -> jax.Array:

@@ -5,7 +5,8 @@ from etils import epath
 
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.local_copy import local_copy
-from f2llm_jax.data.records import COMPLETE
+from f2llm_jax.data.records import COMPLETE, Dataset
+from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCaches
 from f2llm_jax.errors import UserError
 from f2llm_jax.training.hosts import Place
 from f2llm_jax.weights import hf_fetch
@@ -20,9 +21,21 @@ def fetch(config: ml_collections.ConfigDict, workdir: epath.Path, place: Place) 
         data_folder(config, workdir)
         for model in filter(None, (config.init, config.teacher)):
             hf_fetch.share(model, workdir)
-    for folder, last in ((config.data.folder, COMPLETE), (config.teacher_cache, teacher_cache.COMPLETE)):
-        if folder:
-            local_copy(folder, config.data.copy_to, last=last, progress=True)
+    if config.data.folder:
+        local_copy(config.data.folder, config.data.copy_to, last=COMPLETE, progress=True)
+    for folder in teacher_cache.cache_folders(config.teacher_cache):
+        local_copy(folder, config.data.copy_to, last=teacher_cache.COMPLETE, progress=True)
+
+
+def open_teachers(
+    config: ml_collections.ConfigDict, dataset: Dataset, max_length: int, width: int | None
+) -> TeacherCache | TeacherCaches | None:
+    """The cached teacher or teachers of a run, None where there is none; see `TeacherCache` for the arguments and errors."""
+    caches = [
+        TeacherCache(local_copy(folder, config.data.copy_to, last=teacher_cache.COMPLETE), dataset, max_length, width)
+        for folder in teacher_cache.cache_folders(config.teacher_cache)
+    ]
+    return TeacherCaches(caches) if len(caches) > 1 else caches[0] if caches else None
 
 
 def data_folder(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.PathLike:

@@ -23,7 +23,7 @@ from f2llm_jax.model.encoder import EncodeChunk, chunk_encoder, layer_matryoshka
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.objectives import ContrastiveConfig, Embeddings, LossFunction, Mean, Objective, Samples, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from f2llm_jax.training.step import EvalStep, Step, TableRanks, Teacher, TrainState, make_eval_step, make_train_step
+from f2llm_jax.training.step import EvalStep, Step, TableRanks, Teacher, TrainState, make_eval_step, make_train_step, trained
 
 # Gathers of weights and scatters of gradients run on the SparseCores, next to the matrix products; without these options they are
 # synchronous on these chips.
@@ -34,6 +34,7 @@ _SPARSE_CORE_COLLECTIVES = {
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_disable_megacore_partitioning": "true",
 }
+_PROJECTION_STREAM = 0x50524F4A  # of random numbers, apart from those of ranks of the embedding table
 # By JAX's name of the device.
 COMPILER_OPTIONS = {"TPU v5": _SPARSE_CORE_COLLECTIVES, "TPU v6 lite": _SPARSE_CORE_COLLECTIVES, "TPU7x": _SPARSE_CORE_COLLECTIVES}
 
@@ -56,6 +57,7 @@ class Program:
       depths: numbers of layers that are trained to serve, ascending; empty for all layers alone.
       table_ranks: of the embedding table that are trained to serve, ascending; empty for a plain table.
       kernel: of attention, of student and teacher.
+      projected: widths of the teachers that the student is projected to; empty for none.
     """
 
     train_step: Step
@@ -66,6 +68,7 @@ class Program:
     depths: tuple[int, ...]
     table_ranks: tuple[int, ...]
     kernel: attention.Kernel
+    projected: tuple[int, ...] = ()
 
 
 def build(
@@ -74,11 +77,12 @@ def build(
     total_steps: int,
     platform: str,
     teacher: DecoderConfig | None = None,
-    cached: bool = False,
+    cached: tuple[int, ...] = (),
     own: LossFunction | None = None,
     device_kind: str = "",
 ) -> Program:
-    """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from `cached` vectors.
+    """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from teachers whose
+    vectors are `cached`, of these widths.
 
     `platform` is that of the devices ("cpu", "gpu", "tpu"), `device_kind` their name, which the compiler's options depend on. A loss
     function of the user's `own` takes the place of `config.objective`; its arrays are whole and float32 on every device, so that it may
@@ -93,7 +97,7 @@ def build(
     widths = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.hidden_size, config.objective.matryoshka_minimum)
     dims = widths if config.objective.matryoshka else ()
     scored = tuple(sorted({*widths, model.hidden_size}))
-    objective = _objective(config.objective, dims, distil=teacher is not None or cached)
+    objective = _objective(config.objective, dims, (teacher.hidden_size,) if teacher else cached)
     optimizer = OptimizerConfig(total_steps=total_steps, **config.optimizer)
     frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none", kernel, followed_depths(depths, teacher)))
     if objective.contrastive.guide and not (teacher or cached):
@@ -101,18 +105,27 @@ def build(
             f"config.objective.guide={objective.contrastive.guide!r} needs a model that guides: set config.teacher or config.teacher_cache "
             "(and config.objective.distillation_weight=0 to use it as guide alone)"
         )
-    if cached and depths and objective.distillation_weight:
+    if cached and depths and objective.distillation_weight and not (objective.projection or objective.distillation == "scores"):
         raise UserError(
             "config.teacher_cache holds embeddings of the whole teacher alone, but with config.objective.layer_matryoshka each depth "
-            "follows one of the teacher's; set config.teacher instead, or config.objective.distillation_weight=0 to use it as guide alone"
+            "follows the raw ones of the teacher's; set config.teacher instead, or config.objective.projection=True or "
+            "config.objective.distillation='scores', or config.objective.distillation_weight=0 to use it as guide alone"
+        )
+    projected = objective.teacher_widths if objective.projection and objective.distillation_weight else ()
+    if config.objective.projection and (own or not projected):
+        raise UserError(
+            "config.objective.projection needs a teacher to project to: set config.teacher or config.teacher_cache and a "
+            "config.objective.distillation_weight above 0, and no objective of your own, or set it to False"
         )
     ranks = TableRanks(config.table_rank, config.seed) if config.table_rank and config.table_rank_sampled else None
-    trained = low_rank.ranks(config.table_rank) if ranks else (config.table_rank,) if config.table_rank else ()
+    served = low_rank.ranks(config.table_rank) if ranks else (config.table_rank,) if config.table_rank else ()
     own = own and _gathered(own)
     train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, kernel, depths), own or objective, optimizer, frozen, ranks)
     eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat, kernel), objective, scored, own)
     compile_for = functools.partial(jax.jit, compiler_options=compiler_options(device_kind))
-    return Program(compile_for(train_step, donate_argnums=0), compile_for(eval_step), optimizer, dims, scored, depths, trained, kernel)
+    return Program(
+        compile_for(train_step, donate_argnums=0), compile_for(eval_step), optimizer, dims, scored, depths, served, kernel, projected
+    )
 
 
 def followed_depths(depths: tuple[int, ...], teacher: DecoderConfig) -> tuple[int, ...]:
@@ -139,15 +152,30 @@ def keep_compiled(folder: epath.Path, platform: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def fresh_state(params: nnx.State, optimizer: OptimizerConfig) -> TrainState:
+def init_projections(width: int, projected: tuple[int, ...], seed: int, mesh: jax.sharding.Mesh) -> tuple[Float[Array, "D W"], ...]:
+    """Random maps from `width` to each teacher's; of a vector of length 1 they make one of about length 1."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), _PROJECTION_STREAM), len(projected))
+    place = NamedSharding(mesh, sharding.PARAMETER_SPECS["DW"])
+
+    def init(key: Array, teacher: int) -> Float[Array, "D W"]:
+        return jax.jit(lambda key: jax.random.normal(key, (width, teacher)) / teacher**0.5, out_shardings=place)(key)
+
+    return tuple(init(key, teacher) for key, teacher in zip(keys, projected, strict=True))
+
+
+def fresh_state(params: nnx.State, optimizer: OptimizerConfig, projections: tuple[Float[Array, "D W"], ...] = ()) -> TrainState:
     """The state before the first update."""
-    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(optimizer).init)(params))
+    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(optimizer).init)(trained(params, projections)), projections)
 
 
-def abstract_state(model: DecoderConfig, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(
+    model: DecoderConfig, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh, projected: tuple[int, ...] = ()
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, from nothing but the configuration."""
     _, params = abstract_decoder(model, mesh)
-    abstract = jax.eval_shape(lambda p: fresh_state(p, optimizer), params)
+    place_projection = NamedSharding(mesh, sharding.PARAMETER_SPECS["DW"])
+    projections = tuple(jax.ShapeDtypeStruct((model.hidden_size, width), jnp.float32, sharding=place_projection) for width in projected)
+    abstract = jax.eval_shape(lambda p, q: fresh_state(p, optimizer, q), params, projections)
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding else sharding.P()  # counters carry none: they are everywhere
@@ -156,16 +184,17 @@ def abstract_state(model: DecoderConfig, optimizer: OptimizerConfig, mesh: jax.s
     return jax.tree.map(place, abstract)
 
 
-def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], distil: bool) -> Objective:
-    """Fields of `config.objective` go to the fields of the same name."""
+def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], teachers: tuple[int, ...]) -> Objective:
+    """Fields of `config.objective` go to the fields of the same name; `teachers` are widths."""
 
     def named(group: type) -> dict[str, Any]:
         return {field.name: config[field.name] for field in dataclasses.fields(group) if field.name in config}
 
     weights = tuple(config.matryoshka_weights) if dims else ()
     contrastive = ContrastiveConfig(dims=dims, weights=weights, **named(ContrastiveConfig))
-    objective = Objective(contrastive=contrastive, **named(Objective))
-    return objective if distil else dataclasses.replace(objective, distillation_weight=0.0)
+    shared = named(Objective) | {"teacher_weights": tuple(config.teacher_weights)}
+    objective = Objective(contrastive=contrastive, teacher_widths=teachers, **shared)
+    return objective if teachers else dataclasses.replace(objective, distillation_weight=0.0)
 
 
 def _gathered(own: LossFunction) -> LossFunction:

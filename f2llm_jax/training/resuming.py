@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from f2llm_jax.data.teacher_cache import TeacherCache
+from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCaches
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.training import checkpoint
 from f2llm_jax.training.provenance import Provenance, ResumeError, ResumePoint, check_changes, tell
@@ -54,10 +54,10 @@ def find(
     return ResumePoint(step, changes)
 
 
-def teacher_digest(digest: Callable[[], str] | None, cached: TeacherCache | None) -> str:
+def teacher_digest(digest: Callable[[], str] | None, cached: TeacherCache | TeacherCaches | None) -> str:
     """What identifies the teacher's weights, "" without one; read on the first host, the same on all."""
     if cached:
-        return cached.content.model
+        return cached.digest
     if not digest:
         return ""
     found = digest() if jax.process_index() == 0 else ""

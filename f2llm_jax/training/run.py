@@ -15,12 +15,10 @@ import ml_collections
 from etils import epath
 
 from f2llm_jax import sharding
-from f2llm_jax.data import teacher_cache
-from f2llm_jax.data.local_copy import local_copy, local_dataset
+from f2llm_jax.data.local_copy import local_dataset
 from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import Dataset
-from f2llm_jax.data.teacher_cache import TeacherCache
 from f2llm_jax.errors import Preempted, UserError
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.objectives import LossFunction
@@ -29,7 +27,7 @@ from f2llm_jax.storage.folders import check_whole
 from f2llm_jax.storage.locks import lock
 from f2llm_jax.training import automatic, checkpoint, hosts, loggers, program, resuming, start
 from f2llm_jax.training.host_log import HostLog
-from f2llm_jax.training.local_inputs import data_folder, fetch
+from f2llm_jax.training.local_inputs import data_folder, fetch, open_teachers
 from f2llm_jax.training.loop import Loop
 from f2llm_jax.training.metrics import Recorder
 from f2llm_jax.training.preemption import StopRequest
@@ -107,14 +105,13 @@ def _train(
     batch_config = BatchConfig(**config.batch.to_dict())
 
     # Teacher
-    teacher = start.teacher(config.teacher, model.config, dataset, shared=workdir) if config.teacher else None
-    cached = None
-    if config.teacher_cache:
-        cache = local_copy(config.teacher_cache, config.data.copy_to, last=teacher_cache.COMPLETE)
-        width = None if config.objective.distillation == "scores" or own else model.config.hidden_size
-        cached = TeacherCache(cache, dataset, batch_config.max_length, width)
-        if resume.verify:
-            cached.verify()
+    objective = config.objective
+    any_width = objective.projection or objective.distillation == "scores" or not objective.distillation_weight or own is not None
+    compared = None if any_width else model.config.hidden_size
+    teacher = start.teacher(config.teacher, compared, dataset, shared=workdir) if config.teacher else None
+    cached = open_teachers(config, dataset, batch_config.max_length, compared)
+    if cached and resume.verify:
+        cached.verify()
     if teacher and cached:
         raise UserError("config.teacher and config.teacher_cache are both set: one teacher at a time; clear one of them")
 
@@ -125,7 +122,7 @@ def _train(
     ends = () if config.steps else [epochs.steps(epoch) for epoch in range(1, config.epochs + 1)]
     config = automatic.schedule(config, total)
     device, frozen = mesh.devices.flat[0], teacher.config if teacher else None
-    steps = program.build(config, model.config, total, device.platform, frozen, cached is not None, own, device.device_kind)
+    steps = program.build(config, model.config, total, device.platform, frozen, cached.widths if cached else (), own, device.device_kind)
 
     # State: from this run, else from the given weights, else random
     kept = checkpoint.CheckpointConfig(**config.checkpoint)
@@ -139,11 +136,12 @@ def _train(
     point = resuming.find(checkpoints, resume, provenance, total, model.config)
     if point is not None:
         _say(log, f"reading checkpoint {point.step}")
-        state = checkpoint.restore(checkpoints, point.step, program.abstract_state(model.config, steps.optimizer, mesh))
+        state = checkpoint.restore(checkpoints, point.step, program.abstract_state(model.config, steps.optimizer, mesh, steps.projected))
         checkpoint.drop_after(checkpoints, point.step)
     else:
         _say(log, f"placing weights {model.description}")
-        state = program.fresh_state(model.load(mesh), steps.optimizer)
+        projections = program.init_projections(model.config.hidden_size, steps.projected, config.seed, mesh)
+        state = program.fresh_state(model.load(mesh), steps.optimizer, projections)
     if jax.process_index() == 0:  # only now: a run that is refused leaves the workdir as it was
         write_provenance(workdir, provenance, dataset, point)
     teacher_params = None if teacher is None else jax.tree.map(lambda x: x.astype(config.dtype), teacher.load(mesh))

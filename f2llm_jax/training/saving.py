@@ -58,6 +58,6 @@ class Saver:
 
     def save(self, step: int, state: TrainState, validation: Mapping[str, float]) -> None:
         """Starts saving, after a check that all replicas hold the same parameters (see `checkpoint.save`)."""
-        check_replicas(state.params)
+        check_replicas((state.params, state.projections))
         checkpoint.save(self._checkpoints, step, state, self._metadata, checkpoint.score(self._config.best, validation))
         self._clock.saved()

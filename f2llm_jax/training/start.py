@@ -8,6 +8,7 @@ from etils import epath
 from flax import nnx
 
 from f2llm_jax.data.records import Dataset
+from f2llm_jax.data.teacher_cache import ANY_WIDTH
 from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.low_rank import factorised
@@ -77,22 +78,29 @@ def _plain_student(init: str, size: str, seed: int, dataset: Dataset, shared: ep
     return StartingPoint(origin.config, f"from {init}", origin.load)
 
 
-def teacher(name: str, student_config: DecoderConfig, dataset: Dataset, *, shared: epath.PathLike | None = None) -> StartingPoint:
+def teacher(name: str, student_width: int | None, dataset: Dataset, *, shared: epath.PathLike | None = None) -> StartingPoint:
     """The frozen model to distil from.
+
+    Args:
+      name: of the model (see `find_model`).
+      student_width: components that are compared one by one with the student's; None where any width will do.
+      dataset: that the run trains on.
+      shared: workdir through which hosts share a model of the Hub.
 
     Raises:
       StartError: it is narrower than the student, or does not read the same token ids.
     """
     origin = find_model(name, shared=shared)
-    if origin.config.hidden_size < student_config.hidden_size:
+    if student_width and origin.config.hidden_size < student_width:
         raise StartError(
-            f"the teacher {name} has width {origin.config.hidden_size}, less than the student's {student_config.hidden_size}; "
-            "distillation cuts the teacher to the student's width, so take a teacher at least as wide"
+            f"the teacher {name} has width {origin.config.hidden_size}, less than the student's {student_width}, and distillation cuts the "
+            f"teacher to the student's width: take a teacher at least as wide, or {ANY_WIDTH}"
         )
     if _other_tokenizer(origin, dataset):
         raise StartError(
             f"the teacher {name} has another tokenizer than the student and the data in {dataset.folder}, and a teacher reads the same "
-            "token ids; distil from a model of the student's family, or clear config.teacher"
+            "token ids; distil from a model of the student's family, or let this one read the texts: "
+            f"cache_teacher --model {name} --retokenize --data {dataset.folder}, and config.teacher_cache instead of config.teacher"
         )
     _check_vocabulary(origin.config, name, dataset)
     return StartingPoint(origin.config, f"from {name}", origin.load, lambda: model_digest(origin))

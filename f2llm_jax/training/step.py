@@ -25,6 +25,7 @@ class TrainState:
     step: Int[Array, ""]
     params: Any
     opt_state: Any
+    projections: tuple[Float[Array, "D W"], ...] = ()  # into the space of each teacher; no part of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def make_train_step(
     """`(state, teacher_params, batch) -> (state, metrics)`; `teacher_params` is None without a teacher.
 
     If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka), each following the teacher's of its place,
-    counted from the deepest; the guide is the teacher's deepest for all. With `table_ranks` only that many columns of the factored
+    counted from the deepest; the guide is the (first) teacher's deepest for all. With `table_ranks` only that many columns of the factored
     embedding table take part in a step.
     Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, the `learning_rate` of this update, and `skipped`, which is
     1 where loss or gradient was not finite: then weights and moments stay as they were and only counters advance.
@@ -100,20 +101,26 @@ def make_train_step(
     follows = own or cast(Objective, objective).distillation_weight
 
     def loss_function(
-        embeddings: Embeddings, samples: Samples, teacher: Embeddings | None, guide: Embeddings | None
+        embeddings: Embeddings, samples: Samples, teacher: Embeddings | None, guide: Embeddings | None, projections: Sequence[Array]
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
         if own:
             return own(embeddings, samples, teacher)
-        return objectives.total(embeddings, samples, cast(Objective, objective), teacher, guide)
+        return objectives.total(embeddings, samples, cast(Objective, objective), teacher, guide, projections)
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         targets = teacher_embeddings(teacher, teacher_params, batch)
 
-        def loss(embeddings: Float[Array, "S D"] | Float[Array, "S J D"]) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        def loss(
+            embeddings: Float[Array, "S D"] | Float[Array, "S J D"], projections: Sequence[Array]
+        ) -> tuple[Float[Array, ""], dict[str, Mean]]:
             depths = by_depth(embeddings, batch.samples.negative_mask)
-            followed = targets[-len(depths) :] if targets and follows else [None] * len(depths)
-            guide = targets[-1] if targets else None
-            losses = [loss_function(depth, batch.samples, target, guide) for depth, target in zip(depths, followed, strict=True)]
+            followed = [None] * len(depths) if not (targets and follows) else targets[-len(depths) :]
+            if len(followed) < len(depths):  # cached vectors: each depth follows the whole teacher
+                followed = followed * len(depths)
+            guide = objectives.split(targets[-1], () if own else cast(Objective, objective).teacher_widths)[0] if targets else None
+            losses = [
+                loss_function(depth, batch.samples, target, guide, projections) for depth, target in zip(depths, followed, strict=True)
+            ]
             # The mean over depths, as ML-Embed's `utils.py`; metrics are those of the whole depth.
             return cast(Array, sum(value for value, _ in losses)) / len(losses), losses[-1][1]
 
@@ -122,19 +129,27 @@ def make_train_step(
             facts["table_rank"] = table_ranks.draw(state.step)
             narrowed = functools.partial(low_rank.narrowed, rank=facts["table_rank"])
         params = narrowed(state.params)
-        (total, parts), gradients = encoder.value_and_grad(loss, encode_chunk, params, batch.texts, batch.text_count)
-        gradients = narrowed(gradients)
+        (total, parts), (gradients, of_projections) = encoder.value_and_grads(
+            loss, encode_chunk, params, state.projections, batch.texts, batch.text_count
+        )
+        before, gradients = trained(state.params, state.projections), trained(narrowed(gradients), of_projections)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.named_scope("update"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = _unless(finite, optax.apply_updates(state.params, updates), state.params)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, before)
+            after = _unless(finite, optax.apply_updates(before, updates), before)
+            params, projections = after if state.projections else (after, ())
             opt_state = _unless(finite, opt_state, state.opt_state)
         facts |= {"loss": total, "grad_norm": norm, "skipped": ~finite, "learning_rate": learning_rate(optimizer_config, state.step)}
         metrics = parts | {name: Mean(jnp.float32(value), jnp.float32(1)) for name, value in facts.items()}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, projections), metrics
 
     return train_step
+
+
+def trained(params: Any, projections: tuple[Any, ...]) -> Any:
+    """What the optimizer updates, and in whose structure its moments are: the parameters alone where there is no projection."""
+    return (params, projections) if projections else params
 
 
 def _unless(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
