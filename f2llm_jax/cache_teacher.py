@@ -35,31 +35,7 @@ if TYPE_CHECKING:
 @command("cache_teacher")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="cache_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="teacher: workdir, checkpoint, Hugging Face folder or Hub id")
-    what.add_argument("--sentence-transformers", metavar="MODEL", help="teacher: folder or Hub id of sentence-transformers")
-    what.add_argument("--endpoint", metavar="URL", help="teacher: such as http://localhost:8000/v1")
-    what.add_argument("--vectors", metavar="FILE", help="teacher: a file of vectors")
-    what.add_argument("--write-texts", metavar="FILE", help="write the texts as parquet, and no cache")
-    parser.add_argument("--vectors-of", metavar="TABLE", help="ids or texts of the rows of an .npy file of --vectors")
-    parser.add_argument("--endpoint-model", metavar="NAME", help="name of the model at --endpoint")
-    parser.add_argument("--api-key-variable", metavar="VARIABLE", help="environment variable with the key of --endpoint (default: no key)")
-    parser.add_argument("--endpoint-batch", type=positive, default=64, help="texts a request (default 64)")
-    parser.add_argument("--endpoint-requests", type=positive, default=8, help="requests at once (default 8)")
-    parser.add_argument("--retokenize", action="store_true", help="--model reads texts by its own tokenizer, not the dataset's ids")
-    own = "(default: the model's own; none where it has none)"
-    parser.add_argument("--query-prompt", help=f"before queries; {{instruction}} in it is that of the stored query {own}")
-    parser.add_argument("--document-prompt", help=f"before documents {own}")
-    parser.add_argument("--data", required=True, help="prepared dataset")
-    parser.add_argument("--out", help="folder of the cache")
-    parser.add_argument("--dims", type=int, help="first components kept of each vector (default: all)")
-    parser.add_argument("--max-length", type=int, required=True, help="tokens at which texts are cut: the run's batch.max_length")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="on disk (default float16)")
-    parser.add_argument("--compute", choices=COMPUTE, default=COMPUTE[0], help="compute dtype (default float32)")
-    parser.add_argument("--batch-tokens", type=positive, help="tokens on the devices at once; memory only (default: by device)")
-    add_distributed(parser)
-    flags = parser.parse_args(arguments)
+    flags = _parser().parse_args(arguments)
     _check(flags)
     join_hosts(flags)
     from f2llm_jax.data.local_copy import local_dataset
@@ -85,12 +61,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cache_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="teacher: workdir, checkpoint, Hugging Face folder or Hub id")
+    what.add_argument("--sentence-transformers", metavar="MODEL", help="teacher: folder or Hub id of sentence-transformers")
+    what.add_argument("--endpoint", metavar="URL", help="teacher: such as http://localhost:8000/v1")
+    what.add_argument("--vectors", metavar="FILE", help="teacher: a file of vectors")
+    what.add_argument("--write-texts", metavar="FILE", help="write the texts as parquet, and no cache")
+    parser.add_argument("--vectors-of", metavar="TABLE", help="ids or texts of the rows of an .npy file of --vectors")
+    parser.add_argument("--endpoint-model", metavar="NAME", help="name of the model at --endpoint")
+    parser.add_argument("--api-key-variable", metavar="VARIABLE", help="environment variable with the key of --endpoint (default: no key)")
+    parser.add_argument("--endpoint-batch", type=positive, default=64, help="texts a request (default 64)")
+    parser.add_argument("--endpoint-requests", type=positive, default=8, help="requests at once (default 8)")
+    parser.add_argument("--retokenize", action="store_true", help="--model reads texts by its own tokenizer, not the dataset's ids")
+    own = "(default: the model's own; none where it has none)"
+    parser.add_argument("--query-prompt", help=f"before queries; {{instruction}} in it is that of the stored query {own}")
+    parser.add_argument("--document-prompt", help=f"before documents {own}")
+    parser.add_argument("--data", required=True, help="prepared dataset")
+    parser.add_argument("--out", help="folder of the cache")
+    parser.add_argument("--dims", type=int, help="first components kept of each vector (default: all)")
+    parser.add_argument("--max-length", type=int, required=True, help="tokens at which texts are cut: the run's batch.max_length")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="on disk (default float16)")
+    parser.add_argument("--compute", choices=COMPUTE, default=COMPUTE[0], help="compute dtype (default float32)")
+    parser.add_argument("--batch-tokens", type=positive, help="tokens on the devices at once; memory only (default: by device)")
+    add_distributed(parser)
+    return parser
+
+
 def _check(flags: argparse.Namespace) -> None:
     """Raises a UserError for flags that do not go together."""
     if not flags.out and not flags.write_texts:
         raise UserError("--out is missing: the folder of the cache")
     if flags.model and not flags.retokenize and (flags.query_prompt is not None or flags.document_prompt is not None):
         raise UserError("--query-prompt and --document-prompt are for teachers that read texts: pass --retokenize, or drop them")
+    if "{instruction}" in (flags.document_prompt or ""):
+        raise UserError("--document-prompt cannot hold {instruction}: documents have none; write the prompt out")
     if flags.retokenize and not flags.model:
         raise UserError("--retokenize goes with --model alone: every other teacher reads texts by its own tokenizer anyway")
     if bool(flags.endpoint) != bool(flags.endpoint_model):
@@ -120,7 +126,9 @@ def _teacher(flags: argparse.Namespace, dataset: "Dataset") -> "Teacher":
     if flags.model:
         model = own.OwnTextModel(find_shared(flags.model, common), **computing)
     elif flags.sentence_transformers:
-        model = sentence_transformers.SentenceTransformersModel(flags.sentence_transformers, flags.compute)
+        model = found = sentence_transformers.SentenceTransformersModel(flags.sentence_transformers, flags.compute)
+        if found.longest:
+            print(f"{found.name} reads the first {found.longest} of its own tokens of a text", file=sys.stderr)
     elif flags.endpoint:
         key = os.environ[flags.api_key_variable] if flags.api_key_variable else ""
         batch, at_once = flags.endpoint_batch, flags.endpoint_requests

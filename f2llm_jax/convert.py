@@ -15,11 +15,15 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from f2llm_jax.cli.command import command
 from f2llm_jax.errors import UserError
 from f2llm_jax.release.flags import add_form_flags, form_of
 from f2llm_jax.storage.files import check_apart, check_new_file, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TOKEN_VARIABLE = "HF_TOKEN"  # as huggingface_hub reads it
 
@@ -42,6 +46,8 @@ def _to_hf(flags: argparse.Namespace) -> int:
     else:
         pairs = [(flags.model, flags.out)]
     left = Truncation(flags.layers, flags.table_rank, flags.refactorise)
+    if flags.projections and flags.truncate_dim:
+        raise UserError("--projections map the model's full width to its teachers' spaces; leave out --truncate-dim")
     if flags.refactorise and not flags.table_rank:
         raise UserError("--refactorise needs the rank of the table: add --table-rank Z")
     for model, out in pairs:
@@ -51,9 +57,24 @@ def _to_hf(flags: argparse.Namespace) -> int:
         factored = find_model(model, dataclasses.replace(left, factored=True)) if flags.factors else None
         if factored and not factored.config.table_rank:
             raise UserError(f"{model} has a plain embedding table and no factors; leave out --factors")
-        hf_folder.export(find_model(model, left), out, form_of(flags), overwrite=flags.overwrite, factored=factored)
+        projections = _projections(model) if flags.projections else ()
+        source, form = find_model(model, left), form_of(flags)
+        hf_folder.export(source, out, form, overwrite=flags.overwrite, factored=factored, projections=projections)
         print(f"released {model} to {out} in {flags.dtype}")
     return 0
+
+
+def _projections(model: str) -> "list[np.ndarray]":
+    """The projections of a run.
+
+    Raises:
+      UserError: it has none.
+    """
+    from f2llm_jax.weights.checkpoint_reader import find_checkpoint
+
+    if not (projections := find_checkpoint(model).load_projections()):
+        raise UserError(f"{model} was trained without config.objective.projection; leave out --projections")
+    return projections
 
 
 def _from_hf(flags: argparse.Namespace) -> int:
@@ -119,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         "--refactorise", action="store_true", help="with --table-rank: the nearest table of that rank, which need not have been trained"
     )
     to_hf.add_argument("--factors", action="store_true", help="also write the two factors of the table, to factors/embedding.safetensors")
+    dense = "also write the projections to its teachers, as Dense modules of sentence-transformers, to projections/0 and on"
+    to_hf.add_argument("--projections", action="store_true", help=dense)
     add_form_flags(to_hf)
     to_hf.set_defaults(command=_to_hf)
 

@@ -13,8 +13,9 @@ import small_data
 import tiny
 import torch
 import torch.nn.functional as F
-from orbax.checkpoint import v1 as ocp
 from random_samples import DIMS, D, masks, of, random_embeddings
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from small_runs import OVERRIDES, assert_same_weights, metrics
 
 from f2llm_jax import convert, objectives, sharding
@@ -22,13 +23,14 @@ from f2llm_jax.batch import Batch
 from f2llm_jax.configs import stage2
 from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.model.encoder import encode
 from f2llm_jax.objectives import ContrastiveConfig, Embeddings, Objective, matryoshka_weights
 from f2llm_jax.objectives.distillation import distillation
 from f2llm_jax.training.optimizer import OptimizerConfig
 from f2llm_jax.training.program import fresh_state
 from f2llm_jax.training.run import run
-from f2llm_jax.training.step import make_train_step
-from f2llm_jax.weights.checkpoint_reader import load_arrays
+from f2llm_jax.training.step import by_role, make_train_step
+from f2llm_jax.weights.checkpoint_reader import find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TAU = 0.05
@@ -157,18 +159,19 @@ def test_eight_devices_compute_what_one_does():
     assert all(gradient.sharding.spec == split for gradient in got[1][1])
 
 
+def present_samples():
+    """Those of `small_batches`, whose text 3 is absent."""
+    samples, negatives = small_batches.B, small_batches.N
+    ids = jnp.arange(samples * negatives).reshape(samples, negatives)
+    return objectives.Samples(jnp.ones(samples).at[3].set(0), jnp.ones((samples, negatives)), jnp.float32(1), jnp.arange(samples), ids)
+
+
 def test_chunks_change_nothing():
     """An update of decoder and projection is the same however its texts are spread over chunks."""
     samples, negatives, width = small_batches.B, small_batches.N, 24
     rng = np.random.default_rng(0)
     teacher = jnp.asarray(rng.normal(size=(samples, 2 + negatives, width)), jnp.float32)
-    present = objectives.Samples(
-        jnp.ones(samples).at[3].set(0),
-        jnp.ones((samples, negatives)),
-        jnp.float32(1),
-        jnp.arange(samples),
-        jnp.arange(samples * negatives).reshape(samples, negatives),
-    )
+    present = present_samples()
     objective = Objective(
         contrastive=ContrastiveConfig(dims=(16, 64)),
         distillation="mse",
@@ -189,6 +192,26 @@ def test_chunks_change_nothing():
     for other in found[1:]:
         for got, want in zip(jax.tree.leaves(other), jax.tree.leaves(found[0]), strict=True):
             np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "scores"])
+def test_each_depth_follows_the_whole_cached_teacher(kind):
+    """Through the one projection, or by its scores."""
+    samples, negatives, width, depths = small_batches.B, small_batches.N, 24, (1, 3)
+    rng = np.random.default_rng(1)
+    teacher = jnp.asarray(rng.normal(size=(samples, 2 + negatives, width)), jnp.float32)
+    present = present_samples()
+    projections = (jnp.asarray(rng.normal(size=(64, width)), jnp.float32),) * (kind != "scores")
+    objective = Objective(distillation=kind, distillation_weight=3.0, projection=kind != "scores", teacher_widths=(width,))
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, total_steps=9)
+    params, texts = init_decoder(tiny.CONFIG, 0, None), small_batches.packed(1)
+    step = jax.jit(make_train_step(small_batches.encode_chunk(layers=depths), objective, optimizer))
+    _, metrics = step(fresh_state(params, optimizer, projections), None, Batch(texts, present, teacher))
+    followed = Embeddings(teacher[:, 0], teacher[:, 1], teacher[:, 2:])
+    embeddings = encode(small_batches.encode_chunk(layers=depths), params, texts, small_batches.TEXTS)
+    roles = [by_role(embeddings[:, i], present.negative_mask) for i in range(len(depths))]
+    want = [objectives.total(e, present, objective, followed, projections=projections)[0] for e in roles]
+    np.testing.assert_allclose(metrics["loss"].value, np.mean(want), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +251,15 @@ def train(data, workdir, **more):
     run(config, workdir)
 
 
-def saved_projections(workdir):
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {str(i): jax.ShapeDtypeStruct((128, width), jnp.float32, sharding=here) for i, width in enumerate((6, 40))}
-    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpoints:
-        return load_arrays(checkpoints, SHORT["steps"], {"projections": wanted})["projections"]
+def check_kept_projections(workdir, release):
+    """sentence-transformers appends one, and gives what the distillation compares with the teacher's vectors."""
+    assert convert.main(["to-hf", str(workdir), str(release), "--no-golden", "--projections"]) == 0
+    plain = SentenceTransformer(str(release), device="cpu")
+    vectors = plain.encode(["a cat", "the dog sat"])
+    assert vectors.shape == (2, 128)
+    for number, projection in enumerate(find_checkpoint(workdir).load_projections()):
+        mapped = SentenceTransformer(modules=[*plain, Dense.load(str(release / "projections" / str(number)))], device="cpu")
+        np.testing.assert_allclose(mapped.encode(["a cat", "the dog sat"]), vectors @ projection, atol=1e-6)
 
 
 def test_a_run_with_two_teachers_resumes_to_the_bit_and_releases_its_decoder(tmp_path, small_dataset, caches):
@@ -244,15 +271,18 @@ def test_a_run_with_two_teachers_resumes_to_the_bit_and_releases_its_decoder(tmp
     shutil.rmtree(stopped / "checkpoints" / "4")
     train(small_dataset.folder, stopped, **settings)
     assert (stopped / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, saved_projections(stopped), saved_projections(whole))
+    saved = [find_checkpoint(workdir).load_projections() for workdir in (whole, stopped)]
+    assert [projection.shape for projection in saved[0]] == [(128, 6), (128, 40)]
+    jax.tree.map(np.testing.assert_array_equal, *saved)
     assert_same_weights(stopped, whole)
     lines = [line for line in metrics(whole) if "distillation" in line]
     for line in lines:
         np.testing.assert_allclose(line["distillation"], line["distillation/0"] + 2 * line["distillation/1"], rtol=1e-5)
     assert lines[-1]["distillation"] != lines[0]["distillation"]
-    assert convert.main(["to-hf", str(stopped), str(tmp_path / "release")]) == 0
-    names = {file.name for file in (tmp_path / "release").rglob("*")}
-    assert "model.safetensors" in names and not [name for name in names if "Dense" in name or "projection" in name]
+    assert convert.main(["to-hf", str(stopped), str(tmp_path / "release"), "--no-golden"]) == 0
+    assert not list((tmp_path / "release").glob("projection*"))
+    check_kept_projections(stopped, tmp_path / "kept")
+    assert convert.main(["to-hf", str(stopped), str(tmp_path / "cut"), "--projections", "--truncate-dim", "64"]) == 1
 
 
 def test_what_does_not_fit_names_what_helps(tmp_path, small_dataset, caches):

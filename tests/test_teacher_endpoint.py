@@ -200,6 +200,7 @@ def test_an_endpoint_that_fails_half_way(tmp_path, server, small_dataset, capsys
         (["--endpoint", "http://x/v1", "--endpoint-model", "m", "--api-key-variable", "NOT_SET_HERE"], "NOT_SET_HERE: there is no such"),
         (["--model", "M", "--api-key-variable", "HOME"], "goes with --endpoint alone"),
         (["--model", "M", "--query-prompt", "q: "], "pass --retokenize"),
+        (["--vectors", "V", "--document-prompt", "{instruction}: "], "documents have none"),
         (["--vectors", "V", "--retokenize"], "goes with --model alone"),
         (["--model", "M", "--vectors-of", "T"], "goes with --vectors alone"),
     ],

@@ -6,9 +6,12 @@ the `layer_types` and the pooling width of another size (codefuse-ai/F2LLM-v2-80
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
+from jaxtyping import Float
 
 from f2llm_jax.cli.progress import Progress
 from f2llm_jax.model.decoder import INITIALIZER_RANGE
@@ -59,7 +62,15 @@ class Form:
         return declared
 
 
-def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: bool = False, factored: ModelSource | None = None) -> None:
+def export(
+    source: ModelSource,
+    out: epath.PathLike,
+    form: Form,
+    *,
+    overwrite: bool = False,
+    factored: ModelSource | None = None,
+    projections: Sequence[Float[np.ndarray, "D W"]] = (),
+) -> None:
     """Writes the release of a model: every file that sentence-transformers, transformers, TEI, vLLM and llama.cpp read.
 
     Args:
@@ -68,6 +79,7 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
       form: how.
       overwrite: replace an older release at `out`.
       factored: the same model with its table in two factors, which are then released too (see `weights.factors`).
+      projections: into the spaces of its teachers, released too (see `sentence_transformers.write_projections`).
 
     Raises:
       UserError: `out` may not be written, the weights are not those of the model's shape, one is not finite in the dtype, the model
@@ -87,6 +99,7 @@ def export(source: ModelSource, out: epath.PathLike, form: Form, *, overwrite: b
                 write_factors(folder / FILE, factored.config, parameters, form.dtype)
         write_tokenizer(folder, tokenizer, limit)
         sentence_transformers.write_modules(folder, source.config.hidden_size, limit, embedding)
+        sentence_transformers.write_projections(folder, projections)
         card.write_card(folder, source, embedding, form.dtype, form.labels)
         write_json(folder / CONFIG_FILE, model_config(source.config, tokenizer, form.dtype, embedding))
 

@@ -5,8 +5,11 @@ strings break sentence-transformers before 5.4, and the new pooling file breaks 
 default for `pooling_mode_cls_token` and `pooling_mode_mean_tokens` and requires `max_seq_length`.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 
 from f2llm_jax import __version__
 from f2llm_jax.release.safetensors import header
@@ -39,7 +42,8 @@ def write_modules(folder: epath.Path, hidden_size: int, text_limit: int, embeddi
     modes = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in POOLING_MODES}
     write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": hidden_size, **modes, "include_prompt": True})
     if truncate_dim:
-        _write_cut(folder / cut[0][1], hidden_size, truncate_dim)
+        # Multiplying by one and adding zeros is exact.
+        _write_dense(folder / cut[0][1], np.eye(truncate_dim, hidden_size, dtype=np.float32))
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": text_limit, "do_lower_case": False})
     write_json(
         folder / "config_sentence_transformers.json",
@@ -50,9 +54,19 @@ def write_modules(folder: epath.Path, hidden_size: int, text_limit: int, embeddi
     )
 
 
-def _write_cut(folder: epath.Path, hidden_size: int, dim: int) -> None:
-    """The layer that keeps the first `dim` components; multiplying by one and adding zeros is exact."""
+def write_projections(folder: epath.Path, projections: Sequence[Float[np.ndarray, "D W"]]) -> None:
+    """Each as a `Dense` module, `projections/0` and on: what to append for vectors in a teacher's space.
+
+    No part of modules.json: the release serves its own space, to every client.
+    """
+    for number, projection in enumerate(projections):
+        _write_dense(folder / "projections" / str(number), projection.T)
+
+
+def _write_dense(folder: epath.Path, weight: Float[np.ndarray, "K D"]) -> None:
+    """A linear layer without bias."""
+    outputs, inputs = weight.shape
     identity = "torch.nn.modules.linear.Identity"
-    write_json(folder / "config.json", {"in_features": hidden_size, "out_features": dim, "bias": False, "activation_function": identity})
-    name, ones = "linear.weight", np.eye(dim, hidden_size, dtype=np.float32)
-    write_bytes(folder / "model.safetensors", header({name: ones.shape}, "float32") + ones.tobytes())
+    write_json(folder / "config.json", {"in_features": inputs, "out_features": outputs, "bias": False, "activation_function": identity})
+    content = np.ascontiguousarray(weight, np.float32).tobytes()
+    write_bytes(folder / "model.safetensors", header({"linear.weight": weight.shape}, "float32") + content)

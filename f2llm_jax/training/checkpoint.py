@@ -26,7 +26,7 @@ from f2llm_jax.storage.files import absolute, plain, seal
 from f2llm_jax.training.step import TrainState
 from f2llm_jax.weights import chunks
 from f2llm_jax.weights.checkpoint_check import checkpoint_damage, good_steps
-from f2llm_jax.weights.checkpoint_reader import check_descriptions, flatten, load_arrays, read_metadata, unflatten
+from f2llm_jax.weights.checkpoint_reader import PROJECTIONS, check_descriptions, flatten, load_arrays, read_metadata, unflatten
 
 SCORE = "score"
 # Where a checkpoint is damaged, Orbax leaves a coroutine that nobody awaits, and Python would say so after our line.
@@ -245,14 +245,14 @@ def restore(checkpoints: ocp.training.Checkpointer, step: int, abstract: TrainSt
         step=_like(abstract.step, step),
         params=unflatten(abstract.params, loaded["params"]),
         opt_state=unflatten(abstract.opt_state, loaded["optimizer"]),
-        projections=unflatten(abstract.projections, loaded.get("projections", {})),
+        projections=unflatten(abstract.projections, loaded.get(PROJECTIONS, {})),
     )
 
 
 def _trees(state: TrainState) -> dict[str, dict[str, Any]]:
     """The arrays of a state as a checkpoint holds them. Readers of the model open `params` alone."""
     trees = {"params": flatten(state.params), "optimizer": flatten(state.opt_state)}
-    return trees | {"projections": flatten(state.projections)} if state.projections else trees
+    return trees | {PROJECTIONS: flatten(state.projections)} if state.projections else trees
 
 
 def _like(abstract: Any, value: int) -> jax.Array:

@@ -25,6 +25,8 @@ from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.hf_mapping import Entry
 from f2llm_jax.weights.parameters import Shape, parameter_shapes
 
+PROJECTIONS = "projections"  # of a checkpoint: the maps into the teachers' spaces, by number
+
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
@@ -64,6 +66,16 @@ class SavedModel:
         if wrong:
             raise UserError(f"{folder} is of another architecture than its metadata says:\n  " + "\n  ".join(wrong))
         yield StoredParameters(folder, stored, parameter_shapes(self.config))
+
+    def load_projections(self) -> list[Float[np.ndarray, "D W"]]:
+        """The maps into the spaces of the teachers that it was trained with, float32; empty where there was none."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        with ocp.training.Checkpointer(self.run_folder / "checkpoints") as checkpoints:
+            stored = checkpoints.checkpointables_metadata(self.step).metadata.get(PROJECTIONS) or {}
+            shapes = {name: chunks.whole_shape(tuple(leaf.shape), 2) for name, leaf in stored.items()}
+            targets = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=here) for name, shape in shapes.items()}
+            loaded = load_arrays(checkpoints, self.step, {PROJECTIONS: targets})[PROJECTIONS] if targets else {}
+        return [np.asarray(loaded[name]) for name in sorted(loaded, key=int)]
 
 
 class StoredParameters:
