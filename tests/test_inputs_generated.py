@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.preparation.selection import Recipe, choose_rows, read_rows
 from f2llm_jax.preparation.sources import find_sources
 
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")  # of the long text, where a case fails
 RECIPE = Recipe(stage=2, max_length=64, seed=0, cap=0, instruct_documents=0.0, policy="default")
 ALIASES = {
     "query": ["query", "anchor", "question", "Query"],

@@ -1,8 +1,8 @@
 """Users' own files as mteb tasks: a manifest names them, mteb measures, so the numbers are mteb's.
 
 A manifest is a JSON file `{"tasks": [...]}`. Each task has a `name`, a `type` and its files of any form (docs/data.md), relative to the
-manifest; optionally an `instruction` ("" for none; by default that of the type), a `description`, `languages` (such as "deu-Latn"),
-`columns` of other names (`{"text": "body"}`) and columns to leave out (`"ignore_columns": ["url"]`).
+manifest or as URLs; optionally an `instruction` ("" for none; by default that of the type), a `description`, `languages` (such as
+"deu-Latn"), `columns` of other names (`{"text": "body"}`) and columns to leave out (`"ignore_columns": ["url"]`).
 
     Retrieval            corpus (id, text, optionally title), queries (id, text), qrels (query-id, corpus-id, score);
                          or beir: a folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (split: "test" by default)
@@ -33,7 +33,7 @@ from f2llm_jax.inputs.columns import Choice, Form
 from f2llm_jax.inputs.fields import Fields, Kind, read_fields
 from f2llm_jax.inputs.folders import table_paths
 from f2llm_jax.inputs.judged import Judged, beir_paths, read_judged
-from f2llm_jax.storage.files import read_json
+from f2llm_jax.storage.files import is_remote, read_json
 
 DEFAULT_LANGUAGES = ("mul-Zyyy",)
 OPTIONAL = ("name", "type", "instruction", "description", "languages", "columns", "ignore_columns")
@@ -78,13 +78,13 @@ def _task(manifest: epath.Path, entry: Mapping[str, Any]) -> Any:
 
     form, name = _form(manifest, entry), str(entry["name"])
     folder = manifest.parent
-    paths = {field: folder / entry[field] for field in form.files if field in entry}
+    paths = {field: _place(folder, entry[field]) for field in form.files if field in entry}
     use, ignore = '"columns": {{"{role}": "{column}"}} in the task', '"ignore_columns": ["{column}"] in the task'
     choice = Choice(entry.get("columns", {}), entry.get("ignore_columns", ()), use, ignore)
     if missing := [field for field in form.files if field not in entry and "beir" not in entry]:
         raise UserError(f"{manifest}: task {name!r} lacks {', '.join(missing)}")
     if "beir" in entry:
-        paths = dict(zip(form.files, beir_paths(folder / entry["beir"], entry.get("split", "test")), strict=True))
+        paths = dict(zip(form.files, beir_paths(_place(folder, entry["beir"]), entry.get("split", "test")), strict=True))
     dataset, read = form.read(paths, choice)
     languages = list(entry.get("languages", DEFAULT_LANGUAGES))
     metadata = {
@@ -107,6 +107,10 @@ def _task(manifest: epath.Path, entry: Mapping[str, Any]) -> Any:
     except ValueError as error:
         raise UserError(f"{manifest}: task {name!r}: {error}") from error
     return type(str(name), (getattr(mteb.abstasks, form.base),), members)()
+
+
+def _place(folder: epath.Path, path: str) -> epath.Path:
+    return epath.Path(path) if is_remote(path) else folder / path
 
 
 def _form(manifest: epath.Path, entry: Mapping[str, Any]) -> _Form:

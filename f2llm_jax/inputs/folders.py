@@ -47,6 +47,8 @@ def table_paths(path: epath.PathLike) -> list[tuple[epath.Path, dict[str, str | 
     path = epath.Path(path)
     if not path.is_dir():
         return [(path, {})]
+    if is_beir(path):
+        raise UserError(f"{path} is a BEIR folder of three tables; name the one that is meant, such as {find_member(path, 'corpus')}")
     found = _saved_dataset(path) if (path / "state.json").exists() else sorted(_walk(path), key=lambda file: str(file[0]))
     if not found:
         raise UserError(f"{path} holds no file of a form that is read (*.{', *.'.join(LISTED)}); name another folder")
