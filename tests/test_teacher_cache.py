@@ -128,3 +128,12 @@ def test_the_command_ends_in_a_cache_that_opens(tmp_path, origin, dataset, capsy
     assert command.main([*flags, "--dims", "16"]) == 0
     cache = TeacherCache(tmp_path / "cache", dataset, MAX_LENGTH, 16)
     assert cache.content.dtype == "float16" and cache.content.width == 16
+
+
+def test_caches_are_named_with_commas_between_them(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    named = f"{tmp_path}/a,b"
+    assert teacher_cache.cache_folders(named) == [f"{tmp_path}/a", "b"]
+    (tmp_path / "a,b" / "cache.json").touch()
+    assert teacher_cache.cache_folders(named) == [named]
+    assert teacher_cache.cache_folders("one, gs://bucket/two ,") == ["one", "gs://bucket/two"] and teacher_cache.cache_folders("") == []

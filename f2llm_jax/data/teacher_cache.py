@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from f2llm_jax.data.records import SPLITS, Dataset
 from f2llm_jax.errors import UserError
-from f2llm_jax.storage.files import read_json, write_json
+from f2llm_jax.storage.files import is_remote, read_json, write_json
 from f2llm_jax.storage.vectors import VectorStore
 
 SHARD_TEXTS = 8192
@@ -216,7 +216,9 @@ class TeacherCaches:
 
 
 def cache_folders(setting: str) -> list[str]:
-    """The folders of `config.teacher_cache`, which names one or, with commas between them, several."""
+    """The folders of `config.teacher_cache`: one, or several with commas between them. A local cache may have one in its name."""
+    if setting and not is_remote(setting) and (epath.Path(setting) / COMPLETE).exists():
+        return [setting]
     return [name.strip() for name in setting.split(",") if name.strip()]
 
 
