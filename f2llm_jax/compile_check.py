@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     request = check.Request(flags.config, flags.topology, flags.slices, flags.teacher, flags.tokens_per_text)
     found = check.search(request, lambda line: print(line, file=sys.stderr, flush=True)) if flags.search else check.check(request)
     if flags.json:
-        report.write_json(found, flags.json)
+        report.write_report(found, flags.json)
     print(report.describe(found))
 
 

@@ -17,7 +17,7 @@ from f2llm_jax.inputs.columns import Choice
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.inputs.judged import read_documents
 from f2llm_jax.mining import builders, inputs
-from f2llm_jax.mining.selection import Rules
+from f2llm_jax.mining.selection import NegativeRules
 
 
 @command("mine")
@@ -42,7 +42,7 @@ def _mine(flags: argparse.Namespace) -> dict:
 
     named = [*(("--queries", path) for path in flags.queries), *(("--corpus", path) for path in flags.corpus or ())]
     read = {f"{flag} {path}": path for flag, path in named}
-    rules = Rules(**{name: getattr(flags, name) for name in Rules.__dataclass_fields__})
+    rules = NegativeRules(**{name: getattr(flags, name) for name in NegativeRules.__dataclass_fields__})
     choice = Choice(dict(flags.columns), flags.ignore_columns)
     if flags.build:
         built = [builders.build(flags.build, path, flags.instruction, rules.negatives, rules.seed, choice) for path in flags.queries]

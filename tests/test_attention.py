@@ -96,7 +96,7 @@ def test_cudnn_lowers_for_a_gpu_that_is_not_here(monkeypatch):
 
 
 def test_auto_takes_the_best_that_serves():
-    choose = attention.choose
+    choose = attention.choose_kernel
     assert choose("auto", "tpu", jnp.bfloat16, 1024, 128) == "splash"
     assert choose("auto", "tpu", jnp.float32, 1024, 128) == "xla"
     assert choose("auto", "tpu", jnp.bfloat16, 64, 128) == choose("auto", "tpu", jnp.bfloat16, 1024, 64) == "xla"
@@ -109,4 +109,4 @@ def test_auto_takes_the_best_that_serves():
 )
 def test_a_kernel_that_cannot_serve_is_refused(wanted, platform, message):
     with pytest.raises(ValueError, match=message):
-        attention.choose(wanted, platform, jnp.bfloat16, 1024, 128)
+        attention.choose_kernel(wanted, platform, jnp.bfloat16, 1024, 128)

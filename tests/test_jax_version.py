@@ -10,7 +10,7 @@ from f2llm_jax import jax_version
 from f2llm_jax.compilation import collectives, cost
 from f2llm_jax.errors import UserError
 from f2llm_jax.jax_version import UntestedJaxWarning
-from f2llm_jax.model.attention import choose
+from f2llm_jax.model.attention import choose_kernel
 from f2llm_jax.training import cluster
 from f2llm_jax.training.hosts import ALONE, find_place
 
@@ -56,9 +56,9 @@ def test_without_its_cluster_detection_one_process_trains_and_several_are_refuse
 
 
 def test_without_the_splash_kernel_auto_is_xla(monkeypatch):
-    assert choose("auto", *SHAPE) == "splash"
+    assert choose_kernel("auto", *SHAPE) == "splash"
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.tpu", None)
     monkeypatch.delitem(sys.modules, "jax.experimental.pallas.ops.tpu.splash_attention", raising=False)
-    assert choose("auto", *SHAPE) == "xla"
+    assert choose_kernel("auto", *SHAPE) == "xla"
     with pytest.raises(UserError, match="does not have the kernel; take attention=auto or xla"):
-        choose("splash", *SHAPE)
+        choose_kernel("splash", *SHAPE)

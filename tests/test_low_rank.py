@@ -139,9 +139,9 @@ def trained(tmp_path_factory):
     weights = low_rank.factorised(init_decoder(dataclasses.replace(config, table_rank=0), 0), 96)
     tokenizer = load_tokenizer(tiny.write_tokenizer(folder / "tokenizer"))
     checkpoints = checkpoint.open_checkpoints(folder / "checkpoints", checkpoint.CheckpointConfig(every=1, keep=1))
-    facts = {"tokenizer_fingerprint": tokenizer.fingerprint, "max_length": 96, "matryoshka_dims": (8, 128), "depths": (1, 2, 3)}
+    metadata = {"tokenizer_fingerprint": tokenizer.fingerprint, "max_length": 96, "matryoshka_dims": (8, 128), "depths": (1, 2, 3)}
     state = TrainState(jnp.int32(0), weights, {"count": jnp.int32(0)})
-    checkpoint.save(checkpoints, 0, state, {"decoder": dataclasses.asdict(config), **facts})
+    checkpoint.save(checkpoints, 0, state, {"decoder": dataclasses.asdict(config), **metadata})
     checkpoints.close()
     return folder, weights
 

@@ -14,7 +14,7 @@ from f2llm_jax import sharding
 from f2llm_jax.cli.command import INTERRUPTED
 from f2llm_jax.mining import search, selection
 from f2llm_jax.mining.nearest import nearest
-from f2llm_jax.mining.selection import Rules
+from f2llm_jax.mining.selection import NegativeRules
 from f2llm_jax.preparation.sources import find_sources
 from f2llm_jax.storage.vectors import VectorStore
 
@@ -84,9 +84,9 @@ def test_nearest_in_any_order_of_documents(monkeypatch, order):
 
 
 RULES = {
-    "published": Rules(nearest=30, negatives=6, skip=2),
-    "thresholds": Rules(nearest=30, negatives=6, skip=0, max_score=0.6, max_relative=0.9, absolute_margin=0.05, min_score=0.1),
-    "none": Rules(nearest=30, negatives=6, skip=4, max_score=None, max_relative=None),
+    "published": NegativeRules(nearest=30, negatives=6, skip=2),
+    "thresholds": NegativeRules(nearest=30, negatives=6, skip=0, max_score=0.6, max_relative=0.9, absolute_margin=0.05, min_score=0.1),
+    "none": NegativeRules(nearest=30, negatives=6, skip=4, max_score=None, max_relative=None),
 }
 
 
@@ -96,7 +96,7 @@ def test_selection_is_a_plain_reading_of_the_rules(name):
     scores = -np.sort(-draw.uniform(-0.2, 1, (50, 30)).astype(np.float32), axis=1)
     scores[3:6, 20:] = -np.inf
     positive = draw.uniform(-0.1, 1, 50).astype(np.float32)
-    got = selection.choose(rules, selection.allowed(rules, scores, positive, counted := Counter()), [""] * 50)
+    got = selection.choose_negatives(rules, selection.allowed(rules, scores, positive, counted := Counter()), [""] * 50)
     removed = 0
     for row, p, chosen in zip(scores, positive, got, strict=True):
         left = []
@@ -119,10 +119,10 @@ def test_selection_is_a_plain_reading_of_the_rules(name):
 def test_a_sample_depends_on_the_query_and_the_seed_alone():
     left = np.ones((40, 50), bool)
     names = [f"query {i}" for i in range(40)]
-    sample = lambda **change: selection.choose(Rules(take="sample", negatives=6, **change), left, names)  # noqa: E731
+    sample = lambda **change: selection.choose_negatives(NegativeRules(take="sample", negatives=6, **change), left, names)  # noqa: E731
     first = sample()
     assert (np.diff(first) > 0).all() and first.min() >= 5  # nearest first, the skipped ranks never
-    assert (selection.choose(Rules(take="sample", negatives=6), left[:7], names[10:17]) == first[10:17]).all()
+    assert (selection.choose_negatives(NegativeRules(take="sample", negatives=6), left[:7], names[10:17]) == first[10:17]).all()
     assert (sample(seed=1) != first).any(axis=1).all()
     counts = np.bincount(first.ravel(), minlength=50)[5:]
     assert counts.max() < 20 and (counts > 0).sum() > 40  # spread over all ranks

@@ -17,7 +17,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inputs.judged import read_documents
 from f2llm_jax.mining import builders, inputs
 from f2llm_jax.mining.run import mine as mine_with
-from f2llm_jax.mining.selection import Rules
+from f2llm_jax.mining.selection import NegativeRules
 from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, query_prompt
 
 
@@ -216,7 +216,7 @@ def test_vectors_that_are_not_finite(tmp_path, small):
     write_pairs(tmp_path / "pairs.parquet", rows=30)
     pairs = inputs.read_pairs(tmp_path / "pairs.parquet")
     with pytest.raises(UserError, match=r"vector of 'document 0.* is not finite"):
-        mine_with(broken, [pairs], None, tmp_path / "out", Rules(negatives=4, skip=0))
+        mine_with(broken, [pairs], None, tmp_path / "out", NegativeRules(negatives=4, skip=0))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/*.np*"))
 
 

@@ -20,7 +20,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import count_parameters, init_decoder
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.pruning.calibration import draw_texts, measure
-from f2llm_jax.pruning.choice import Method, choose
+from f2llm_jax.pruning.choice import Method, choose_kept
 from f2llm_jax.pruning.cut import cut
 from f2llm_jax.pruning.prune import prune
 from f2llm_jax.pruning.target import parse_target
@@ -174,8 +174,8 @@ def test_permuted_channels_change_the_choice_and_not_the_model(arrays, source, t
         shuffled[path] = value
     other = source_of(shuffled, tmp_path / "tokenizer")
     target, method = parse_target(TARGET, CONFIG), Method(hidden_by=by, ffn_by=by)
-    choice = choose(activations, target, method)
-    moved = choose(measure(other, texts, None, lambda done, total: None), target, method)
+    choice = choose_kept(activations, target, method)
+    moved = choose_kept(measure(other, texts, None, lambda done, total: None), target, method)
     assert set(hidden[moved.hidden]) == set(choice.hidden) and set(choice.hidden) != set(range(PARTS["hidden"]))
     for mine, theirs in zip(choice.ffn, moved.ffn, strict=True):
         assert set(ffn[theirs]) == set(mine)
@@ -228,7 +228,7 @@ def test_a_mesh_measures_the_same(source, texts, activations):
 def test_scores_decide(activations):
     """The kept are the largest of the named sums; ties and `first` go by index."""
     target = parse_target(TARGET, CONFIG)
-    choice = choose(activations, target, Method(hidden_by="l2", ffn_by="mean-abs", layers_by="influence"))
+    choice = choose_kept(activations, target, Method(hidden_by="l2", ffn_by="mean-abs", layers_by="influence"))
     layers = np.sort(np.argsort(activations.influence)[-PARTS["layers"] :])
     hidden = sum(activations.stream["l2"][i, site] for i in layers for site in (0, 1)) + activations.final["l2"][layers[-1]]
     np.testing.assert_array_equal(choice.layers, layers)
@@ -236,15 +236,15 @@ def test_scores_decide(activations):
     assert all((place == channel) == (channel < PARTS["hidden"]) for place, channel in enumerate(choice.hidden))
     for i, kept in zip(layers, choice.ffn, strict=True):
         assert set(kept) == set(np.argsort(activations.ffn["mean-abs"][i])[-PARTS["ffn"] :])
-    first = choose(activations, target, Method(hidden_by="first", ffn_by="first"))
+    first = choose_kept(activations, target, Method(hidden_by="first", ffn_by="first"))
     for kept, name in ((first.hidden, "hidden"), (first.layers, "layers"), *((row, "ffn") for row in first.ffn)):
         np.testing.assert_array_equal(kept, np.arange(PARTS[name]))
 
 
 def test_widths_that_stay_in_place_are_still_declared(source, activations):
     target = parse_target(TARGET, CONFIG)
-    assert cut(source, target, choose(activations, target, Method(hidden_by="first"))).embedding.matryoshka_dims == (16, 32)
-    assert cut(source, target, choose(activations, target, Method())).embedding.matryoshka_dims == ()
+    assert cut(source, target, choose_kept(activations, target, Method(hidden_by="first"))).embedding.matryoshka_dims == (16, 32)
+    assert cut(source, target, choose_kept(activations, target, Method())).embedding.matryoshka_dims == ()
 
 
 def test_what_is_written(folder, dataset, tmp_path, monkeypatch):

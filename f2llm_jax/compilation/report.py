@@ -94,7 +94,7 @@ def describe(report: CompiledStepReport) -> str:
     return "\n".join(lines)
 
 
-def write_json(report: CompiledStepReport, path: epath.PathLike) -> None:
+def write_report(report: CompiledStepReport, path: epath.PathLike) -> None:
     """Writes the fields and what follows from them."""
     derived = {"hbm_used": report.hbm_used, "flops_ratio": report.flops_ratio}
     files.write_json(files.absolute(path), dataclasses.asdict(report) | derived)

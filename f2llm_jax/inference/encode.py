@@ -138,7 +138,7 @@ class TextEncoder:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _program(config: DecoderConfig, dtype: jnp.dtype, params: nnx.State, *rows: Int[Array, "M _"]) -> Float[Array, "M X D"]:
     """Embeddings of one chunk. Not a method, so that encoders of one shape share what is compiled."""
-    kernel = attention.choose("auto", jax.default_backend(), dtype, rows[0].shape[1], config.head_dim)
+    kernel = attention.choose_kernel("auto", jax.default_backend(), dtype, rows[0].shape[1], config.head_dim)
     encode_chunk = chunk_encoder(abstract_decoder(config)[0], dtype, remat="none", kernel=kernel)
     return sharding.shard(encode_chunk(params, *rows), sharding.P(None, None, None))  # every host can read the result
 

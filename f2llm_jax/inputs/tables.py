@@ -95,11 +95,6 @@ def read_blocks(file: File, names: Sequence[str], start: int = 0, stop: int | No
         row += count
 
 
-def read_columns(files: Sequence[File], names: Sequence[str]) -> Iterator[tuple[File, Block]]:
-    """All rows of a table of several files."""
-    return ((file, block) for file in files for block in read_blocks(file, names))
-
-
 def _is_arrow(suffix: str) -> bool:
     return suffix in (".parquet", ".arrow")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from f2llm_jax.mining import selection
 from f2llm_jax.mining.pool import Rows
 from f2llm_jax.mining.search import Searched
-from f2llm_jax.mining.selection import Rules
+from f2llm_jax.mining.selection import NegativeRules
 
 BLOCK_ROWS = 4096  # selected for at once
 REMEMBERED_TEXTS = 20_000  # whose 5-grams or token ids are kept
@@ -28,7 +28,9 @@ class MinedRows:
     counters: Counter[str]  # of all rows ("rows", "kept", "skipped: ...", "filled"), and of neighbours by the rule that took them
 
 
-def mined(found: Searched, source: Rows, rules: Rules, ids: Callable[[str], bytes], report: Callable[[int], None]) -> Iterator[MinedRows]:
+def mined(
+    found: Searched, source: Rows, rules: NegativeRules, ids: Callable[[str], bytes], report: Callable[[int], None]
+) -> Iterator[MinedRows]:
     """The rows of a source, in order, with negatives by the rules, given negatives first.
 
     Args:
@@ -48,7 +50,7 @@ def mined(found: Searched, source: Rows, rules: Rules, ids: Callable[[str], byte
 class _Judge:
     """Applies the rules to rows of one pool."""
 
-    def __init__(self, found: Searched, rules: Rules, ids: Callable[[str], bytes]):
+    def __init__(self, found: Searched, rules: NegativeRules, ids: Callable[[str], bytes]):
         self._found, self._rules = found, rules
         self._ids = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(lambda document: ids(found.pool.documents[document].as_py()))
         self._grams = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(
@@ -69,7 +71,7 @@ class _Judge:
         left &= ~same
         repeats = selection.near_duplicates(left, index, positives, self._grams, rules.near_duplicate)
         counters["near-duplicate of a positive (--near-duplicate)"] += int(repeats.sum())
-        columns = selection.choose(rules, left & ~repeats, [pool.queries[int(number)].as_py() for number in queries])
+        columns = selection.choose_negatives(rules, left & ~repeats, [pool.queries[int(number)].as_py() for number in queries])
         chosen = np.where(columns >= 0, np.take_along_axis(index, columns, axis=1), -1).astype(np.int64)[of]
         negatives = _closed_up(np.concatenate([given, chosen], axis=1))[:, : rules.negatives]
         own = self._scores(query, positive)

@@ -21,7 +21,7 @@ from f2llm_jax.mining.inputs import Pairs, check_names
 from f2llm_jax.mining.pool import Pool, make_pool
 from f2llm_jax.mining.rows import mined
 from f2llm_jax.mining.search import ProgressCallback, Searched, search
-from f2llm_jax.mining.selection import Rules
+from f2llm_jax.mining.selection import NegativeRules
 from f2llm_jax.mining.vectors import ShardedVectors, made_by
 from f2llm_jax.storage.files import check_apart, read_json
 from f2llm_jax.storage.folders import INCOMPLETE, check_new_folder, check_whole, new_folder
@@ -49,7 +49,7 @@ def mine(
     sources: Sequence[Pairs],
     corpus: Sequence[str] | None,
     out: epath.PathLike,
-    rules: Rules,
+    rules: NegativeRules,
     *,
     encoding: Encoding = Encoding(),
     cache: epath.PathLike | None = None,
@@ -111,7 +111,7 @@ def mine(
 def _write(
     found: Sequence[Searched],
     folder: epath.Path,
-    rules: Rules,
+    rules: NegativeRules,
     settings: dict[str, Any],
     ids: Callable[[str], bytes],
     report: ProgressCallback,
@@ -148,7 +148,7 @@ def _check_size(pool: Pool, negatives: int) -> None:
         )
 
 
-def _digest(rules: Rules, pools: Sequence[Pool], store: ShardedVectors) -> str:
+def _digest(rules: NegativeRules, pools: Sequence[Pool], store: ShardedVectors) -> str:
     """What makes two outputs equal."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(rules), sort_keys=True).encode())
     for pool in pools:

@@ -94,8 +94,8 @@ def _names(pool: Pool, folder: epath.Path, documents: Sequence[Shard], queries: 
     keys = []
     for start in range(0, len(queries), QUERY_SHARDS):
         mine = queries[start : start + QUERY_SHARDS]
-        facts = [[shard.key for shard in documents], [shard.key for shard in mine], k]
-        digest = hashlib.sha256(json.dumps(facts).encode())
+        made_of = [[shard.key for shard in documents], [shard.key for shard in mine], k]
+        digest = hashlib.sha256(json.dumps(made_of).encode())
         digest.update(_rectangle(pool.excluded[mine[0].start : mine[-1].stop]).tobytes())
         keys.append(digest.hexdigest()[:32])
     return Neighbours(folder, keys, QUERY_SHARDS * SHARD_TEXTS)

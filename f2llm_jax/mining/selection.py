@@ -20,7 +20,7 @@ from f2llm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rules:
+class NegativeRules:
     """How negatives are selected; the defaults are the published ones.
 
     Attributes:
@@ -63,7 +63,9 @@ class Rules:
             raise UserError(f"--max-positive-rank {self.max_positive_rank} must not exceed --nearest {self.nearest}; raise that")
 
 
-def allowed(rules: Rules, scores: Float[np.ndarray, "B K"], positive: Float[np.ndarray, "B"], counters: Counter) -> Bool[np.ndarray, "B K"]:
+def allowed(
+    rules: NegativeRules, scores: Float[np.ndarray, "B K"], positive: Float[np.ndarray, "B"], counters: Counter
+) -> Bool[np.ndarray, "B K"]:
     """Which neighbours the thresholds leave, bool `[B, k]`; what they take is counted, each neighbour once.
 
     Args:
@@ -91,7 +93,7 @@ def positive_rank(scores: Float[np.ndarray, "B K"], positive: Float[np.ndarray, 
     return 1 + (scores[query] > positive[:, None]).sum(axis=1)
 
 
-def choose(rules: Rules, left: Bool[np.ndarray, "B K"], names: list[str]) -> Int[np.ndarray, "B n"]:
+def choose_negatives(rules: NegativeRules, left: Bool[np.ndarray, "B K"], names: list[str]) -> Int[np.ndarray, "B n"]:
     """Columns of the negatives, int64 `[B, n]`, nearest first; -1 where there are too few.
 
     Args:

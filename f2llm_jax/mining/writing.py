@@ -71,14 +71,14 @@ def write_source(folder: epath.Path, pool: Pool, source: Rows, parts: Iterable[M
     return counters
 
 
-def write_summary(folder: epath.Path, kinds: dict[str, str], seen: Seen, facts: dict) -> None:
-    """Writes everything else; `facts` go into summary.json as they are."""
+def write_summary(folder: epath.Path, kinds: dict[str, str], seen: Seen, settings: dict) -> None:
+    """Writes everything else; `settings` go into summary.json as they are."""
     write_json(folder / "tasks.json", kinds)
     write_text(folder / "examples.txt", "\n".join(text for _, text in sorted(seen.examples, reverse=True)))
     with (folder / "scores.png").open("wb") as file:
         _draw(seen).savefig(file, format="png", dpi=100)
     scores = {name: _percentiles(getattr(seen, name)) for name in ("positive", "negative", "hardest")}
-    write_json(folder / "summary.json", {**facts, "scores": scores})
+    write_json(folder / "summary.json", {**settings, "scores": scores})
 
 
 def write_built(

@@ -32,7 +32,7 @@ def saving_names(*names: str) -> Callable[..., bool]:
     return jax.checkpoint_policies.save_from_both_policies(named, cudnn)
 
 
-def choose(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_dim: int) -> Kernel:
+def choose_kernel(wanted: str, platform: str, dtype: jnp.dtype, row_tokens: int, head_dim: int) -> Kernel:
     """The kernel for devices of a `platform` ("cpu", "gpu", "tpu"): the one `wanted`, or with "auto" the best that serves.
 
     On TPUs that is "splash" for bfloat16 where row and head are multiples of 128, else "xla". On GPUs it is "xla": "cudnn" is to

@@ -221,7 +221,7 @@ class Decoder(nnx.Module):
           segment_ids: 1, 2, ... for the texts of a row, 0 for padding. Texts do not see each other.
           dtype: compute dtype of activations and of weights at use.
           remat: a key of `REMAT_POLICIES`.
-          kernel: of attention (see `attention.choose`).
+          kernel: of attention (see `attention.choose_kernel`).
           tap: if given, called on each layer's output (before the final norm); its results, stacked on a leading axis L,
             are returned with the hidden states.
         """

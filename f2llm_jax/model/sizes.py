@@ -1,4 +1,4 @@
-"""The eight published sizes, as facts (paper, table 1; parameter counts as mteb states them)."""
+"""The eight published sizes (paper, table 1; parameter counts as mteb states them)."""
 
 import dataclasses
 

@@ -17,7 +17,7 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from f2llm_jax.data import records
 from f2llm_jax.errors import UserError
 from f2llm_jax.preparation import tables
-from f2llm_jax.preparation.selection import Recipe, Rules
+from f2llm_jax.preparation.selection import Recipe, SplitRules
 from f2llm_jax.preparation.shards import WriteDocuments, WriteRows, shard_name
 from f2llm_jax.preparation.sources import Source
 
@@ -61,7 +61,7 @@ class F2LLM(FileReaderBuilder):
 
     def _download_and_prepare(self, dl_manager, download_config) -> None:
         config: SourceConfig = self.builder_config
-        rules = Rules.of(config.source, config.recipe)
+        rules = SplitRules.of(config.source, config.recipe)
         self.data_path.mkdir(parents=True, exist_ok=True)
         flags = config.beam_flags
         if not any(flag.startswith("--runner") for flag in flags):

@@ -75,7 +75,7 @@ def _choose(salt: str, rows: int, cap: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class SplitRules:
     """The rules of one source that need a look at its rows first; `of` takes that look, nearly always at one block.
 
     Which rows are held out is a function of (seed, source name, query text, passage text), or without the passage where the split is
@@ -92,7 +92,7 @@ class Rules:
     prompt: str  # instruction that documents get, where they get one; "" otherwise
 
     @classmethod
-    def of(cls, source: Source, recipe: Recipe) -> "Rules":
+    def of(cls, source: Source, recipe: Recipe) -> "SplitRules":
         """Reads as many rows as it takes to see both sides.
 
         Raises:

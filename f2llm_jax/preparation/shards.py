@@ -26,7 +26,7 @@ from etils import epath
 from f2llm_jax.data import records
 from f2llm_jax.preparation.cleaning import Rows
 from f2llm_jax.preparation.encoding import Encoder, drop_same_ids, load
-from f2llm_jax.preparation.selection import Rules, choose_rows, document_key, read_rows
+from f2llm_jax.preparation.selection import SplitRules, choose_rows, document_key, read_rows
 from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.storage.arrays import read_arrays, write_arrays
 from f2llm_jax.storage.files import is_remote, new_file, write_json
@@ -47,7 +47,7 @@ class WriteRows(beam.DoFn):
     (int32 [rows]), `.documents` (int64 [rows, 1 + n], keys) and `.row_keys` (uint64 [rows, 2], hashes of row and query).
     """
 
-    def __init__(self, source: Source, rules: Rules, tokenizer: str, shards: str, work: str):
+    def __init__(self, source: Source, rules: SplitRules, tokenizer: str, shards: str, work: str):
         self.source, self.rules, self.tokenizer = source, rules, tokenizer
         self.shards, self.work = epath.Path(shards), epath.Path(work)
 

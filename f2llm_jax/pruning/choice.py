@@ -61,7 +61,7 @@ class Choice:
     influence: np.ndarray
 
 
-def choose(activations: "Activations", target: DecoderConfig, method: Method) -> Choice:
+def choose_kept(activations: "Activations", target: DecoderConfig, method: Method) -> Choice:
     """What stays of the model that was measured; equal scores go to the lower index."""
     influence = activations.influence
     layers = _largest(_rank(len(influence)) if method.layers_by == "first" else influence, target.num_hidden_layers)

@@ -9,7 +9,7 @@ from f2llm_jax.data.records import Dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.pruning.calibration import Activations, draw_texts, measure
-from f2llm_jax.pruning.choice import Choice, Method, choose
+from f2llm_jax.pruning.choice import Choice, Method, choose_kept
 from f2llm_jax.pruning.cut import cut
 from f2llm_jax.pruning.target import parse_target
 from f2llm_jax.weights.models import ModelSource
@@ -35,7 +35,7 @@ class Pruned:
     activations: Activations
     rows: int
 
-    def facts(self) -> dict[str, object]:
+    def record(self) -> dict[str, object]:
         """For people, as JSON."""
         names = ("hidden_size", "intermediate_size", "num_hidden_layers")
         return {
@@ -71,5 +71,5 @@ def prune(
         raise UserError(f"{dataset.folder} was prepared with another tokenizer than {source.name}'s; prepare it with that one")
     texts = draw_texts(dataset, rows, seed, source.text_limit)
     activations = measure(source, texts, mesh, report)
-    choice = choose(activations, config, method)
+    choice = choose_kept(activations, config, method)
     return Pruned(source, cut(source, config, choice), method, choice, activations, rows)

@@ -187,8 +187,8 @@ def _held_out(record: RunRecord, curve: bool) -> str:
 
 
 def _made_with(record: RunRecord) -> str:
-    facts = {**record.environment, "f2llm_jax": __version__}
-    return "## Made with\n\n" + _table(("what", "version"), [(name, value) for name, value in facts.items() if value is not None])
+    versions = {**record.environment, "f2llm_jax": __version__}
+    return "## Made with\n\n" + _table(("what", "version"), [(name, value) for name, value in versions.items() if value is not None])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -19,7 +19,7 @@ from f2llm_jax.release import hf_folder, workdir
 from f2llm_jax.storage.files import workdir_path, write_json
 from f2llm_jax.storage.folders import check_new_folder, new_folder
 
-FACTS_FILE = "pruning.json"
+RECORD_FILE = "pruning.json"
 MODEL_FOLDER = "model"
 
 
@@ -34,7 +34,7 @@ def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, o
     Raises:
       UserError: as `hf_folder.export`.
     """
-    with new_folder(workdir_path(out), FACTS_FILE, overwrite) as folder:
+    with new_folder(workdir_path(out), RECORD_FILE, overwrite) as folder:
         workdir.fill(folder, pruned.model)
         hf_folder.export(pruned.model, folder / MODEL_FOLDER, form)
         arrays = {field.name: getattr(pruned.choice, field.name) for field in dataclasses.fields(pruned.choice)}
@@ -42,4 +42,4 @@ def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, o
         np.savez_compressed(packed, **arrays)
         (folder / "pruning.npz").write_bytes(packed.getvalue())
         (folder / "pruning.png").write_bytes(spectrum(pruned))
-        write_json(folder / FACTS_FILE, pruned.facts())
+        write_json(folder / RECORD_FILE, pruned.record())

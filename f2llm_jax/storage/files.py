@@ -198,11 +198,6 @@ def file_digest(path: epath.PathLike) -> str:
     return digest.hexdigest()
 
 
-def same_place(one: epath.PathLike, other: epath.PathLike) -> bool:
-    """Whether two paths mean the same file or folder, links followed."""
-    return _real(one) == _real(other)
-
-
 def holds(folder: epath.PathLike, path: epath.PathLike) -> bool:
     """Whether `path` is `folder` or lies in it, links followed."""
     return _real(path) == _real(folder) or _real(path).startswith(_real(folder).rstrip("/") + "/")

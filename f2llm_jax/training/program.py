@@ -92,7 +92,7 @@ def build(
       ValueError: the attention kernel of the configuration cannot serve there.
     """
     dtype = jnp.dtype(config.dtype)
-    kernel = attention.choose(config.attention, platform, dtype, config.batch.row_tokens // config.batch.row_parts, model.head_dim)
+    kernel = attention.choose_kernel(config.attention, platform, dtype, config.batch.row_tokens // config.batch.row_parts, model.head_dim)
     depths = layer_matryoshka(model.num_hidden_layers) if config.objective.layer_matryoshka else ()
     widths = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.hidden_size, config.objective.matryoshka_minimum)
     dims = widths if config.objective.matryoshka else ()

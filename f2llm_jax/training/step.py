@@ -124,10 +124,10 @@ def make_train_step(
             # The mean over depths, as ML-Embed's `utils.py`; metrics are those of the whole depth.
             return cast(Array, sum(value for value, _ in losses)) / len(losses), losses[-1][1]
 
-        narrowed, facts = (lambda params: params), {}
+        narrowed, scalars = (lambda params: params), {}
         if table_ranks:
-            facts["table_rank"] = table_ranks.draw(state.step)
-            narrowed = functools.partial(low_rank.narrowed, rank=facts["table_rank"])
+            scalars["table_rank"] = table_ranks.draw(state.step)
+            narrowed = functools.partial(low_rank.narrowed, rank=scalars["table_rank"])
         params = narrowed(state.params)
         (total, parts), (gradients, of_projections) = encoder.value_and_grads(
             loss, encode_chunk, params, state.projections, batch.texts, batch.text_count
@@ -140,8 +140,8 @@ def make_train_step(
             after = _unless(finite, optax.apply_updates(before, updates), before)
             params, projections = after if state.projections else (after, ())
             opt_state = _unless(finite, opt_state, state.opt_state)
-        facts |= {"loss": total, "grad_norm": norm, "skipped": ~finite, "learning_rate": learning_rate(optimizer_config, state.step)}
-        metrics = parts | {name: Mean(jnp.float32(value), jnp.float32(1)) for name, value in facts.items()}
+        scalars |= {"loss": total, "grad_norm": norm, "skipped": ~finite, "learning_rate": learning_rate(optimizer_config, state.step)}
+        metrics = parts | {name: Mean(jnp.float32(value), jnp.float32(1)) for name, value in scalars.items()}
         return TrainState(state.step + 1, params, opt_state, projections), metrics
 
     return train_step
