@@ -305,6 +305,13 @@ def test_blank_lines_end_a_file_and_nothing_else(tmp_path):
     refused(tmp_path / "b.csv", "row 1 has 0 cells")
 
 
+def test_rows_that_come_of_joining_or_of_a_stray_quote(tmp_path):
+    (tmp_path / "a.csv").write_text("query,passage\nq,p\nquery,passage\nr,p\n")  # as `cat a.csv b.csv` makes it
+    refused(tmp_path / "a.csv", "row 1 repeats the header")
+    (tmp_path / "b.tsv").write_text('query\tpassage\nq\t"begins\nr\tends"\n')
+    refused(tmp_path / "b.tsv", "row 0 has line ends and tabs within one pair of quotes")
+
+
 def test_a_truncated_or_joined_stream(tmp_path):
     data = b'{"query": "q", "passage": "p"}\n' * 50
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data) + gzip.compress(data))
@@ -362,6 +369,36 @@ def test_folders_that_may_be_more_than_one_table(tmp_path):
     pq.write_table(pa.table({"query": ["q"], "passage": ["p"]}), tmp_path / "outer" / "a.parquet")
     with pytest.raises(UserError, match="has the sub-folder 'inner', which may be another table"):
         open_table(tmp_path / "outer")
+
+
+def shard(folder, name):
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"query": [name], "passage": ["p"]}), folder / f"{name}.parquet")
+
+
+def test_shards_are_one_table_wherever_they_lie(tmp_path):
+    for i in range(3):
+        shard(tmp_path / "whole", f"data-{i + 1:02d}-of-03")  # numbered from 1
+        shard(tmp_path / "part", f"data_{i:04d}_of_0004")
+    (tmp_path / "whole" / "README.md").write_text("")
+    found = find_sources(tmp_path / "whole")
+    assert list(found.paths.values()) == [tmp_path / "whole"] and found.unread == ["README.md"]
+    assert len(rows_of(tmp_path / "whole")) == 3
+    with pytest.raises(UserError, match="shard data-0003-of-0004 is missing"):
+        open_table(tmp_path / "part")
+    shard(tmp_path / "whole", "data-00-of-01")
+    with pytest.raises(UserError, match="holds shards of 01 and of 03 files"):
+        open_table(tmp_path / "whole")
+    shard(tmp_path / "part", "other")
+    with pytest.raises(UserError, match="next to other sources; give them their own folder"):
+        find_sources(tmp_path / "part")
+
+
+def test_a_file_and_its_compressed_copy_are_not_two(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"query": "q", "passage": "p"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    with pytest.raises(UserError, match=r"holds a.jsonl and a.jsonl.gz, which are one table by name"):
+        open_table(tmp_path)
 
 
 def test_splits_that_were_saved_together_are_named(tmp_path):

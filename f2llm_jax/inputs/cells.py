@@ -206,7 +206,7 @@ def numbers(cells: Cells) -> tuple[list[float], dict[int, str]]:
     found, broken = [], {}
     for row, value in enumerate(cells if isinstance(cells, list) else cells.to_pylist()):
         try:
-            number = math.nan if value is None or value is MISSING else float(value)
+            number = math.nan if value is None or value is MISSING or "_" in str(value) else float(value)  # Python reads 1_0 as 10
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):

@@ -4,7 +4,8 @@ Names that begin with `.` or `_` are hidden (`._x.parquet` of macOS, `_SUCCESS` 
 A folder is one table if it is
     a `datasets.save_to_disk` folder    `state.json` names its Arrow files and their order
     a partitioned folder                `lang=de/part-0.parquet`: the names of its folders are columns of text
-    a folder of files of one form       read in the order of their names; of shards `x-00000-of-00003`, all of one `x` must be there
+    a folder of files of one form       read in the order of their names; of shards `x-00000-of-00003`, all of one `x` must be there.
+                                        A folder of sources is one only if it holds nothing but shards
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inputs.tables import SUFFIXES, File, open_file, split_suffix
 from f2llm_jax.storage.files import read_json
 
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\Z")
+_SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)\Z")
 _PARTITION = re.compile(r"([^=]+)=(.*)\Z")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 LISTED = ("parquet", "arrow", "jsonl", "ndjson", "csv", "tsv")  # forms that a folder is searched for; `.txt` and `.json` are named by hand
@@ -75,6 +76,18 @@ def find_sources(folder: epath.PathLike, known: tuple[str, ...] = ()) -> Sources
     _refuse_splits(folder)
     if (folder / "state.json").exists() or is_beir(folder) or any(_PARTITION.match(path.name) for path in inner):
         return Sources({folder.name: folder}, [], len(entries) - len(shown))
+    files = [path for path in shown if path not in inner and source_name(path) is not None]
+    if shards := [path for path in files if _SHARD.match(table_name(path))]:
+        if inner or len(shards) < len(files):
+            raise UserError(
+                f"{folder} holds shards of a table, such as {shards[0].name}, next to other sources; give them their own folder"
+            )
+        unread = [path.name for path in shown if path not in shards and path.name not in known]
+        return Sources({folder.name: folder}, unread, len(entries) - len(shown))
+    return _each_a_source(shown, inner, known, len(entries) - len(shown))
+
+
+def _each_a_source(shown: list[epath.Path], inner: list[epath.Path], known: tuple[str, ...], hidden: int) -> Sources:
     paths: dict[str, epath.Path] = {}
     unread: list[str] = []
     for path in shown:
@@ -85,7 +98,7 @@ def find_sources(folder: epath.PathLike, known: tuple[str, ...] = ()) -> Sources
             paths[name] = path
         elif path.name not in known:
             unread.append(path.name + "/" * (path in inner))
-    return Sources(paths, unread, len(entries) - len(shown))
+    return Sources(paths, unread, hidden)
 
 
 def source_name(path: epath.PathLike) -> str | None:
@@ -155,16 +168,28 @@ def _check_one_table(folder: epath.Path, files: list[epath.Path]) -> None:
     suffixes = {found[1].split(".")[1] for file in files if (found := split_suffix(file))}
     if len(suffixes) > 1:
         raise UserError(f"{folder} holds files of the forms {', '.join(sorted(suffixes))}; one table has one form, move the others away")
+    names = [(file.parent, table_name(file)) for file in files]
+    if twice := [file for file, name in zip(files, names, strict=True) if names.count(name) > 1]:
+        raise UserError(f"{folder} holds {twice[0].name} and {twice[1].name}, which are one table by name; remove one of them")
     shards = [_SHARD.match(table_name(file)) for file in files]
     stems = {shard[1] for shard in shards if shard}
     if len(stems) > 1 or (stems and not all(shards)):
         names = sorted(stems | {file.name for file, shard in zip(files, shards, strict=True) if not shard})
         raise UserError(f"{folder} holds shards of {', '.join(names)}; give each a folder of its own, and name one")
-    folders = {file.parent: 0 for file in files}
-    for file, shard in zip(files, shards, strict=True):
-        folders[file.parent] += 1
-        if shard and folders[file.parent] == 1:
-            there = {match[2] for other, match in zip(files, shards, strict=True) if match and other.parent == file.parent}
-            missing = [f"{number:05d}" for number in range(int(shard[3])) if f"{number:05d}" not in there]
-            if missing:
-                raise UserError(f"{file.parent}: shard {shard[1]}-{missing[0]}-of-{shard[3]} is missing; fetch it")
+    for parent in dict.fromkeys(file.parent for file in files):
+        inside = [shard for file, shard in zip(files, shards, strict=True) if shard and file.parent == parent]
+        if len({shard[3] for shard in inside}) > 1:
+            raise UserError(
+                f"{parent} holds shards of {' and of '.join(sorted({shard[3] for shard in inside}))} files; remove those of one"
+            )
+        _check_shards(parent, inside)
+
+
+def _check_shards(parent: epath.Path, shards: list[re.Match[str]]) -> None:
+    """Raises a UserError unless all shards of a table are there, numbered from 0 or from 1."""
+    if not shards:
+        return
+    numbers = {int(shard[2]) for shard in shards}
+    first, total, width = int(0 not in numbers and int(shards[0][3]) in numbers), int(shards[0][3]), len(shards[0][2])
+    if missing := [number for number in range(first, first + total) if number not in numbers]:
+        raise UserError(f"{parent}: shard {shards[0][1]}-{missing[0]:0{width}d}-of-{shards[0][3]} is missing; fetch it")

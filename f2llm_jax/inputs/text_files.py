@@ -117,11 +117,12 @@ def _csv(path: epath.PathLike, file: IO[bytes], delimiter: str) -> tuple[list[st
     header = [name.replace(RETURN, "\r") for name in next(reader, [])]
     if twice := [name for name in header if header.count(name) > 1]:
         raise UserError(f"{path} has {header.count(twice[0])} columns of the name {twice[0]!r}; rename or drop one")
-    return header, _full_rows(path, reader, len(header))
+    return header, _full_rows(path, reader, header, delimiter)
 
 
-def _full_rows(path: epath.PathLike, reader: Iterator[list[str]], width: int) -> Iterator[list[str]]:
-    blank = None
+def _full_rows(path: epath.PathLike, reader: Iterator[list[str]], header: list[str], delimiter: str) -> Iterator[list[str]]:
+    """Rows as wide as the header; one that repeats it comes of joining files, and of TSV a quote that was not meant as one is refused."""
+    blank, width = None, len(header)
     for number, cells in enumerate(reader):
         if not cells:
             blank = number if blank is None else blank
@@ -129,6 +130,13 @@ def _full_rows(path: epath.PathLike, reader: Iterator[list[str]], width: int) ->
         if blank is not None or len(cells) != width:
             wrong, found = (number, len(cells)) if blank is None else (blank, 0)
             raise UserError(f"{path}: row {wrong} has {found} cells, the header {width}; quote texts with delimiters or line ends in them")
+        if cells == header:
+            raise UserError(f"{path}: row {number} repeats the header, as in files that were joined; drop the row")
+        if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+            raise UserError(
+                f"{path}: row {number} has line ends and tabs within one pair of quotes: a quote that is text may merge rows; "
+                'write such a quote as """", or the file as JSON lines'
+            )
         yield [cell.replace(RETURN, "\r") for cell in cells] if any(RETURN in cell for cell in cells) else cells
 
 
