@@ -26,9 +26,11 @@ from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.model.encoder import encode
 from f2llm_jax.objectives import ContrastiveConfig, Embeddings, Objective, matryoshka_weights
 from f2llm_jax.objectives.distillation import distillation
+from f2llm_jax.release import hf_folder
 from f2llm_jax.training.optimizer import OptimizerConfig
 from f2llm_jax.training.program import fresh_state
 from f2llm_jax.training.run import run
+from f2llm_jax.training.start import StartError
 from f2llm_jax.training.step import by_role, make_train_step
 from f2llm_jax.weights.checkpoint_reader import find_checkpoint
 
@@ -283,6 +285,21 @@ def test_a_run_with_two_teachers_resumes_to_the_bit_and_releases_its_decoder(tmp
     assert not list((tmp_path / "release").glob("projection*"))
     check_kept_projections(stopped, tmp_path / "kept")
     assert convert.main(["to-hf", str(stopped), str(tmp_path / "cut"), "--projections", "--truncate-dim", "64"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mse", "scores"])
+def test_a_live_teacher_of_another_width(tmp_path, small_dataset, kind):
+    """Half as wide as the student, with its tokenizer."""
+    hf_folder.export(tiny.origin(tmp_path / "tokenizer"), tmp_path / "teacher", hf_folder.Form(golden=False))
+    settings = {"teacher": str(tmp_path / "teacher"), "objective.distillation": kind, "steps": 2}
+    if kind == "mse":
+        with pytest.raises(StartError, match=r"has width 64, less than the student's 128.*objective\.projection=True"):
+            train(small_dataset.folder, tmp_path / "run", **settings)
+        settings["objective.projection"] = True
+    train(small_dataset.folder, tmp_path / "run", **settings)
+    assert all(np.isfinite(line["distillation"]) for line in metrics(tmp_path / "run") if "loss" in line)
+    assert [p.shape for p in find_checkpoint(tmp_path / "run").load_projections()] == [(128, 64)] * (kind == "mse")
 
 
 def test_what_does_not_fit_names_what_helps(tmp_path, small_dataset, caches):

@@ -67,6 +67,12 @@ def test_a_truncated_text_comes_back_as_it_was_left(names, tokenizer):
             assert spelled <= limit and len(text.encode()) - len(left.encode()) <= 4 * max(0, len(text.encode()) - limit) + 4
 
 
+def test_a_text_that_just_fits_is_not_taken_for_a_truncated_one(tokenizer):
+    text = "ends in \ufffd"
+    [ids] = tokenizer.encode([text], 99)
+    assert TextDecoder(tokenizer.backend, len(ids)).decode([ids]) == [text]
+
+
 def test_a_special_token_in_a_text_comes_back_as_its_letters(tokenizer):
     texts = [f"a {tiny.EOS} b", tiny.PAD, f"{tiny.EOS}{tiny.EOS}"]
     assert TextDecoder(tokenizer.backend, 99).decode(Encoder(tokenizer).encode(texts, 99).ids) == texts

@@ -69,19 +69,26 @@ class TextDecoder:
           UserError: a text cannot be told from its ids, as where the tokenizer has one token for every unknown character.
         """
         inner = [text[self._before : -1].tolist() for text in ids]
-        cut = [len(text) >= self._limit for text in ids]
-        texts = self._backend.decode_batch(inner, skip_special_tokens=False)
-        texts = [text.rstrip(BROKEN) if short else text for text, short in zip(texts, cut, strict=True)]
-        again = [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        # The last tokens of a truncated text may be others once it ends there; its characters may not.
-        retold = dict(zip(texts, self._backend.decode_batch(again, skip_special_tokens=False), strict=True)) if any(cut) else {}
-        for text, stored, found, short in zip(texts, inner, again, cut, strict=True):
-            if found != stored and not (short and retold[text] == text):
-                raise UserError(
-                    f"the text {text[:80]!r} does not have the stored token ids {stored[:20]}: the dataset's tokenizer does not keep every "
-                    "character, so a teacher would read another text than the student; prepare the data with a byte-level tokenizer"
-                )
+        texts = self._decoded(inner)
+        other = [i for i, found in enumerate(self._encoded(texts)) if found != inner[i]]
+        # The last tokens of a truncated text may be others once it ends there, and may hold a part of a character; all else may not change.
+        truncated = [i for i in other if len(ids[i]) >= self._limit]
+        for i in truncated:
+            texts[i] = texts[i].rstrip(BROKEN)
+        again = self._decoded(self._encoded([texts[i] for i in truncated]))
+        same = {i for i, text in zip(truncated, again, strict=True) if text == texts[i]}
+        if wrong := [i for i in other if i not in same]:
+            raise UserError(
+                f"the text {texts[wrong[0]][:80]!r} does not have the stored token ids {inner[wrong[0]][:20]}: the dataset's tokenizer "
+                "does not keep every character, and a teacher would read another text than the student; prepare with a byte-level one"
+            )
         return texts
+
+    def _decoded(self, ids: list[list[int]]) -> list[str]:
+        return self._backend.decode_batch(ids, skip_special_tokens=False)
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def as_stored(self, texts: Sequence[str]) -> list[str]:
         """Texts of a user's as `decode` would give them once they were stored."""
