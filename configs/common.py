@@ -137,6 +137,11 @@ def base(size: str, runlocal: bool, stage: int, recipe: str = "") -> ml_collecti
     config.objective.distillation_matryoshka = False  # follow at every trained width, not at the full one alone
     config.objective.projection = False  # compare in the teacher's space, through a linear map that is trained along
     config.objective.teacher_weights = ()  # one for each of several teachers; empty for equal parts
+    config.objective.scores = "kl"  # how scores of rows are learned from, or "margin_mse"
+    config.objective.scores_weight = 0.0  # of that term
+    config.objective.scores_temperature = 1.0  # scores are divided by it, as cosines are by `temperature`
+    config.objective.graded = "cosent"  # how pairs with a score of their likeness are learned from, or "angle"
+    config.objective.graded_weight = 1.0  # of that term, which sources of the kind "graded" alone have
     config.objective.spread_out_weight = 0.0  # of the spread-out regulariser (EmbeddingGemma)
 
     config.optimizer = ml_collections.ConfigDict()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from f2llm_jax import objectives, prepare
 from f2llm_jax.batch import PackedTexts
 from f2llm_jax.data import records
-from f2llm_jax.data.pipeline import BatchConfig, Pipeline, draw_negatives
+from f2llm_jax.data.pipeline import BatchConfig, Pipeline, used_columns
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import chunk_encoder, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective
@@ -131,7 +131,8 @@ def test_a_row_with_fewer_negatives_uses_as_many_of_its_own_as_it_can(data):
     counts = data.draw(st.lists(st.integers(0, stored), min_size=drawn, max_size=drawn))
     rows = np.array([[100 * i + j if j < count else -1 for j in range(stored)] for i, count in enumerate(counts)])
     columns = np.array([data.draw(st.permutations(range(stored)))[:used] for _ in counts])
-    found = draw_negatives(rows, columns)
+    used_of = used_columns(rows, columns)
+    found = np.where(used_of >= 0, np.take_along_axis(rows, np.maximum(used_of, 0), axis=1), -1)
     for row, wanted, got, count in zip(rows, columns, found, counts, strict=True):
         kept = got[got >= 0].tolist()
         assert len(set(kept)) == len(kept) == min(used, count) and set(kept) <= set(row.tolist())

@@ -116,6 +116,9 @@ class Pipeline:
         self._samples = -(-config.size // shards) * shards  # B, rounded up so that it splits; the extra samples are masked
         self._shape = config.rows(shards)
         self._eos_id = dataset.eos_id
+        # One program serves the batches of all sources, and with pipelines of single sources those of the dataset.
+        self._scored = any(source.scored for source in dataset.sources.values())
+        self._graded = any(source.kind == "graded" for source in dataset.sources.values())
         # A step opens one source; what it opened stays open for the next step of that source.
         allow_open_files()
         self._reader = functools.cache(dataset.reader)
@@ -162,6 +165,8 @@ class Pipeline:
                 in_batch_weight=np.float32(plan.kind == "retrieval"),
                 passage_ids=documents[:B].astype(np.int32),
                 negative_ids=documents[B:].reshape(B, -1).astype(np.int32),
+                scores=self._scores(plan) if self._scored else None,
+                graded_weight=np.float32(plan.kind == "graded") if self._graded else None,
             ),
             teacher=None if self._teacher is None else self._teacher_vectors(self._teacher, plan.source, where),
         )
@@ -183,6 +188,18 @@ class Pipeline:
         vectors[:, 1:][present] = teacher.read(source, "corpus", documents[present])
         return vectors
 
+    def _scores(self, plan: StepPlan) -> Float[np.ndarray, "B 1+N"]:
+        """Of each sample's positive and the negatives that it uses; NaN for none."""
+        found = np.full((self._samples, 1 + self.plan.max_negatives), np.nan, np.float32)
+        tables = self._tables(plan.source, self._split)
+        if tables.scores is not None:
+            b, n = plan.columns.shape
+            scores = tables.scores[plan.rows]
+            columns = used_columns(tables.documents[plan.rows][:, 1:], plan.columns)
+            found[:b, 0] = scores[:, 0]
+            found[:b, 1 : 1 + n] = np.where(columns >= 0, np.take_along_axis(scores[:, 1:], np.maximum(columns, 0), axis=1), np.nan)
+        return found
+
     def _where(self, plan: StepPlan) -> Int[np.ndarray, " S"]:
         """For each text in `Batch` order the row (a query) or document (otherwise) that it is; -1 if there is none."""
         B, N = self._samples, self.plan.max_negatives
@@ -190,7 +207,9 @@ class Pipeline:
         documents = self._tables(plan.source, self._split).documents[plan.rows]
         where = np.full(B * (2 + N), -1, np.int64)
         where[:b], where[B : B + b] = plan.rows, documents[:, 0]
-        where[2 * B :].reshape(B, N)[:b, :n] = draw_negatives(documents[:, 1:], plan.columns)
+        columns = used_columns(documents[:, 1:], plan.columns)
+        drawn = np.take_along_axis(documents[:, 1:], np.maximum(columns, 0), axis=1)
+        where[2 * B :].reshape(B, N)[:b, :n] = np.where(columns >= 0, drawn, -1)
         return where
 
     def _texts(
@@ -232,8 +251,8 @@ def _arriving(chosen: grain.MapDataset, threads: int, ahead: int) -> Iterator[St
         yield StepData(sharding.batch_to_devices(batch, mesh), *about)
 
 
-def draw_negatives(stored: Int[np.ndarray, "b n"], columns: Int[np.ndarray, "b k"]) -> Int[np.ndarray, "b k"]:
-    """The negatives that samples use.
+def used_columns(stored: Int[np.ndarray, "b n"], columns: Int[np.ndarray, "b k"]) -> Int[np.ndarray, "b k"]:
+    """Which of their stored negatives samples use.
 
     Args:
       stored: documents of their rows; -1, in the last columns, for those that a row lacks.
@@ -242,11 +261,11 @@ def draw_negatives(stored: Int[np.ndarray, "b n"], columns: Int[np.ndarray, "b k
     Returns:
       A column that a row lacks is replaced by one of its own that was not drawn, the first first; -1 once there is none.
     """
-    drawn = np.take_along_axis(stored, columns, axis=1)
-    if (drawn >= 0).all():
-        return drawn
+    if (np.take_along_axis(stored, columns, axis=1) >= 0).all():
+        return columns
     others = np.ones(stored.shape, bool)
     np.put_along_axis(others, columns, False, axis=1)
-    every = np.concatenate([drawn, np.where(others, stored, -1)], axis=1)
-    first = np.argsort(every < 0, axis=1, kind="stable")[:, : columns.shape[1]]
-    return np.take_along_axis(every, first, axis=1)
+    every = np.concatenate([columns, np.where(others, np.arange(stored.shape[1]), -1)], axis=1)
+    there = (every >= 0) & (np.take_along_axis(stored, np.maximum(every, 0), axis=1) >= 0)
+    first = np.argsort(~there, axis=1, kind="stable")[:, : columns.shape[1]]
+    return np.take_along_axis(np.where(there, every, -1), first, axis=1)

@@ -23,8 +23,8 @@ NegativesPer = Literal["batch", "row"]
 SingleNegative = Literal["random", "first"]
 Tail = Literal["masked", "repeated"]
 
-# Hard negatives drawn a sample (F2LLM `configs/config.json` and `utils.py`).
-NEGATIVES: dict[Kind, int] = {"retrieval": 7, "clustering": 9, "classification": 1}
+# Hard negatives drawn a sample; graded pairs have none (F2LLM `configs/config.json` and `utils.py`).
+NEGATIVES: dict[Kind, int] = {"retrieval": 7, "clustering": 9, "classification": 1, "graded": 0}
 EVERY_ROW_ONCE = Sampling()
 SHUFFLE_ROUNDS = 4  # as in Grain
 PASS_SEED = 0x9E3779B1  # between the shuffles of two passes of one epoch

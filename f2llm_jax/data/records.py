@@ -9,6 +9,7 @@
     OUT/tables/<source>/<split>.query_length.npy    int32 [rows], tokens of each query
     OUT/tables/<source>/<split>.documents.npy       int32 [rows, 1 + n], positions in `corpus`: the passage, then the negatives;
                                                     -1 for negatives that a row does not have, which come last
+    OUT/tables/<source>/<split>.scores.npy          float32 [rows, 1 + n], scores of these documents, NaN for none; of sources with scores
     OUT/tables/<source>/corpus.length.npy           int32 [documents], tokens of each document
 
 `train` and `validation` are in the order of the raw file. `corpus` holds each distinct document of the source once, in the order
@@ -28,6 +29,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from google.protobuf.message import DecodeError
+from jaxtyping import Float, Int
 from tensorflow_datasets.proto import tf_example_pb2
 
 from f2llm_jax.errors import UserError
@@ -35,7 +37,7 @@ from f2llm_jax.storage import arrays, files
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 2
-Kind = Literal["retrieval", "clustering", "classification"]
+Kind = Literal["retrieval", "clustering", "classification", "graded"]  # the last: pairs of texts with a score of their likeness
 BUILDER = "f2llm"
 VERSION = "1.0.0"
 CORPUS = "corpus"
@@ -88,7 +90,12 @@ class SourceInfo:
     negatives: int  # n, a row; some rows may have fewer
     tokens: dict[str, int]  # of all "queries" and of all distinct "documents"
     counters: dict[str, int]  # what cleaning did, see `cleaning`; keys of rows that were skipped begin with "rows: "
-    digests: dict[str, str]  # of the records of each of `SPLITS`, in order: token ids, pointers, languages
+    digests: dict[str, str]  # of the records of each of `SPLITS`, in order: token ids, pointers, languages; of scores, where it has any
+
+    @property
+    def scored(self) -> bool:
+        """Whether its tables hold scores."""
+        return scores_of("train") in self.digests
 
     @property
     def skipped(self) -> int:
@@ -98,11 +105,12 @@ class SourceInfo:
 
 @dataclasses.dataclass(frozen=True)
 class SplitTables:
-    """Lengths and pointers of one split: int32 `[rows]`, `[rows, 1 + n]` (positions in `corpus`) and `[documents]`."""
+    """Lengths and pointers of one split."""
 
-    query_length: np.ndarray
-    documents: np.ndarray
-    document_length: np.ndarray
+    query_length: Int[np.ndarray, " rows"]
+    documents: Int[np.ndarray, "rows 1+n"]  # positions in `corpus`
+    document_length: Int[np.ndarray, " documents"]
+    scores: Float[np.ndarray, "rows 1+n"] | None = None  # float32, NaN for none; None where the source has no scores
 
 
 class Reader:
@@ -176,8 +184,9 @@ class Dataset:
     def tables(self, source: str, split: str) -> SplitTables:
         """The tables of "train" or "validation"; memory-mapped where the folder is local."""
         folder = tables_folder(self.folder, source)
-        names = (f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length")
-        return SplitTables(*(arrays.read_array(folder / f"{name}.npy", salt=f"{source}/{name}") for name in names))
+        names = [f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length", scores_of(split)]
+        tables = [arrays.read_array(folder / f"{name}.npy", salt=f"{source}/{name}") for name in names[: 3 + self.sources[source].scored]]
+        return SplitTables(*tables)
 
     def reader(self, source: str, split: str) -> Reader:
         """A reader of queries ("train", "validation") or of documents ("corpus")."""
@@ -193,6 +202,11 @@ class Dataset:
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise DatasetError(f"{tokenizer_folder(self.folder)} is not the tokenizer that the data was prepared with; prepare it again")
         return tokenizer
+
+
+def scores_of(split: str) -> str:
+    """The name of a split's table of scores, and of its digest."""
+    return f"{split}.scores"
 
 
 def load_dataset(folder: epath.PathLike) -> Dataset:

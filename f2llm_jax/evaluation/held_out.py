@@ -27,7 +27,7 @@ def as_in_training(encoder: TextEncoder, dataset: Dataset, config: Mapping[str, 
       dims: widths, ascending; the last is the full one.
     """
     shape, firsts, languages = BatchConfig(**config["batch"]), {}, {}
-    names = [name for name, source in dataset.sources.items() if source.rows[SPLIT]]
+    names = [name for name, source in dataset.sources.items() if source.rows[SPLIT] and source.kind != "graded"]
     pipelines = {name: Pipeline(dataset, SPLIT, shape, config["seed"], None, [name]) for name in names}
     sizes = {name: pipeline.plan.steps_per_epoch for name, pipeline in pipelines.items()}
     for name, count in draw(sizes, config["eval"]["batches"], config["seed"], 0)[0].items():

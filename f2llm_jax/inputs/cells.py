@@ -201,6 +201,39 @@ def _label(value: Any, classes: Sequence[str]) -> Any:
     return value if value is None or isinstance(value, str | Missing | list | dict | bytes) else str(value)
 
 
+@dataclasses.dataclass(frozen=True)
+class NumberLists:
+    """A column of lists of numbers, NaN for null in a list; `broken` by row says what is none. Null and absent are empty."""
+
+    values: list[list[float]]
+    broken: dict[int, str]
+
+
+def number_lists(cells: Cells) -> NumberLists:
+    """The lists of a column: a number alone, lists, and texts that spell either in JSON."""
+    values: list[list[float]] = []
+    broken: dict[int, str] = {}
+    for row, cell in enumerate(cells if isinstance(cells, list) else cells.to_pylist()):
+        if isinstance(cell, str):
+            try:
+                cell = json.loads(cell) if cell.strip() else None
+            except ValueError:
+                broken[row] = f"is {cell!r}, no number and no list of numbers"
+        found = [] if cell is None or cell is MISSING or row in broken else cell if isinstance(cell, list) else [cell]
+        wrong = [one for one in found if one is not None and (isinstance(one, bool | str | Missing) or not _finite(one))]
+        if wrong:
+            broken[row] = f"has {wrong[0]!r} among its numbers, not a finite one"
+        values.append([] if row in broken else [math.nan if one is None else float(one) for one in found])
+    return NumberLists(values, broken)
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
 def numbers(cells: Cells) -> tuple[list[float], dict[int, str]]:
     """Finite numbers, written as numbers or as texts; by row, what is none (its number is NaN)."""
     found, broken = [], {}

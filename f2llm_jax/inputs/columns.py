@@ -27,7 +27,7 @@ LANGUAGE = {"lang", "language"}
 _WORDS = {word: meaning for meaning, words in MEANINGS.items() for word in words.split()}
 _LONG_WORDS = [word for word in _WORDS if len(word) >= 5]
 _NEGATIVE = re.compile(r"(?:hard_?)?neg(?:ative)?(?:_passage)?(s?)(?:_?(\d+))?\Z")
-_ROLES = {"a query": "query", "a positive": "passage", "an instruction": "instruction", "a negative": "negative"}
+_ROLES = {"a query": "query", "a positive": "passage", "an instruction": "instruction", "a negative": "negative", "a score": "scores"}
 MAX_NEGATIVES = 64
 
 

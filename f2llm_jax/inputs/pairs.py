@@ -6,7 +6,7 @@
     negatives      negative, neg, hard_negative; negative_1.. (from 0 or 1); negatives    text; text; a list
     lang           lang, language                                                         text
     instruction    instruction                                                            text, for queries that carry none
-    scores         scores, as `mine` writes them                                          no objective reads them
+    scores         scores, score; pos_scores and neg_scores                               numbers or lists of them, see `scores`
 
 A list is a list, or a text of JSON that spells one. Its items are texts, or objects with a `title` and a `text` as Tevatron's
 `positive_passages` and `negative_passages`. `--columns` names others, and joins several with `+`, as in `passage=title+text`.
@@ -22,12 +22,13 @@ from etils import epath
 from jaxtyping import Int
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.inputs import cells
+from f2llm_jax.inputs import cells, scores
 from f2llm_jax.inputs.cells import Texts
 from f2llm_jax.inputs.columns import BY_NAME, MAX_NEGATIVES, Choice, Columns, Form, match, plain
 from f2llm_jax.inputs.fields import check_types, joined_texts
 from f2llm_jax.inputs.folders import is_beir, open_table
 from f2llm_jax.inputs.judged import beir_paths, read_judged
+from f2llm_jax.inputs.scores import Scores
 from f2llm_jax.inputs.tables import Block, File, read_blocks
 from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, leading_prompt, query_prompt
 
@@ -37,9 +38,9 @@ PAIRS = Form(
         "passage": ("passage", "positive", "pos", "document", "answer", "positives", "passages", "positive_passage", "positive_passages"),
         "lang": ("lang", "language"),
         "instruction": ("instruction",),
-        "scores": ("scores",),
+        **scores.ROLES,
     },
-    optional=("lang", "instruction", "scores"),
+    optional=("lang", "instruction", *scores.ROLES),
     negatives=True,
 )
 PLURALS = ("positives", "passages", "positive_passages")
@@ -68,6 +69,11 @@ class PairFile:
         return sum(self.widths.get(name, 1) for name in self.columns.negatives)
 
     @property
+    def scored(self) -> bool:
+        """Whether rows have scores."""
+        return bool(scores.ROLES.keys() & self.columns.roles)
+
+    @property
     def expands(self) -> bool:
         """Whether a row of the file may be several pairs."""
         return any(name in self.widths for name in self.columns.roles.get("passage", ()))
@@ -76,7 +82,7 @@ class PairFile:
         """What was understood, for people: columns used and ignored, negatives a row."""
         if self.split:
             return f"{self.file.path}: BEIR, {self.rows:,} pairs of qrels/{self.split}; {'; '.join(self.described)}"
-        notes = {name: f" (lists of up to {width})" for name, width in self.widths.items()} | {"scores": " (not trained on)"}
+        notes = {name: f" (lists of up to {width})" for name, width in self.widths.items()}
         return f"{self.file.path}: {self.columns.describe(notes)}; {self.negatives} negatives a row"
 
 
@@ -88,6 +94,7 @@ class PairBlock:
     rows: Int[np.ndarray, " B"]  # the row of the file that each is from
     texts: dict[str, Texts]  # "query", "passage", "negative_1", ..., "lang"; a negative that a row does not have is ABSENT
     names: dict[str, str]  # what the file calls each, for messages
+    scores: Scores | None = None  # where the file has any
 
     def required(self, file: PairFile, name: str) -> list[str]:
         """One column, "" for a language that is unknown and a negative that a row does not have.
@@ -138,7 +145,7 @@ def open_pair_file(file: File, choice: Choice = BY_NAME) -> PairFile:
     if not file.rows:
         raise UserError(f"{file.path}: no rows; fill the file or remove it")
     columns = match(file.path, file.names, PAIRS, choice)
-    check_types(file, [name for role, names in columns.roles.items() if role != "scores" for name in names])
+    check_types(file, [name for role, names in columns.roles.items() if role not in scores.ROLES for name in names])
     check_types(file, columns.negatives)
     rows, widths = file.rows, {}
     for name in _list_columns(file, columns):
@@ -147,6 +154,7 @@ def open_pair_file(file: File, choice: Choice = BY_NAME) -> PairFile:
         if name in columns.roles["passage"]:
             rows = sum(int(np.maximum(found.lengths, 1).sum()) for found in lists)
     opened = PairFile(file, columns, rows, widths)
+    scores.check_roles(file.path, columns.roles, opened.expands)
     if opened.negatives > MAX_NEGATIVES:
         raise UserError(f"{file.path}: has {opened.negatives} negatives a row; keep {MAX_NEGATIVES} at most")
     return opened
@@ -168,8 +176,9 @@ def read_pairs(pairs: PairFile, start: int = 0, stop: int | None = None, instruc
         yield from _read_beir(pairs, start, stop, DEFAULT_QUERY_INSTRUCTION if instruction is None else instruction)
         return
     columns = pairs.columns
-    read = [name for role, found in columns.roles.items() if role != "scores" for name in found]
+    read = [name for found in columns.roles.values() for name in found]
     names = list(dict.fromkeys([*read, *columns.negatives]))
+    of_scores = {role: columns.roles[role][0] for role in scores.ROLES if role in columns.roles}
     first = 0
     for block in read_blocks(pairs.file, names, start, stop):
         texts: dict[str, Texts] = {role: joined_texts(block, columns.roles[role]) for role in ("query", "lang") if role in columns.roles}
@@ -178,11 +187,18 @@ def read_pairs(pairs: PairFile, start: int = 0, stop: int | None = None, instruc
         labels: dict[str, str] = {role: "+".join(columns.roles[role]) for role in ("query", "passage", "lang") if role in columns.roles}
         _add_negatives(pairs, block, texts, labels)
         rows = block.first_row + np.arange(len(texts["query"].values))
-        if pairs.expands:
-            rows, texts = _expanded(rows, texts, cells.text_lists(block.cells[columns.roles["passage"][0]]))
+        positives = cells.text_lists(block.cells[columns.roles["passage"][0]]) if pairs.expands else None
+        found = None
+        if of_scores:
+            labels["scores"] = "+".join(of_scores.values())
+            count = positives.lengths if positives else np.ones(len(rows), np.int64)
+            given = {role: block.cells[name] for role, name in of_scores.items()}
+            found = scores.read_scores(given, count, scores.places(texts, pairs.negatives), pairs.negatives)
+        if positives:
+            rows, texts = _expanded(rows, texts, positives)
         else:
             texts["passage"] = joined_texts(block, columns.roles["passage"])
-        yield PairBlock(first, rows, texts, labels)
+        yield PairBlock(first, rows, texts, labels, found)
         first += len(rows)
 
 

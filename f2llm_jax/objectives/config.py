@@ -11,6 +11,8 @@ PassageGrad = Literal["full", "none"]
 Pool = Literal["positives", "positives_and_negatives"]
 LossDtype = Literal["float32", "bfloat16"]
 GuideMargin = Literal["", "absolute", "relative"]
+ScoreLoss = Literal["kl", "margin_mse"]
+GradedLoss = Literal["cosent", "angle"]
 DistillationKind = Literal["mse", "cosine", "scores"]
 
 
@@ -95,6 +97,11 @@ class Objective:
       projection: compare in the teacher's space, through a linear map that is trained along.
       teacher_widths: W of each of several teachers, whose vectors come one after another; empty for one of any width.
       teacher_weights: one a teacher, of its part of the distillation term; empty for equal parts that add up to 1.
+      scores: how scores of rows are learned from: "kl" or "margin_mse" (see scores.py).
+      scores_weight: of that term; 0 for none.
+      scores_temperature: scores are divided by it.
+      graded: how pairs with a score of their likeness are learned from: "cosent" or "angle" (see graded.py).
+      graded_weight: of that term, which such pairs alone have.
       spread_out_weight: of the spread-out regulariser (EmbeddingGemma, arXiv 2509.20354); 0 for none.
     """
 
@@ -105,6 +112,11 @@ class Objective:
     projection: bool = False
     teacher_widths: tuple[int, ...] = ()
     teacher_weights: tuple[float, ...] = ()
+    scores: ScoreLoss = "kl"
+    scores_weight: float = 0.0
+    scores_temperature: float = 1.0
+    graded: GradedLoss = "cosent"
+    graded_weight: float = 1.0
     spread_out_weight: float = 0.0
 
     def __post_init__(self):
@@ -128,7 +140,13 @@ class Objective:
             )
         if not all(0 <= weight < math.inf for weight in self.teacher_weights):
             raise UserError(f"teacher_weights={self.teacher_weights} must be numbers from 0")
-        for name in ("distillation_weight", "spread_out_weight"):
+        _one_of("scores", self.scores, ("kl", "margin_mse"))
+        _one_of("graded", self.graded, ("cosent", "angle"))
+        if self.graded == "angle" and (odd := [dim for dim in self.contrastive.dims if dim % 2]):
+            raise UserError(f"graded='angle' takes halves of vectors, and the matryoshka width {odd[0]} is odd; use even ones or 'cosent'")
+        if not self.scores_temperature > 0:
+            raise UserError(f"scores_temperature={self.scores_temperature} must be positive")
+        for name in ("distillation_weight", "scores_weight", "graded_weight", "spread_out_weight"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
 

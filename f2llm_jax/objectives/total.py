@@ -6,11 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from f2llm_jax.batch import Samples
+from f2llm_jax.errors import UserError
 from f2llm_jax.objectives.candidates import Embeddings, split
 from f2llm_jax.objectives.config import Objective
 from f2llm_jax.objectives.contrastive import contrastive
 from f2llm_jax.objectives.distillation import Projection, distillation
+from f2llm_jax.objectives.graded import graded_loss
 from f2llm_jax.objectives.mean import Mean
+from f2llm_jax.objectives.scores import score_loss
 from f2llm_jax.objectives.spread_out import spread_out
 
 # What training minimises: a pure function `(embeddings, samples, teacher) -> (loss, metrics)` of the whole batch. `teacher` is None
@@ -42,6 +45,10 @@ def total(
         extra["distillation"] = objective.distillation_weight, term
         if len(terms) > 1:
             metrics |= {f"distillation/{number}": one for number, one in enumerate(terms)}
+    if objective.scores_weight:
+        extra["scores"] = objective.scores_weight, _scores(embeddings, samples, objective)
+    if objective.graded_weight and samples.graded_weight is not None:
+        extra["graded"] = objective.graded_weight, graded_loss(embeddings, samples, objective.graded, objective.contrastive)
     if objective.spread_out_weight:
         extra["spread_out"] = objective.spread_out_weight, spread_out(embeddings, samples.sample_mask)
     for name, (weight, term) in extra.items():
@@ -69,3 +76,13 @@ def _follow_each(
         )
         for one, projection in zip(teachers, projections or (None,) * len(teachers), strict=True)
     ]
+
+
+def _scores(embeddings: Embeddings, samples: Samples, objective: Objective) -> Mean:
+    if samples.scores is None:
+        raise UserError(
+            f"config.objective.scores_weight={objective.scores_weight} learns from scores, and no source of the data has any; prepare "
+            "files with a column of scores (docs/data.md), again with --overwrite if they were prepared before, or set it to 0"
+        )
+    there = jnp.concatenate([samples.sample_mask[:, None], samples.negative_mask], axis=1) > 0
+    return score_loss(embeddings, samples.scores, there, objective.scores, objective.scores_temperature, objective.contrastive)

@@ -5,6 +5,8 @@
       not valid UTF-8                               error               row skipped         error
     negative null, empty, not a text, not UTF-8     error               negative dropped    error
     language not a text, not valid UTF-8            error               unknown             error
+    scores not finite numbers, or not one each      error               no scores           error
+    graded row without a score                      error               row skipped         error
     negative is a positive of its row               negative dropped    negative dropped    error
     negative repeats an earlier one of its row      negative dropped    negative dropped    error
     no negative left in a clustering or
@@ -26,10 +28,10 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.inputs.cells import ABSENT, EMPTY
+from f2llm_jax.inputs.cells import ABSENT, EMPTY, NULL
 from f2llm_jax.inputs.pairs import PairBlock
 from f2llm_jax.text import strip_instruction
 
@@ -49,6 +51,7 @@ class Rows:
     documents: Int[np.ndarray, "B 1+N"]  # positive then negatives, numbers into `texts`; -1 for a negative that does not exist
     texts: list[str]  # the distinct documents
     counters: Counter[str]  # what was skipped ("rows: ..."), repaired ("negatives: ...") and is remarkable ("warning: ...")
+    scores: Float[np.ndarray, "B 1+N"] | None = None  # float32, of `documents`, NaN for none; None where the file has no scores
 
 
 def clean(
@@ -59,6 +62,7 @@ def clean(
     policy: Policy,
     wanted: Bool[np.ndarray, " B"],
     repeated: bool = False,
+    needs_scores: bool = False,
 ) -> Rows:
     """Applies the rules above.
 
@@ -70,6 +74,7 @@ def clean(
       policy: the column of the table above.
       wanted: the other rows are left out, unseen and uncounted.
       repeated: negatives that repeat or are a positive stay.
+      needs_scores: a row whose positive has none is skipped.
 
     Raises:
       UserError: an anomaly that is an error; names the first one, with row and field.
@@ -85,6 +90,10 @@ def clean(
     kept &= judge.drop_rows("passage", codes[0] < 0, None)
     kept &= judge.drop_rows("passage", (codes[0] >= 0) & empty[codes[0]], EMPTY)
     judge.rows = kept
+    scores = judge.scores(negatives)
+    if needs_scores:
+        unscored = np.ones(len(queries), bool) if scores is None else np.isnan(scores[:, 0])
+        kept = judge.drop_rows("scores", unscored, NULL)
     there = np.array([judge.keep_negatives(name, codes[i], empty) for i, name in enumerate(names) if i], bool)
     there = there.reshape(len(names) - 1, len(queries))
     forms = same[codes[1:]]
@@ -108,13 +117,14 @@ def clean(
         documents=close_up(documents[index]),
         texts=texts,
         counters=+judge.counters,
+        scores=None if scores is None else close_up(documents[index], np.where(documents < 0, np.nan, scores)[index]),
     )
 
 
-def close_up(documents: Int[np.ndarray, "B 1+N"]) -> Int[np.ndarray, "B 1+N"]:
-    """The same rows with their absent negatives (-1) last."""
+def close_up(documents: Int[np.ndarray, "B 1+N"], values: Shaped[np.ndarray, "B 1+N"] | None = None) -> Shaped[np.ndarray, "B 1+N"]:
+    """The documents of the same rows, or what is said of them, with absent negatives (-1) last."""
     order = np.argsort(documents < 0, axis=1, kind="stable")
-    return np.take_along_axis(documents, order, axis=1)
+    return np.take_along_axis(documents if values is None else values, order, axis=1)
 
 
 def _distinct(arrays: list[pa.Array]) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -172,7 +182,12 @@ class _Judge:
         for i in np.flatnonzero(bad).tolist():
             why = reason or self.block.texts[name].reason(i)
             if self.policy != "skip":
-                raise self._error(name, i, why, "give it a text or drop the row, or pass --skip-invalid to leave such rows out")
+                raise self._error(
+                    name,
+                    i,
+                    why,
+                    f"give it a {'number' if name == 'scores' else 'text'} or drop the row, or pass --skip-invalid to leave such rows out",
+                )
             self.counters[f"rows: {name} {why}"] += 1
         self.rows = self.rows & ~bad
         return self.rows
@@ -199,6 +214,18 @@ class _Judge:
                 self.counters[f"languages: {why}"] += 1
         return self.block.texts["lang"].values.fill_null("").to_pylist()
 
+    def scores(self, negatives: int) -> Float[np.ndarray, "B 1+N"] | None:
+        """The scores of each row, NaN for none, as many as `negatives` and one."""
+        if self.block.scores is None:
+            return None
+        for i, why in sorted(self.block.scores.broken.items()):
+            if self.rows[i]:
+                if self.policy != "skip":
+                    raise self._error("scores", i, why, "correct it, or pass --skip-invalid to take it for no scores")
+                self.counters[f"scores: {why}"] += 1
+        found = self.block.scores.values
+        return np.pad(found, ((0, 0), (0, 1 + negatives - found.shape[1])), constant_values=np.nan)
+
     def keep_others(self, names: list[str], bad: np.ndarray, why: str) -> np.ndarray:
         """Negatives that are not `bad`, bool `[n, rows]`."""
         bad = bad & self.rows
@@ -217,7 +244,7 @@ class _Judge:
         return ~bad
 
     def _error(self, name: str, index: int, why: str, remedy: str) -> UserError:
-        return UserError(f"{self.path}: row {self.block.rows[index]}, column {self.block.names[name]!r} {why}; {remedy}")
+        return UserError(f"{self.path}: row {self.block.rows[index]}, column {self.block.names.get(name, name)!r} {why}; {remedy}")
 
 
 def no_negative(path: str, row: int) -> UserError:

@@ -88,7 +88,9 @@ def drop_same_ids(rows: Rows, same: Int[np.ndarray, "B 1+N"], needs_negatives: b
     if strict:
         row = int(rows.row[np.flatnonzero(bad.any(axis=1))[0]])
         raise UserError(f"{rows.path}: row {row} has a negative with the token ids of its positive; replace it, or leave out --strict")
-    documents = close_up(np.where(bad, -1, rows.documents))
+    documents = np.where(bad, -1, rows.documents)
+    scores = None if rows.scores is None else close_up(documents, np.where(bad, np.nan, rows.scores))
+    documents = close_up(documents)
     kept = np.flatnonzero((documents[:, 1:] >= 0).any(axis=1) | (not needs_negatives))
     counters = rows.counters + Counter(
         {"negatives: has the token ids of the positive": int(bad.sum()), "rows: no negative left": len(documents) - len(kept)}
@@ -102,5 +104,6 @@ def drop_same_ids(rows: Rows, same: Int[np.ndarray, "B 1+N"], needs_negatives: b
         languages=[rows.languages[i] for i in chosen],
         documents=documents[kept],
         counters=+counters,
+        scores=None if scores is None else scores[kept],
     )
     return left, kept

@@ -43,6 +43,8 @@ def guess(files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
     Triplets of a query, a positive and one negative are retrieval; they are classification only if their passages and negatives are
     few texts that come back row after row. Clustering looks like retrieval, so that only a tasks file or a catalogue can tell it.
     """
+    if all(pairs.scored and not pairs.negatives for pairs in files):
+        return "graded", "guessed: pairs with a score and without negatives; tasks.json can say otherwise"
     if {pairs.negatives for pairs in files} != {1}:
         return "retrieval", "guessed: a row of classification has one negative, the opposite label; tasks.json can say otherwise"
     texts: set[str] = set()
@@ -54,3 +56,28 @@ def guess(files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
     counted = f"{'more than ' if len(texts) > FEW_LABELS else ''}{min(len(texts), FEW_LABELS)} distinct passages and negatives"
     kind: Kind = "classification" if len(texts) <= FEW_LABELS and rows >= ROWS_A_LABEL * len(texts) else "retrieval"
     return kind, f"guessed: {rows:,} rows have {counted}; tasks.json can say otherwise"
+
+
+def check_graded(name: str, kind: Kind, files: Sequence[PairFile]) -> None:
+    """Raises a UserError for a source of graded pairs whose files do not hold such."""
+    if kind != "graded":
+        return
+    if without := [pairs.file.path for pairs in files if not pairs.scored]:
+        raise UserError(
+            f"{without[0]}: the source {name!r} is of graded pairs and has no scores; name their column with --columns scores=NAME, "
+            "or its kind in tasks.json"
+        )
+    if negatives := [pairs for pairs in files if pairs.negatives]:
+        raise UserError(
+            f"{negatives[0].file.path}: the source {name!r} is of graded pairs and has negatives ({negatives[0].columns.negatives[0]}); "
+            "leave them out with --ignore-columns, or name another kind in tasks.json"
+        )
+    values: set[float] = set()
+    for block in (block for pairs in files for block in read_pairs(pairs)):
+        values |= set(block.scores.values[:, 0].tolist()) if block.scores else set()
+        if len({value for value in values if value == value}) > 1:
+            return
+    raise UserError(
+        f"{files[0].file.path}: all scores of the source {name!r} are alike, and graded pairs train on their differences; leave the "
+        "column out with --ignore-columns to train on the pairs as positives"
+    )

@@ -18,6 +18,7 @@ from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.text import leading_prompt, strip_instruction
 
 SplitBy = Literal["row", "query"]
+NEED_NEGATIVES = ("clustering", "classification")  # kinds whose loss is 0 without
 VALIDATION_SHARE = 0.01  # published split: 99/1 a source
 
 
@@ -54,7 +55,14 @@ def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) ->
         wanted = np.ones(len(numbers), bool) if part.split else chosen[numbers]
         if wanted.any():
             rows = clean(
-                part.pairs.file.path, block, source.negatives, source.kind != "retrieval", policy, wanted, recipe.repeated_negatives
+                part.pairs.file.path,
+                block,
+                source.negatives,
+                source.kind in NEED_NEGATIVES,
+                policy,
+                wanted,
+                recipe.repeated_negatives,
+                source.kind == "graded",
             )
             yield numbers[rows.index], rows
 

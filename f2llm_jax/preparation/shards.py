@@ -26,7 +26,7 @@ from etils import epath
 from f2llm_jax.data import records
 from f2llm_jax.preparation.cleaning import Rows
 from f2llm_jax.preparation.encoding import Encoder, drop_same_ids, load
-from f2llm_jax.preparation.selection import SplitRules, choose_rows, document_key, read_rows
+from f2llm_jax.preparation.selection import NEED_NEGATIVES, SplitRules, choose_rows, document_key, read_rows
 from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.storage.arrays import read_arrays, write_arrays
 from f2llm_jax.storage.files import is_remote, new_file, write_json
@@ -44,7 +44,8 @@ class WriteRows(beam.DoFn):
     """From `(index, Part)` to the shards `part-<index>.<split>`, and `(bucket, path)` of the documents that were spilled.
 
     Next to them, in `work`: `part-<index>.json` with counts, and the tables of each split, `part-<index>.<split>.query_length`
-    (int32 [rows]), `.documents` (int64 [rows, 1 + n], keys) and `.row_keys` (uint64 [rows, 2], hashes of row and query).
+    (int32 [rows]), `.documents` (int64 [rows, 1 + n], keys), `.row_keys` (uint64 [rows, 2], hashes of row and query) and, of a source with
+    scores, `.scores` (float32 [rows, 1 + n]).
     """
 
     def __init__(self, source: Source, rules: SplitRules, tokenizer: str, shards: str, work: str):
@@ -59,7 +60,10 @@ class WriteRows(beam.DoFn):
         rows_by_split: Counter[str] = Counter()
         languages: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
-            sinks = {split: stack.enter_context(_row_sink(self.shards, self.work, index, split)) for split in records.QUERY_SPLITS}
+            sinks = {
+                split: stack.enter_context(_row_sink(self.shards, self.work, index, split, self.source.scored))
+                for split in records.QUERY_SPLITS
+            }
             for numbers, rows in read_rows(self.source, part, recipe, choose_rows(self.source, recipe)):
                 rows, numbers, keys = self._documents(rows, numbers, encoder, spill)
                 counts.update(rows.counters)
@@ -70,6 +74,7 @@ class WriteRows(beam.DoFn):
             yield from spill.flush()
             # By its presence the part is whole: it is written after the files it speaks of.
             digests = {split: sink.digest.hexdigest() for split, sink in sinks.items()}
+            digests |= {records.scores_of(split): sink.scored.hexdigest() for split, sink in sinks.items() if sink.scores}
         content = {"rows": rows_by_split, "languages": languages, "counters": counts, "digests": digests}
         write_json(self.work / f"part-{index:05d}.json", content, sealed=True)
 
@@ -87,7 +92,7 @@ class WriteRows(beam.DoFn):
             return rows, numbers, keys[rows.documents]
         same = np.full(len(rows.texts) + 1, -1, np.int64)
         same[used] = spill.ids_hashes(keys[used])
-        rows, kept = drop_same_ids(rows, same[rows.documents], self.source.kind != "retrieval", self.rules.recipe.policy == "strict")
+        rows, kept = drop_same_ids(rows, same[rows.documents], self.source.kind in NEED_NEGATIVES, self.rules.recipe.policy == "strict")
         return rows, numbers[kept], keys[rows.documents]
 
     def _queries(
@@ -116,6 +121,9 @@ class WriteRows(beam.DoFn):
             sink.query_length.write(lengths[mine].tobytes())
             sink.documents.write(keys[mine].tobytes())
             sink.row_keys.write(np.stack([by_row[mine], by_query[mine]], axis=1).tobytes())
+            if sink.scores:
+                none = np.full(rows.documents.shape, np.nan, np.float32)
+                sink.write_scores((none if rows.scores is None else rows.scores.astype(np.float32))[mine])
             rows_by_split[of_rows] += int(mine.sum())
         counts["query_tokens"] += int(lengths.sum())
         counts["warning: queries cut at --max-length"] += int(found.cut.sum())
@@ -224,26 +232,35 @@ class _Spill:
 
 @dataclasses.dataclass(frozen=True)
 class _RowSink:
-    """Where the rows of one split of a part go: records, query lengths (int32), document keys (int64), hashes of row and query (uint64)."""
+    """Where the rows of one split of a part go: records, query lengths (int32), document keys (int64), hashes of row and query (uint64),
+    scores (float32), where the source has any."""
 
     records: array_record_module.ArrayRecordWriter
     query_length: IO[bytes]
     documents: IO[bytes]
     row_keys: IO[bytes]
+    scores: IO[bytes] | None
     digest: xxhash.xxh3_128 = dataclasses.field(default_factory=xxhash.xxh3_128)  # of all records
+    scored: xxhash.xxh3_128 = dataclasses.field(default_factory=xxhash.xxh3_128)  # of all scores
 
     def write(self, record: bytes) -> None:
         self.digest.update(record)
         self.records.write(record)
 
+    def write_scores(self, scores: np.ndarray) -> None:
+        assert self.scores
+        self.scored.update(scores.tobytes())
+        self.scores.write(scores.tobytes())
+
 
 @contextlib.contextmanager
-def _row_sink(shards: epath.Path, work: epath.Path, index: int, split: str) -> Iterator["_RowSink"]:
+def _row_sink(shards: epath.Path, work: epath.Path, index: int, split: str, scored: bool) -> Iterator["_RowSink"]:
     name = shard_name(index, split)
     with (
         record_file(shards / name) as writer,
         new_file(work / f"{name}.query_length") as query_length,
         new_file(work / f"{name}.documents") as documents,
         new_file(work / f"{name}.row_keys") as row_keys,
+        new_file(work / f"{name}.scores") if scored else contextlib.nullcontext() as scores,
     ):
-        yield _RowSink(writer, query_length, documents, row_keys)
+        yield _RowSink(writer, query_length, documents, row_keys, scores)

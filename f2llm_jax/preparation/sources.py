@@ -57,6 +57,11 @@ class Source:
         """The paths of everything that it is read from."""
         return list(dict.fromkeys(path for part in self.parts for path in part.pairs.paths))
 
+    @property
+    def scored(self) -> bool:
+        """Whether rows of it have scores."""
+        return any(part.pairs.scored for part in self.parts)
+
     def describe(self) -> str:
         """What was understood, for people: kind, rows, and the columns of each file."""
         described = dict.fromkeys(part.pairs.describe() + (" (held out)" if part.split else "") for part in self.parts)
@@ -228,6 +233,7 @@ def _open_source(group: _Group, held_out: epath.Path | None, choice: Choice, qre
         raise UserError(f"{group.name}: its files have {sorted(counts)} negatives; give them the same number or leave out --strict")
     rows = sum(part.rows for part in parts)
     kind, reason = (group.kind, group.reason) if group.kind else kinds.guess([part.pairs for part in parts], rows)
+    kinds.check_graded(group.name, kind, [part.pairs for part in parts])
     for pairs in open_pairs(held_out, choice, qrels) if held_out else ():
         apart = _split_file(pairs, 0, None, parts[-1].number + parts[-1].rows)
         parts += [dataclasses.replace(part, split="validation") for part in apart]

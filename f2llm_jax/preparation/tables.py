@@ -45,9 +45,12 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
             _stream(work, counts[split], split, "query_length", np.int32, (), target, lambda values: values)
             width = (1 + source.negatives,)
             _stream(work, counts[split], split, "documents", np.int64, width, target, lambda found: _positions(keys, found))
+            if source.scored:
+                _stream(work, counts[split], split, "scores", np.float32, width, target, lambda values: values, np.float32)
     counters: Counter[str] = Counter()
     languages: Counter[str] = Counter()
-    digests = {split: xxhash.xxh3_128() for split in records.SPLITS}
+    scored = [records.scores_of(split) for split in records.QUERY_SPLITS if source.scored]
+    digests = {split: xxhash.xxh3_128() for split in (*records.SPLITS, *scored)}
     for _, arrays in _buckets(work):
         digests[records.CORPUS].update(str(arrays["digest"]).encode())
     for index in range(len(source.parts)):
@@ -116,11 +119,11 @@ def _write_corpus(work: epath.Path, target: epath.Path, documents: int, keys_fil
     return tokens
 
 
-def _stream(work, counts, split, table, dtype, width, target, convert) -> None:
-    """Joins one table of all parts to a `.npy` file of int32, `STREAMED_ROWS` rows at a time."""
+def _stream(work, counts, split, table, dtype, width, target, convert, stored=np.int32) -> None:
+    """Joins one table of all parts to a `.npy` file of `stored`, `STREAMED_ROWS` rows at a time."""
     size = int(np.prod(width, dtype=int)) * np.dtype(dtype).itemsize
     name = f"{split}.{table}"
-    with new_array(target / f"{name}.npy", np.int32, (sum(counts.values()), *width), salt=f"{target.name}/{name}") as joined:
+    with new_array(target / f"{name}.npy", stored, (sum(counts.values()), *width), salt=f"{target.name}/{name}") as joined:
         for index in sorted(counts):
             with (work / f"{shard_name(index, split)}.{table}").open("rb") as file:
                 while block := file.read(STREAMED_ROWS * size):

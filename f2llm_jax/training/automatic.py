@@ -85,7 +85,7 @@ def _tokens_that_fit(model: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
 
 def _sample_tokens(source: SourceInfo, config: ml_collections.ConfigDict) -> float:
     """Of a query, its positive and the negatives that are drawn, on average."""
-    documents = 1 + min(source.negatives, config.batch.negatives[source.kind])
+    documents = 1 + min(source.negatives, config.batch.negatives.get(source.kind, 0))
     lengths = source.tokens["queries"] / sum(source.rows.values()), source.tokens["documents"] / source.documents
     query, document = (min(length, config.batch.max_length) for length in lengths)
     return query + documents * document

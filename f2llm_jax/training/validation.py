@@ -16,7 +16,8 @@ from f2llm_jax.objectives import Mean
 from f2llm_jax.training.held_out import draw
 from f2llm_jax.training.step import OWN, EvalStep
 
-LOSSES = ("in_batch", "hard")
+# The kinds of task that have each.
+LOSSES = {"in_batch": ("retrieval",), "hard": ("retrieval", "clustering", "classification"), "graded": ("graded",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,8 @@ def validate(
 
     `validation/loss` and `validation/accuracy` are means over sources; `.../source/NAME`, `.../kind/KIND` and, of accuracy,
     `.../language/CODE` (over that language's rows of all sources) and `.../dim/D` (mean over sources) take them apart. A loss is the sum
-    of `validation/in_batch`, which exists for retrieval only, and `validation/hard`, which are taken apart alike (F2LLM `utils.py`).
+    of `validation/in_batch`, which exists for retrieval only, and `validation/hard`, which are taken apart alike (F2LLM `utils.py`); that
+    of graded pairs, which have no accuracy, is `validation/graded`.
     What an accuracy counts is said in `objectives.ranked_first`. Metrics of an objective of the user's are
     `validation/NAME`, means over all rows.
 
@@ -107,15 +109,15 @@ def _score(eval_step: EvalStep, params: Any, held_out: Mapping[str, Pipeline], c
 def _figures(scored: Mapping[str, _Scored], kinds: Mapping[str, str], dims: Sequence[int]) -> dict[str, float]:
     losses: dict[str, dict[str, float]] = {loss: {} for loss in LOSSES}
     for name, found in scored.items():
-        for loss in LOSSES:
-            if loss != "in_batch" or kinds[name] == "retrieval":
+        for loss, of_kinds in LOSSES.items():
+            if kinds[name] in of_kinds:
                 losses[loss][name] = _mean_over_batches([batch[loss] for batch in found.metrics])
-    total = {name: losses["in_batch"].get(name, 0.0) + losses["hard"][name] for name in scored}
+    total = {name: sum(by_source.get(name, 0.0) for by_source in losses.values()) for name in scored}
     parts: dict[str, float] = {}
     for loss, by_source in losses.items():
         if by_source:
             parts |= _by_source(f"validation/{loss}", by_source, kinds) | {f"validation/{loss}": _mean(by_source.values())}
-    firsts = {name: found.first for name, found in scored.items()}
+    firsts = {name: found.first for name, found in scored.items() if kinds[name] != "graded"}
     languages = {name: found.languages for name, found in scored.items()}
     return {
         **_by_source("validation", total, kinds),
@@ -145,6 +147,8 @@ def accuracies(
       kinds: by source.
       dims: widths, ascending; the last is the full one.
     """
+    if not firsts:
+        return {}
     by_source = {name: float(first[-1].mean()) for name, first in firsts.items()}
     by_language = defaultdict(list)
     for name, first in firsts.items():
