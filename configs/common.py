@@ -124,6 +124,7 @@ def base(size: str, runlocal: bool, stage: int, recipe: str = "") -> ml_collecti
     config.objective.in_batch_pool = "positives"  # or "positives_and_negatives": everybody's hard negatives too
     config.objective.in_batch_passage_grad = "full"  # "none" is what the published multi-GPU trainer computes
     config.objective.loss_dtype = "float32"  # of cosines and logits; "bfloat16" rounds them as the published trainer does
+    config.objective.positives = "own"  # what another row's positive of the same query is: a negative, "masked", or "joint" with the own
     config.objective.mask_false_negatives = False  # leave out candidates whose text is the positive's
     config.objective.false_negative_margin = float("inf")  # leave out candidates nearer than the positive by more than this cosine
     config.objective.guide = ""  # "absolute" or "relative": leave out candidates that the teacher finds nearer than the positive, less

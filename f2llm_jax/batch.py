@@ -42,6 +42,7 @@ class Samples:
     in_batch_weight: Float[Leaf, ""]  # 1.0 for a retrieval source, else 0.0: only retrieval uses in-batch negatives (paper, 3.1)
     passage_ids: Int[Leaf, " B"]  # of each positive, a document of the source
     negative_ids: Int[Leaf, "B N"]  # -1 for a negative that does not exist
+    query_ids: Int[Leaf, " B"] | None = None  # of each query within its source; None where the data does not tell
     scores: Float[Leaf, "B 1+N"] | None = None  # of positive and negatives, NaN for none; None where no source of the data has any
     graded_weight: Float[Leaf, ""] | None = None  # 1.0 for a source of graded pairs, else 0.0; None where there is no such source
 

@@ -1,5 +1,6 @@
 """Guide, hardness, focal weighting, query and document negatives: each against float64 torch, pair by pair, and sentence-transformers."""
 
+import dataclasses
 import math
 
 import jax
@@ -26,6 +27,8 @@ OPTIONS = {
     "focal": {"focal": 0.5},
     "focal of 2": {"focal": 2.0},
     "queries": {"query_negatives": True},
+    "positives masked": {"positives": "masked"},
+    "positives joint": {"positives": "joint", "in_batch_pool": "positives_and_negatives", "query_negatives": True},
     "documents": {"document_negatives": True, "in_batch_pool": "positives_and_negatives"},
     "all": {
         "guide": "absolute",
@@ -38,10 +41,17 @@ OPTIONS = {
         "in_batch_pool": "positives_and_negatives",
     },
 }
+QUERIES = [0, 1, 0, 3, 4, 3, 1, 3]  # rows 1 and 6 are of one query, and 0 and 2, and 3, 5 and 7; 2 and 7 are absent
 # One document is the positive of two samples, and a negative of a third.
 IDS = {"passage_ids": [0, 0, 2, 3, 4, 5, 6, 7], "negative_ids": np.arange(B, B + B * N).reshape(B, N).tolist()}
 IDS["negative_ids"][3][1] = 0
 FAST = "guide, relative margin", "all"  # the others compile a program each
+
+
+def of_samples(here, there):
+    return dataclasses.replace(of(here, there, **IDS), query_ids=jnp.asarray(QUERIES))
+
+
 compiled = jax.jit(jax.value_and_grad(contrastive, has_aux=True), static_argnums=2)
 
 
@@ -75,10 +85,12 @@ def oracle(e, guide, samples, config):
         return not config.guide or cosine(guides, pair) <= own - margin
 
     def pool(b):
-        positives = [("p", c) for c in here if c != b]
+        siblings = [c for c in here if c != b and QUERIES[c] == QUERIES[b]]
+        left_out = siblings if config.positives != "own" else []
+        positives = [("p", c) for c in here if c != b and c not in left_out]
         everybody = config.in_batch_pool == "positives_and_negatives"
         pairs = [(("q", b), name) for name in positives + [("n", *at) for at in there if everybody]]
-        pairs += [(("q", b), ("q", c)) for c in here if c != b and config.query_negatives]
+        pairs += [(("q", b), ("q", c)) for c in here if c != b and config.query_negatives and c not in siblings]
         documents = positives + [("n", *at) for at in there if everybody and at[0] != b]
         return pairs + [(("p", b), name) for name in documents if config.document_negatives]
 
@@ -92,7 +104,11 @@ def oracle(e, guide, samples, config):
                     own_negative = pair[1][:2] == ("n", b) and pair[0][0] == "q"
                     found = cosine(narrow, pair)
                     logits.append(found / TAU + own_negative * config.hardness * found.detach())
-                loss = torch.logsumexp(torch.stack(logits), 0) - logits[0]
+                right = logits[:1]
+                if config.positives == "joint" and term == 0:
+                    more = [cosine(narrow, (("q", b), ("p", c))) / TAU for c in here if c != b and QUERIES[c] == QUERIES[b]]
+                    right, logits = right + more, logits + more
+                loss = torch.logsumexp(torch.stack(logits), 0) - torch.logsumexp(torch.stack(right), 0)
                 weight = (1 - torch.exp(-loss)) ** config.focal if config.focal and len(logits) > 1 else 1
                 share = 1 / (rank * math.sqrt((config.dims or (D,))[-1] / width)) / len(here)
                 terms = terms + torch.eye(2, dtype=torch.float64)[term] * weight * loss * share
@@ -102,7 +118,7 @@ def oracle(e, guide, samples, config):
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS])
 def test_value_and_gradient(name):
     options = OPTIONS[name]
-    e, guide, samples = random_embeddings(0), random_embeddings(1, width=D + 8), of(*masks(), **IDS)
+    e, guide, samples = random_embeddings(0), random_embeddings(1, width=D + 8), of_samples(*masks())
     config = ContrastiveConfig(dims=(8, D), **options)
     (_, parts), gradients = compiled(e, samples, config, guide)
     there = in_torch(e)
@@ -148,10 +164,10 @@ def test_focal_is_finite_where_nothing_is_left():
 @pytest.mark.slow
 def test_blocks_and_devices_change_nothing(monkeypatch):
     e, guide, (here, there) = random_embeddings(7), random_embeddings(8, width=D + 8), masks()
-    config = ContrastiveConfig(dims=DIMS, **OPTIONS["all"])
+    config = ContrastiveConfig(dims=DIMS, **OPTIONS["all"], positives="joint")
 
     def loss(e, guide, here, there):
-        return contrastive(e, of(here, there, **IDS), config, guide)
+        return contrastive(e, of_samples(here, there), config, guide)
 
     step = jax.value_and_grad(loss, has_aux=True)
     want = jax.jit(step)(e, guide, here, there)

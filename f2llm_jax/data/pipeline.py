@@ -117,6 +117,7 @@ class Pipeline:
         self._shape = config.rows(shards)
         self._eos_id = dataset.eos_id
         # One program serves the batches of all sources, and with pipelines of single sources those of the dataset.
+        self._query_ids = all(source.query_ids for source in dataset.sources.values())
         self._scored = any(source.scored for source in dataset.sources.values())
         self._graded = any(source.kind == "graded" for source in dataset.sources.values())
         # A step opens one source; what it opened stays open for the next step of that source.
@@ -165,6 +166,7 @@ class Pipeline:
                 in_batch_weight=np.float32(plan.kind == "retrieval"),
                 passage_ids=documents[:B].astype(np.int32),
                 negative_ids=documents[B:].reshape(B, -1).astype(np.int32),
+                query_ids=self._of_queries(plan) if self._query_ids else None,
                 scores=self._scores(plan) if self._scored else None,
                 graded_weight=np.float32(plan.kind == "graded") if self._graded else None,
             ),
@@ -187,6 +189,12 @@ class Pipeline:
         present = here[:, None] & (documents >= 0)
         vectors[:, 1:][present] = teacher.read(source, "corpus", documents[present])
         return vectors
+
+    def _of_queries(self, plan: StepPlan) -> Int[np.ndarray, " B"]:
+        """The id of each sample's query; -1 for a sample that does not exist."""
+        found = np.full(self._samples, -1, np.int32)
+        found[: len(plan.rows)] = self._tables(plan.source, self._split).query_ids[plan.rows]
+        return found
 
     def _scores(self, plan: StepPlan) -> Float[np.ndarray, "B 1+N"]:
         """Of each sample's positive and the negatives that it uses; NaN for none."""

@@ -7,6 +7,7 @@
     OUT/f2llm/<source>/1.0.0/             ArrayRecord splits `train`, `validation` (none for a source of one row), `corpus`
     OUT/tables/<source>/source.json       the source's entry of dataset.json
     OUT/tables/<source>/<split>.query_length.npy    int32 [rows], tokens of each query
+    OUT/tables/<source>/<split>.query_ids.npy       int32 [rows], equal for rows of one query
     OUT/tables/<source>/<split>.documents.npy       int32 [rows, 1 + n], positions in `corpus`: the passage, then the negatives;
                                                     -1 for negatives that a row does not have, which come last
     OUT/tables/<source>/<split>.scores.npy          float32 [rows, 1 + n], scores of these documents, NaN for none; of sources with scores
@@ -43,6 +44,7 @@ VERSION = "1.0.0"
 CORPUS = "corpus"
 QUERY_SPLITS = ("train", "validation")
 SPLITS = (*QUERY_SPLITS, CORPUS)
+SCORES = {split: f"{split}.scores" for split in QUERY_SPLITS}  # the name of the table, and of its digest
 COMPLETE = "dataset.json"  # written last
 
 
@@ -92,10 +94,12 @@ class SourceInfo:
     counters: dict[str, int]  # what cleaning did, see `cleaning`; keys of rows that were skipped begin with "rows: "
     digests: dict[str, str]  # of the records of each of `SPLITS`, in order: token ids, pointers, languages; of scores, where it has any
 
+    query_ids: bool = False  # whether its tables tell which rows are of one query
+
     @property
     def scored(self) -> bool:
         """Whether its tables hold scores."""
-        return scores_of("train") in self.digests
+        return SCORES["train"] in self.digests
 
     @property
     def skipped(self) -> int:
@@ -110,6 +114,7 @@ class SplitTables:
     query_length: Int[np.ndarray, " rows"]
     documents: Int[np.ndarray, "rows 1+n"]  # positions in `corpus`
     document_length: Int[np.ndarray, " documents"]
+    query_ids: Int[np.ndarray, " rows"] | None = None  # None in data of an older version
     scores: Float[np.ndarray, "rows 1+n"] | None = None  # float32, NaN for none; None where the source has no scores
 
 
@@ -184,9 +189,10 @@ class Dataset:
     def tables(self, source: str, split: str) -> SplitTables:
         """The tables of "train" or "validation"; memory-mapped where the folder is local."""
         folder = tables_folder(self.folder, source)
-        names = [f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length", scores_of(split)]
-        tables = [arrays.read_array(folder / f"{name}.npy", salt=f"{source}/{name}") for name in names[: 3 + self.sources[source].scored]]
-        return SplitTables(*tables)
+        info = self.sources[source]
+        names = [f"{split}.query_length", f"{split}.documents", f"{CORPUS}.length", f"{split}.query_ids", SCORES[split]]
+        there = names[: 3 + info.query_ids + info.scored]  # no data has scores without ids of queries
+        return SplitTables(*(arrays.read_array(folder / f"{name}.npy", salt=f"{source}/{name}") for name in there))
 
     def reader(self, source: str, split: str) -> Reader:
         """A reader of queries ("train", "validation") or of documents ("corpus")."""
@@ -202,11 +208,6 @@ class Dataset:
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise DatasetError(f"{tokenizer_folder(self.folder)} is not the tokenizer that the data was prepared with; prepare it again")
         return tokenizer
-
-
-def scores_of(split: str) -> str:
-    """The name of a split's table of scores, and of its digest."""
-    return f"{split}.scores"
 
 
 def load_dataset(folder: epath.PathLike) -> Dataset:

@@ -39,6 +39,7 @@ class Candidates(NamedTuple):
     ids: Int[Array, " G"]  # of documents; of queries that of their positive
     sample: Int[Array, " G"]  # that it belongs to
     negative: Bool[Array, " G"]  # whether it is one of its sample's negatives
+    query: Int[Array, " G"]  # id of its sample's query; of the sample where the data does not tell
 
 
 def candidate_blocks(embeddings: Embeddings, samples: Samples, pool: Pool) -> Candidates:
@@ -48,20 +49,24 @@ def candidate_blocks(embeddings: Embeddings, samples: Samples, pool: Pool) -> Ca
         negatives = _everywhere(embeddings.negatives.astype(jnp.float32)).reshape(-1, embeddings.negatives.shape[-1])
         mask = _everywhere(samples.negative_mask).reshape(-1)
         sample = jnp.repeat(candidates.sample, samples.negative_mask.shape[1])
-        more = Candidates(negatives, mask, _everywhere(samples.negative_ids).reshape(-1), sample, jnp.ones(mask.shape, bool))
+        ids, query = _everywhere(samples.negative_ids).reshape(-1), jnp.repeat(candidates.query, samples.negative_mask.shape[1])
+        more = Candidates(negatives, mask, ids, sample, jnp.ones(mask.shape, bool), query)
         candidates = Candidates(*(jnp.concatenate(pair) for pair in zip(candidates, more, strict=True)))
     return _blocks(candidates)
 
 
 def query_blocks(query: Float[Array, "B D"], samples: Samples) -> Candidates:
-    """The queries of the whole batch, as `candidate_blocks` gives the documents."""
-    return _blocks(_of_samples(query, samples))
+    """The queries of the whole batch, as `candidate_blocks` gives the documents; equal queries belong to one sample."""
+    candidates = _of_samples(query, samples)
+    return _blocks(candidates._replace(sample=candidates.query))
 
 
 def _of_samples(vectors: Float[Array, "B D"], samples: Samples) -> Candidates:
     vectors = _everywhere(vectors.astype(jnp.float32))
     sample = jnp.arange(vectors.shape[0])
-    return Candidates(vectors, _everywhere(samples.sample_mask), _everywhere(samples.passage_ids), sample, jnp.zeros(sample.shape, bool))
+    query = sample if samples.query_ids is None else _everywhere(samples.query_ids)
+    ids = _everywhere(samples.passage_ids)
+    return Candidates(vectors, _everywhere(samples.sample_mask), ids, sample, jnp.zeros(sample.shape, bool), query)
 
 
 def _blocks(candidates: Candidates) -> Candidates:

@@ -10,6 +10,7 @@ from f2llm_jax.objectives.matryoshka import check_dims, matryoshka_weights
 PassageGrad = Literal["full", "none"]
 Pool = Literal["positives", "positives_and_negatives"]
 LossDtype = Literal["float32", "bfloat16"]
+Positives = Literal["own", "masked", "joint"]
 GuideMargin = Literal["", "absolute", "relative"]
 ScoreLoss = Literal["kl", "margin_mse"]
 GradedLoss = Literal["cosent", "angle"]
@@ -32,6 +33,8 @@ class ContrastiveConfig:
       in_batch_pool: whom a query is compared with across the batch: "positives" (published) or also all hard negatives.
       in_batch_passage_grad: "full" sends the in-batch loss's gradient to both sides; "none" to queries only, as the published
         multi-GPU trainer does, whose gather carries no gradient.
+      positives: what the positives of other rows of the same query are in the in-batch softmax: negatives ("own", published), left out
+        ("masked"), or positives too ("joint": the loss is minus the log of the share of all of them, MIL-NCE, arXiv 1912.06430).
       mask_false_negatives: leave out candidates whose text is the positive's.
       false_negative_margin: leave out candidates whose cosine exceeds the positive's by more than this; inf for never.
       guide: leave out candidates that the teacher finds nearer to the query than the positive, less a margin of the given kind (see
@@ -51,6 +54,7 @@ class ContrastiveConfig:
     weights: tuple[float, ...] = ()
     in_batch_pool: Pool = "positives"
     in_batch_passage_grad: PassageGrad = "full"
+    positives: Positives = "own"
     mask_false_negatives: bool = False
     false_negative_margin: float = float("inf")
     guide: GuideMargin = ""
@@ -67,6 +71,7 @@ class ContrastiveConfig:
         _one_of("in_batch_passage_grad", self.in_batch_passage_grad, ("full", "none"))
         _one_of("loss_dtype", self.loss_dtype, ("float32", "bfloat16"))
         _one_of("in_batch_pool", self.in_batch_pool, ("positives", "positives_and_negatives"))
+        _one_of("positives", self.positives, ("own", "masked", "joint"))
         _one_of("guide", self.guide, ("", "absolute", "relative"))
         for name in ("hardness", "focal"):
             if not 0 <= getattr(self, name) < float("inf"):

@@ -55,6 +55,7 @@ class _Running(NamedTuple):
     """What a stream of candidates leaves of each sample."""
 
     total: Float[Array, "J B"]  # log of the sum of exponentials of the logits
+    right: Float[Array, "J B"]  # the same of positives alone
     hardest: Float[Array, " B"]  # cosine of the nearest candidate, at the largest width
     masked: Int[Array, " B"]  # candidates left out as false negatives
     pool: Int[Array, " B"]  # candidates, those included
@@ -68,6 +69,7 @@ class _Anchors(NamedTuple):
     own: Float[Array, "J B"]  # cosines of queries and positives
     guide_own: Float[Array, " B"] | None
     ids: Int[Array, " B"]  # of positives
+    query: Int[Array, " B"]
     sample: Int[Array, " B"]
 
 
@@ -90,20 +92,21 @@ def in_batch_loss(
     if guide:
         guide_query, guide_passage = (sharding.shard(x, sharding.SAMPLES_D) for x in guide[:2])
         guide_own = _cosines("bd,bd->b", guide_query, guide_passage)
-    from_query = _Anchors(query, guide_query, own, guide_own, ids, rows)
+    of_query = rows if samples.query_ids is None else split(samples.query_ids)
+    from_query = _Anchors(query, guide_query, own, guide_own, ids, of_query, rows)
     from_passage = from_query._replace(vectors=passage, guide=guide_passage)
     documents = candidate_blocks(pool, samples, config.in_batch_pool), guide and candidate_blocks(guide, samples, config.in_batch_pool)
 
     none = split(jnp.zeros(query.shape[0], jnp.int32))
-    state = _Running(_logits(own, config), jnp.full_like(own[-1], -jnp.inf), none, none)
-    state = _streamed(state, from_query, documents, config, dims, hard_negatives=True)
+    state = _Running(_logits(own, config), _logits(own, config), jnp.full_like(own[-1], -jnp.inf), none, none)
+    state = _streamed(state, from_query, documents, config, dims, of_queries=True)
     hardest = state.hardest
     if config.query_negatives:
         queries = query_blocks(pool.query, samples), guide and query_blocks(guide.query, samples)
-        state = _streamed(state, from_query, queries, config, dims)
+        state = _streamed(state, from_query._replace(sample=of_query), queries, config, dims)
     if config.document_negatives:
         state = _streamed(state, from_passage, documents, config, dims)
-    losses = jnp.einsum("j,jb->b", jnp.asarray(weights), _focal(state.total - _logits(own, config), config))
+    losses = jnp.einsum("j,jb->b", jnp.asarray(weights), _focal(state.total - state.right, config))
     counted = samples.in_batch_weight * samples.sample_mask
     compared = counted * (hardest > -jnp.inf)
     return mean_of(losses, counted), {
@@ -119,32 +122,41 @@ def _streamed(
     blocks: tuple[Candidates, Candidates | None],
     config: ContrastiveConfig,
     dims: tuple[int, ...],
-    hard_negatives: bool = False,
+    of_queries: bool = False,
 ) -> _Running:
-    """`state` with the candidates in it that do not belong to the anchor's own sample; with `hard_negatives` its own negatives too."""
+    """`state` with the candidates in it that do not belong to the anchor's own sample; documents `of_queries` with its own negatives."""
 
     @jax.checkpoint
     def stream(state: _Running, blocks: tuple[Candidates, Candidates | None]) -> tuple[_Running, None]:
         block, guide = blocks
         cosines = prefix_cosines("bd,gd->bg", anchors.vectors, block.vectors, _outer, dims, config.loss_dtype)
         mine = block.sample[None, :] == anchors.sample[:, None]
-        other = (block.mask > 0)[None, :] & (block.negative[None, :] | ~mine if hard_negatives else ~mine)
+        other = (block.mask > 0)[None, :] & (block.negative[None, :] | ~mine if of_queries else ~mine)
         guided = None
         if guide is not None and anchors.guide is not None and anchors.guide_own is not None:
             guided = _cosines("bd,gd->bg", anchors.guide, guide.vectors, _outer), anchors.guide_own[:, None]
         same = block.ids[None, :] == anchors.ids[:, None]
         false = other & false_negatives(cosines[-1], anchors.own[-1][:, None], same, config, guided)
-        allowed = other & ~false
-        logits = _logits(cosines, config)
-        if hard_negatives:
+        logits, right = _logits(cosines, config), state.right
+        if of_queries:
             logits = _hardened(logits, cosines, mine, config)
+        if config.positives != "own":
+            siblings = other & ~block.negative[None, :] & (block.query[None, :] == anchors.query[:, None])
+            joint = siblings & (config.positives == "joint" and of_queries)
+            false = (false | siblings) & ~joint
+            right = _added(right, jnp.where(joint, logits, -jnp.inf))
+        allowed = other & ~false
         logits = jnp.where(allowed, logits, -jnp.inf)
-        # With the running value among the terms, a block of nothing but masked candidates leaves value and gradient alone.
-        total = jax.nn.logsumexp(jnp.concatenate([state.total[..., None], logits], axis=-1), axis=-1)
-        hardest = jnp.maximum(state.hardest, jnp.max(jnp.where(allowed, cosines[-1], -jnp.inf), axis=-1))
-        return _Running(total, hardest, state.masked + false.sum(-1), state.pool + other.sum(-1)), None
+        rivals = allowed & ~joint if config.positives == "joint" else allowed
+        hardest = jnp.maximum(state.hardest, jnp.max(jnp.where(rivals, cosines[-1], -jnp.inf), axis=-1))
+        return _Running(_added(state.total, logits), right, hardest, state.masked + false.sum(-1), state.pool + other.sum(-1)), None
 
     return jax.lax.scan(stream, state, blocks)[0]
+
+
+def _added(total: Float[Array, "J B"], logits: Float[Array, "J B G"]) -> Float[Array, "J B"]:
+    """With the running value among the terms, a block of nothing but masked candidates leaves value and gradient alone."""
+    return jax.nn.logsumexp(jnp.concatenate([total[..., None], logits], axis=-1), axis=-1)
 
 
 def hard_loss(

@@ -36,6 +36,11 @@ def total(
 
     The weighted value of each optional term is logged too, as `weighted/NAME`; the contrastive parts have weight 1.
     """
+    if objective.contrastive.positives != "own" and samples.query_ids is None:
+        raise UserError(
+            f"config.objective.positives={objective.contrastive.positives!r} needs to know which rows are of one query, and the data was "
+            "prepared by an older version that did not note it; prepare it again with --overwrite, or set it to 'own'"
+        )
     loss, metrics = contrastive(embeddings, samples, objective.contrastive, guide)
     extra = {}
     if teacher is not None:

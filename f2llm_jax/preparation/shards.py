@@ -74,7 +74,7 @@ class WriteRows(beam.DoFn):
             yield from spill.flush()
             # By its presence the part is whole: it is written after the files it speaks of.
             digests = {split: sink.digest.hexdigest() for split, sink in sinks.items()}
-            digests |= {records.scores_of(split): sink.scored.hexdigest() for split, sink in sinks.items() if sink.scores}
+            digests |= {records.SCORES[split]: sink.scored.hexdigest() for split, sink in sinks.items() if sink.scores}
         content = {"rows": rows_by_split, "languages": languages, "counters": counts, "digests": digests}
         write_json(self.work / f"part-{index:05d}.json", content, sealed=True)
 

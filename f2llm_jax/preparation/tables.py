@@ -16,7 +16,7 @@ from etils import epath
 from f2llm_jax.data import records
 from f2llm_jax.preparation.shards import CUT, SPECIAL, SPELLED, shard_name
 from f2llm_jax.preparation.sources import Source
-from f2llm_jax.storage.arrays import new_array, read_arrays
+from f2llm_jax.storage.arrays import new_array, read_arrays, write_array
 from f2llm_jax.storage.files import read_json, write_json
 
 STREAMED_ROWS = 65_536
@@ -47,9 +47,14 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
             _stream(work, counts[split], split, "documents", np.int64, width, target, lambda found: _positions(keys, found))
             if source.scored:
                 _stream(work, counts[split], split, "scores", np.float32, width, target, lambda values: values, np.float32)
+    keys_of_rows = {split: _row_keys(work, counts[split], split) for split in records.QUERY_SPLITS}
+    for split, row_keys in keys_of_rows.items():
+        name = f"{split}.query_ids"
+        _, numbers = np.unique(row_keys[:, 1], return_inverse=True)
+        write_array(target / f"{name}.npy", numbers.astype(np.int32), salt=f"{target.name}/{name}")
     counters: Counter[str] = Counter()
     languages: Counter[str] = Counter()
-    scored = [records.scores_of(split) for split in records.QUERY_SPLITS if source.scored]
+    scored = [records.SCORES[split] for split in records.QUERY_SPLITS if source.scored]
     digests = {split: xxhash.xxh3_128() for split in (*records.SPLITS, *scored)}
     for _, arrays in _buckets(work):
         digests[records.CORPUS].update(str(arrays["digest"]).encode())
@@ -59,7 +64,7 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
             digests[split].update(digest.encode())
         counters.update(part["counters"])
         languages.update(part["languages"])
-    counters.update(_warnings(work, counts))
+    counters.update(_warnings(work, keys_of_rows))
     del languages[""]
     info = records.SourceInfo(
         name=source.name,
@@ -72,14 +77,14 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
         tokens={"queries": counters.pop("query_tokens"), "documents": document_tokens},
         counters={reason: count for reason, count in sorted(counters.items()) if count},
         digests={split: digest.hexdigest() for split, digest in digests.items()},
+        query_ids=True,
     )
     write_json(target / "source.json", dataclasses.asdict(info), sealed=True)
     return info
 
 
-def _warnings(work: epath.Path, counts: Mapping[str, Mapping[int, int]]) -> Counter[str]:
-    """What is remarkable in the rows of a source together, and in its documents."""
-    keys = {split: _row_keys(work, counts[split], split) for split in records.QUERY_SPLITS}
+def _warnings(work: epath.Path, keys: Mapping[str, np.ndarray]) -> Counter[str]:
+    """What is remarkable in the rows of a source together, from their keys by split, and in its documents."""
     rows = np.concatenate([of_split[:, 0] for of_split in keys.values()])
     train, held_out = (keys[split][:, 1] for split in records.QUERY_SPLITS)
     found = Counter({"warning: rows that repeat an earlier one": len(rows) - len(np.unique(rows))})
