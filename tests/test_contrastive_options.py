@@ -13,9 +13,12 @@ from random_samples import DIMS, B, D, N, masks, of, random_embeddings
 from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss, MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from f2llm_jax import sharding
+from f2llm_jax.configs import common
 from f2llm_jax.errors import UserError
-from f2llm_jax.objectives import ContrastiveConfig, Embeddings, candidates, matryoshka_weights
+from f2llm_jax.model.sizes import SIZES
+from f2llm_jax.objectives import ContrastiveConfig, Embeddings, Objective, candidates, matryoshka_weights, total
 from f2llm_jax.objectives.contrastive import contrastive
+from f2llm_jax.training import program
 
 TAU = 0.05
 OPTIONS = {
@@ -269,3 +272,13 @@ def test_the_guide_is_that_of_sentence_transformers(strategy):
 def test_an_option_out_of_range_is_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         ContrastiveConfig(**wrong)
+
+
+def test_a_guide_without_a_model_and_equal_queries_without_ids_are_refused():
+    config = common.base("80m", runlocal=True, stage=1)
+    config.objective.guide = "absolute"
+    with pytest.raises(UserError, match=r"guide='absolute' needs a model that guides: set config\.teacher or config\.teacher_cache"):
+        program.build(config, SIZES["toy"], 10, "cpu")
+    assert program.build(config, SIZES["toy"], 10, "cpu", cached=True)
+    with pytest.raises(UserError, match="prepare it again with --overwrite, or set it to 'own'"):
+        total(random_embeddings(0), of(*masks()), Objective(contrastive=ContrastiveConfig(positives="joint")))

@@ -156,7 +156,7 @@ def refused(path, *parts, choice=None):
     ("extra", "what", "offer"),
     [
         ("pasage_2", "a positive", "--columns passage=pasage_2"),
-        ("pos_scores", "a score", "--ignore-columns pos_scores"),
+        ("pos_relevance", "a score", "--columns scores=pos_relevance"),
         ("docid", "an id", "--ignore-columns docid"),
         ("query-id", "an id", "--ignore-columns query-id"),
         ("title", "a title", "--columns passage=title+passage"),
