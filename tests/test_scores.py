@@ -15,7 +15,8 @@ from random_samples import B, D, N, masks, of, random_embeddings
 from sentence_transformers.sentence_transformer.losses import AnglELoss, CoSENTLoss, DistillKLDivLoss, MarginMSELoss, MatryoshkaLoss
 from sentence_transformers.util import pairwise_cos_sim
 
-from f2llm_jax import prepare, sharding
+from f2llm_jax import api, prepare, sharding
+from f2llm_jax.configs import common
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import load_dataset
 from f2llm_jax.errors import UserError
@@ -316,3 +317,53 @@ def test_invalid_scores_can_be_skipped(tmp_path):
     dataset = prepared(tmp_path, rows, "--skip-invalid")
     assert np.isnan(dataset.tables("pairs", "train").scores).all(axis=1).tolist() == [i in (2, 5) for i in range(12)]
     assert dataset.sources["pairs"].counters["scores: has 1 scores for 1 positive and 4 negatives"] == 1
+
+
+@pytest.mark.slow
+def test_a_run_with_every_option_on(tmp_path):
+    """Sources with scores, of graded pairs and without either, a teacher as guide, several depths: chunks of any size, the same numbers."""
+    found = listed("scores") * 4
+    rows = [row | {"query": f"{row['query']} {i % 7}"} for i, row in enumerate(found)]
+    (tmp_path / "raw").mkdir()
+    graded = [{"query": f"cat {i}", "passage": f"mat {i}", "score": i / 4} for i in range(30)]
+    plain = [{"query": f"dog {i}", "passage": f"mat {i}", "negative_1": f"cat {i}"} for i in range(30)]
+    for name, lines in {"scored": rows, "graded": graded, "plain": plain}.items():
+        (tmp_path / "raw" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    tiny.write_tokenizer(tmp_path / "tokenizer")
+    command = ["--raw", tmp_path / "raw", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "data", "--workers", 1]
+    assert prepare.main([*map(str, command), "--max-length", "32", "--validation", "0.2"]) == 0
+    config = common.base("80m", runlocal=True, stage=2)
+    fields = {
+        "data.folder": str(tmp_path / "data"),
+        "size": "toy-0.6b",
+        "steps": 8,
+        "loggers": (),
+        "batch.size": 16,
+        "batch.max_length": 32,
+    }
+    fields |= {"batch.row_tokens": 32, "batch.row_texts": 8, "batch.chunk_rows": 8, "batch.microbatch_rows": 8, "eval.every": 8}
+    config.update_from_flattened_dict(fields)
+    api.train(config, tmp_path / "teacher")
+    options = {
+        "guide": "relative",
+        "guide_margin": 0.05,
+        "hardness": 5.0,
+        "focal": 0.5,
+        "query_negatives": True,
+        "document_negatives": True,
+    }
+    options |= {"positives": "joint", "scores_weight": 0.5, "graded": "angle", "layer_matryoshka": True, "mask_false_negatives": True}
+    options |= {"in_batch_pool": "positives_and_negatives", "distillation": "scores", "distillation_weight": 0.5}
+    config.update_from_flattened_dict(
+        {f"objective.{name}": value for name, value in options.items()} | {"teacher": str(tmp_path / "teacher")}
+    )
+    runs = []
+    for chunk in (8, 32):
+        config.batch.update({"microbatch_rows": chunk, "chunk_rows": chunk})
+        runs.append(api.train(config, tmp_path / f"run{chunk}"))
+    for name in ("loss", "grad_norm", "scores", "graded", "masked_negatives", "distillation"):
+        first, second = (run.values(name) for run in runs)
+        assert len(first) == 8 and any(first.values()), name
+        np.testing.assert_allclose(list(first.values()), list(second.values()), rtol=1e-3, atol=1e-5, err_msg=name)
+    last = runs[0].values("validation/graded")
+    assert all(np.isfinite(list(last.values()))) and not runs[0].values("validation/accuracy/source/graded")
