@@ -352,7 +352,7 @@ def test_a_run_with_every_option_on(tmp_path):
         "query_negatives": True,
         "document_negatives": True,
     }
-    options |= {"positives": "joint", "scores_weight": 0.5, "graded": "angle", "layer_matryoshka": True, "mask_false_negatives": True}
+    options |= {"positives": "joint", "scores_weight": 0.5, "graded": "angle", "layer_matryoshka": True, "matryoshka_minimum": 32}
     options |= {"in_batch_pool": "positives_and_negatives", "distillation": "scores", "distillation_weight": 0.5}
     config.update_from_flattened_dict(
         {f"objective.{name}": value for name, value in options.items()} | {"teacher": str(tmp_path / "teacher")}
