@@ -192,9 +192,9 @@ class Pipeline:
 
     def _of_queries(self, plan: StepPlan) -> Int[np.ndarray, " B"]:
         """The id of each sample's query; -1 for a sample that does not exist."""
-        found = np.full(self._samples, -1, np.int32)
-        found[: len(plan.rows)] = self._tables(plan.source, self._split).query_ids[plan.rows]
-        return found
+        ids = self._tables(plan.source, self._split).query_ids
+        assert ids is not None
+        return np.pad(ids[plan.rows], (0, self._samples - len(plan.rows)), constant_values=-1)
 
     def _scores(self, plan: StepPlan) -> Float[np.ndarray, "B 1+N"]:
         """Of each sample's positive and the negatives that it uses; NaN for none."""

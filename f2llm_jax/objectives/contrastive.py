@@ -95,14 +95,17 @@ def in_batch_loss(
     of_query = rows if samples.query_ids is None else split(samples.query_ids)
     from_query = _Anchors(query, guide_query, own, guide_own, ids, of_query, rows)
     from_passage = from_query._replace(vectors=passage, guide=guide_passage)
-    documents = candidate_blocks(pool, samples, config.in_batch_pool), guide and candidate_blocks(guide, samples, config.in_batch_pool)
+    documents = (
+        candidate_blocks(pool, samples, config.in_batch_pool),
+        candidate_blocks(guide, samples, config.in_batch_pool) if guide else None,
+    )
 
     none = split(jnp.zeros(query.shape[0], jnp.int32))
     state = _Running(_logits(own, config), _logits(own, config), jnp.full_like(own[-1], -jnp.inf), none, none)
     state = _streamed(state, from_query, documents, config, dims, of_queries=True)
     hardest = state.hardest
     if config.query_negatives:
-        queries = query_blocks(pool.query, samples), guide and query_blocks(guide.query, samples)
+        queries = query_blocks(pool.query, samples), query_blocks(guide.query, samples) if guide else None
         state = _streamed(state, from_query._replace(sample=of_query), queries, config, dims)
     if config.document_negatives:
         state = _streamed(state, from_passage, documents, config, dims)
