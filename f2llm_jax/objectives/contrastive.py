@@ -145,12 +145,12 @@ def _streamed(
             logits = _hardened(logits, cosines, mine, config)
         if config.positives != "own":
             siblings = other & ~block.negative[None, :] & (block.query[None, :] == anchors.query[:, None])
-            joint = siblings & (config.positives == "joint" and of_queries)
-            false = (false | siblings) & ~joint
-            right = _added(right, jnp.where(joint, logits, -jnp.inf))
+            if joint := config.positives == "joint" and of_queries:
+                right = _added(right, jnp.where(siblings, logits, -jnp.inf))
+            false = false & ~siblings if joint else false | siblings
         allowed = other & ~false
         logits = jnp.where(allowed, logits, -jnp.inf)
-        rivals = allowed & ~joint if config.positives == "joint" else allowed
+        rivals = allowed & ~siblings if config.positives == "joint" else allowed
         hardest = jnp.maximum(state.hardest, jnp.max(jnp.where(rivals, cosines[-1], -jnp.inf), axis=-1))
         return _Running(_added(state.total, logits), right, hardest, state.masked + false.sum(-1), state.pool + other.sum(-1)), None
 
