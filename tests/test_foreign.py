@@ -302,6 +302,19 @@ def test_an_instruction_of_the_users_takes_the_form_of_the_models_prompt(embeddi
     assert (np.load(tmp_path / "out.npy") * peer.encode(["how do plants make food"], prompt="Instruct: Find it.\nQuery: ")).sum() < 0.9999
 
 
+def test_a_prompt_without_a_place_for_an_instruction_is_not_replaced_by_one(embedding, tmp_path):
+    pytest.importorskip("mteb")
+    from f2llm_jax.evaluation.mteb_encoder import model_meta
+
+    shutil.copytree(embedding, tmp_path / "model")
+    path = tmp_path / "model/config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": {"query": "query: "}}))
+    assert worst(ours(tmp_path / "model", queries=True), theirs(tmp_path / "model", queries=True)) >= SAME
+    with pytest.raises(UserError, match=r"queries of .* begin with 'query: ', where a task's instruction has no place"):
+        model_meta(find_model(str(tmp_path / "model")), "0" * 64)
+    assert model_meta(find_model(str(embedding)), "0" * 64).loader_kwargs["instruction_template"] == "Instruct: {instruction}\nQuery:"
+
+
 def test_every_command_serves_the_width_of_a_release(tmp_path):
     """The vectors of the encoder, their digest and what `embed` writes are those of the truncated model."""
     origin = tiny.origin(tmp_path / "t")

@@ -11,10 +11,12 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax.cli.progress import Progress
+from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation import instructions
 from f2llm_jax.inference.encode import truncate_and_normalize
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.model.decoder import count_parameters
+from f2llm_jax.text import leading_prompt
 from f2llm_jax.weights.models import ModelSource
 
 MEGABYTE = 2**20
@@ -87,7 +89,15 @@ def model_meta(source: ModelSource, digest: str, name: str | None = None):
       source: the model.
       digest: of the model; its first digits are the revision until it has one on the Hub.
       name: `owner/name` on the leaderboard; made from the model's own if None.
+
+    Raises:
+      UserError: the model's own prompt has no place for the instruction of a task.
     """
+    if (prompt := source.embedding.query_prompt) != leading_prompt(prompt):
+        raise UserError(
+            f"queries of {source.name} begin with {prompt!r}, where a task's instruction has no place; measure it with mteb's own "
+            "SentenceTransformerEncoderWrapper, or leave the prompt out of its config_sentence_transformers.json"
+        )
     from mteb.models import ModelMeta
     from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
     from mteb.models.model_meta import ScoringFunction
