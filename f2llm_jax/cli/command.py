@@ -86,21 +86,33 @@ def _ctrl_c(name: str) -> Iterator[list[int]]:
     asked: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        asked.append(number)
+        if number == signal.SIGINT:
+            asked.append(number)
         if len(asked) > 1:
             os.write(2, f"{name}: interrupted twice: ended at once\n".encode())
             os._exit(INTERRUPTED)
+        if _imports(frame):  # a C extension prints what is raised while it is imported: ask again when it has been
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            return
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGALRM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether the code at `frame` runs because a module is being imported."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _package(error: ModuleNotFoundError) -> str:

@@ -5,6 +5,7 @@ been uploaded whole. Arrays and sealed JSON carry a checksum (XXH3), which is co
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -110,7 +111,8 @@ def check_new_file(path: epath.PathLike) -> None:
         raise FileError(f"{path} is a folder; name a file in it")
     folder = next(parent for parent in absolute(path).parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise FileError(f"{path} cannot be written: {folder} is not a folder that this user may write to")
+        read_only = f" ({os.strerror(errno.EROFS)})" if os.statvfs(folder).f_flag & os.ST_RDONLY else ""
+        raise FileError(f"{path} cannot be written: {folder} is not a folder that this user may write to{read_only}")
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
