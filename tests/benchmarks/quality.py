@@ -42,12 +42,17 @@ OURS: dict[str, dict[str, Any]] = {
 }
 TAUGHT: dict[str, dict[str, Any]] = {
     "+ matryoshka, projection": {"objective.distillation": "cosine", "objective.projection": True},
+    "+ matryoshka, projection, weight 30": {
+        "objective.distillation": "cosine",
+        "objective.projection": True,
+        "objective.distillation_weight": 30.0,
+    },
     "+ matryoshka, scores": {"objective.distillation": "scores"},
     "+ matryoshka, guide": {"objective.guide": "absolute", "objective.distillation_weight": 0.0},
 }
 EQUAL = ", equal seconds"
 PEER = {"MNRL": "contrastive", "MNRL + matryoshka": "+ matryoshka"}
-PEER_TAUGHT = {"EmbedDistill": "+ matryoshka, projection"}
+PEER_TAUGHT = {"EmbedDistill": "+ matryoshka, projection, weight 30"}
 
 
 def parser() -> argparse.ArgumentParser:
