@@ -51,7 +51,7 @@ ENVIRONMENTS = {
     "infinity": ("infinity-emb[torch,server]==0.0.77", "click<8.2"),
     "onnx": ("optimum-onnx[onnxruntime]", TRANSFORMERS_4),
     "openvino": ("optimum-intel[openvino]", "sentence-transformers==5.1.2"),
-    "llamacpp": (TRANSFORMERS_4, "sentencepiece", "gguf", "llama-cpp-python"),
+    "llamacpp": (TRANSFORMERS_4, "sentencepiece", "gguf", "scikit-build-core", "llama-cpp-python"),
 }  # fmt: skip
 NAMED = "encode(queries, prompt_name='query')"
 CLIENTS = (
