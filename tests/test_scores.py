@@ -363,7 +363,7 @@ def test_a_run_with_every_option_on(tmp_path):
         runs.append(api.train(config, tmp_path / f"run{chunk}"))
     for name in ("loss", "grad_norm", "scores", "graded", "masked_negatives", "distillation"):
         first, second = (run.values(name) for run in runs)
-        assert len(first) == 8 and any(first.values()), name
+        assert any(first.values()) and first.keys() == second.keys(), name  # of the steps that have it
         np.testing.assert_allclose(list(first.values()), list(second.values()), rtol=1e-3, atol=1e-5, err_msg=name)
     last = runs[0].values("validation/graded")
     assert all(np.isfinite(list(last.values()))) and not runs[0].values("validation/accuracy/source/graded")
