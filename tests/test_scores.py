@@ -246,7 +246,7 @@ def test_scores_stay_with_their_documents(form, tmp_path):
 def test_graded_pairs_from_a_file(tmp_path, capsys):
     rows = [{"sentence1": f"cat {i}", "sentence2": f"mat {i}", "score": i / 4} for i in range(9)]
     dataset = prepared(tmp_path, rows, "--columns", "query=sentence1,passage=sentence2")
-    assert "pairs: graded (guessed: pairs with a score" in capsys.readouterr().out
+    assert "pairs: graded (guessed: sentences (sentence1) with a score" in capsys.readouterr().out
     batch = Pipeline(dataset, "train", BatchConfig(size=9, row_tokens=32, microbatch_rows=4, max_length=32), 0, None).step(0).batch
     for query, documents in batch_texts(dataset, batch):
         assert documents[0][1] == int(query.split()[1]) / 4
@@ -288,6 +288,11 @@ WRONG = {
     "positives in lists": ({"pos": ["a", "b"], "scores": [1, 2, 3, 4, 5]}, (), "give scores as pos_scores and neg_scores"),
     "unlike positives": ({"pos": ["a", "b"], "pos_scores": [1]}, (), "has 1 scores for 2 positives"),
     "another name": ({"relevance": 3}, (), "'relevance' looks like a score and is not used; use it with --columns scores=relevance"),
+    "graded or positives": (
+        {"neg": [], "score": 1},
+        (),
+        'or positives; say which in tasks.json next to it, {"pairs": "graded"} or "retrieval"',
+    ),
     "graded, with negatives": ({"scores": [1, 2, 3, 4, 5]}, {"pairs": "graded"}, "of graded pairs and has negatives"),
     "graded, without scores": ({"neg": []}, {"pairs": "graded"}, "of graded pairs and has no scores"),
     "graded, all alike": ({"neg": [], "score": 1}, {"pairs": "graded"}, "all scores of the source 'pairs' are alike"),
@@ -326,6 +331,7 @@ def test_a_run_with_every_option_on(tmp_path):
     rows = [row | {"query": f"{row['query']} {i % 7}"} for i, row in enumerate(found)]
     (tmp_path / "raw").mkdir()
     graded = [{"query": f"cat {i}", "passage": f"mat {i}", "score": i / 4} for i in range(30)]
+    (tmp_path / "raw" / "tasks.json").write_text('{"graded": "graded"}')
     plain = [{"query": f"dog {i}", "passage": f"mat {i}", "negative_1": f"cat {i}"} for i in range(30)]
     for name, lines in {"scored": rows, "graded": graded, "plain": plain}.items():
         (tmp_path / "raw" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))

@@ -1,5 +1,6 @@
 """Of which kind a source is: what a tasks file says, or what its rows show."""
 
+import re
 from collections.abc import Sequence
 
 import pyarrow.compute as pc
@@ -7,10 +8,12 @@ from etils import epath
 
 from f2llm_jax.data.records import Kind
 from f2llm_jax.errors import UserError
+from f2llm_jax.inputs.columns import Columns
 from f2llm_jax.inputs.pairs import PairFile, read_pairs
 from f2llm_jax.preparation.catalogue import KINDS
 from f2llm_jax.storage.files import read_json
 
+SENTENCE = re.compile(r"(sentence|text|s|t)_?[1aA]")  # the first text of a pair in files of graded pairs
 FEW_LABELS = 32  # distinct passages and negatives of a source that is taken for classification, at most
 ROWS_A_LABEL = 4  # and rows for each of them, at least
 
@@ -42,9 +45,12 @@ def guess(files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
 
     Triplets of a query, a positive and one negative are retrieval; they are classification only if their passages and negatives are
     few texts that come back row after row. Clustering looks like retrieval, so that only a tasks file or a catalogue can tell it.
+
+    Raises:
+      UserError: pairs have a score and no negatives, and their columns do not tell whether they are graded or positives.
     """
     if all(pairs.scored and not pairs.negatives for pairs in files):
-        return "graded", "guessed: pairs with a score and without negatives; tasks.json can say otherwise"
+        return _guess_scored(files[0].file.path, files[0].columns)
     if {pairs.negatives for pairs in files} != {1}:
         return "retrieval", "guessed: a row of classification has one negative, the opposite label; tasks.json can say otherwise"
     texts: set[str] = set()
@@ -56,6 +62,18 @@ def guess(files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
     counted = f"{'more than ' if len(texts) > FEW_LABELS else ''}{min(len(texts), FEW_LABELS)} distinct passages and negatives"
     kind: Kind = "classification" if len(texts) <= FEW_LABELS and rows >= ROWS_A_LABEL * len(texts) else "retrieval"
     return kind, f"guessed: {rows:,} rows have {counted}; tasks.json can say otherwise"
+
+
+def _guess_scored(path: str, columns: Columns) -> tuple[Kind, str]:
+    """Two numbered sentences with a score are graded pairs; a query and a positive with one may be either."""
+    query, scores, name = columns.roles["query"][0], columns.roles["scores"][0], epath.Path(path).name.partition(".")[0]
+    if SENTENCE.fullmatch(query):
+        return "graded", f"guessed: sentences ({query}) with a score; tasks.json can say otherwise"
+    raise UserError(
+        f"{path}: has a score ({scores}) and no negatives, so that its rows are graded pairs, of which some are not alike, or positives; "
+        f'say which in tasks.json next to it, {{"{name}": "graded"}} or "retrieval", and give the folder '
+        f"of both; or leave the score out with --ignore-columns {scores}"
+    )
 
 
 def check_graded(name: str, kind: Kind, files: Sequence[PairFile]) -> None:
