@@ -154,6 +154,7 @@ def test_an_objective_and_metrics_of_ones_own(base, data, folder, quick_compilat
     assert api.load(folder / "own").width == 64
 
 
+@pytest.mark.slow
 def test_the_packages_objective_passed_as_ones_own_trains_the_same(base, data, folder, quick_compilation):
     fields = settings(base, data, **{"objective.matryoshka": False})
     same = functools.partial(objectives.total, objective=Objective(contrastive=ContrastiveConfig(mask_false_negatives=True)))

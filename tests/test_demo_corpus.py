@@ -80,6 +80,7 @@ def trained_texts(raw) -> dict[str, set[str]]:
     return {source: {demo_corpus.fold(text.strip_instruction(t)) for column in of for t in column} for source, of in columns.items()}
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bytes(corpora):
     first, second = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("[!.]*.*")} for folder in corpora)
     assert len(first) == 4 + 1 + 3 + 2

@@ -128,6 +128,7 @@ def test_a_hub_model_is_downloaded_by_one_host_for_all(folder, data):
     assert (folder / "hub-mined/some.parquet").exists()
 
 
+@pytest.mark.slow
 def test_embed_killed_and_run_again_encodes_nothing_twice(folder):
     flags = ["--model", folder / "model", "--input", folder / "lines.txt", "--output", folder / "killed.npy"]
     run("embed", *flags, kill_after=1)  # after the first of three blocks
@@ -144,6 +145,7 @@ def vectors(cache):
     return {"/".join(path.relative_to(cache).parts[1:]): np.load(path) for path in sorted(cache.glob("*/*/*/*.npy"))}
 
 
+@pytest.mark.slow
 def test_cache_teacher(folder, data):
     flags = ["--model", folder / "model", "--data", data, "--dims", 32, "--max-length", 48, "--dtype", "float32"]
     [alone] = run("cache_teacher", *flags, "--out", folder / "cache1")

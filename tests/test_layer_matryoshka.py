@@ -102,6 +102,7 @@ def test_a_teacher_with_too_few_depths_is_refused():
         program.followed_depths(DEPTHS, dataclasses.replace(tiny.CONFIG, num_hidden_layers=2))
 
 
+@pytest.mark.slow
 def test_on_a_mesh_a_step_is_that_of_one_device():
     ids = np.arange(B, dtype=np.int32), np.arange(B, B + B * N, dtype=np.int32).reshape(B, N)
     batch = Batch(packed(2), Samples(np.ones(B, np.float32), np.ones((B, N), np.float32), np.float32(1), *ids))

@@ -116,7 +116,7 @@ def test_masked_share_counts_pairs():
     assert (parts["masked_negatives"].sum, parts["masked_negatives"].count) == (2, present * (present - 1))
 
 
-@pytest.mark.parametrize("block", [3, 8])
+@pytest.mark.parametrize("block", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_streaming_changes_nothing(monkeypatch, block):
     """Any block size, also one that does not divide the pool: same value, same gradient."""
     e, samples = with_twins()

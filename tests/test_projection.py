@@ -167,6 +167,7 @@ def present_samples():
     return objectives.Samples(jnp.ones(samples).at[3].set(0), jnp.ones((samples, negatives)), jnp.float32(1), jnp.arange(samples), ids)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing():
     """An update of decoder and projection is the same however its texts are spread over chunks."""
     samples, negatives, width = small_batches.B, small_batches.N, 24
