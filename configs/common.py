@@ -20,10 +20,11 @@ SLICE |= {"4b": "v5e:8x8", "8b": "v6e:8x8", "14b": "v5p:4x4x4"}
 # Size of the mesh's fsdp axis; -1 for all devices. XLA makes an all-reduce of each layer's gather if those are 64, and sums gradients
 # whole instead of scattering them if they are all of v5e:4x4.
 FSDP = {"1.7b": 8, "4b": 16, "8b": 16, "14b": 16}
-MICROBATCH_ROWS = {"80m": 288, "160m": 288, "330m": 128, "0.6b": 64, "1.7b": 64, "4b": 128, "8b": 256, "14b": 576}
+# Of more rows than these the smaller sizes compute more: fewer steps fill a group, and what fills none is encoded twice.
+MICROBATCH_ROWS = {"80m": 64, "160m": 64, "330m": 64, "0.6b": 64, "1.7b": 64, "4b": 128, "8b": 256, "14b": 256}
 
 # At once for the rows that are left of a step when no full group is (rounded to what the mesh allows).
-CHUNK_ROWS = {"80m": 32, "160m": 32, "330m": 16, "0.6b": 8, "1.7b": 16, "4b": 64, "8b": 64, "14b": 64}
+CHUNK_ROWS = {"80m": 8, "160m": 8, "330m": 8, "0.6b": 8, "1.7b": 16, "4b": 64, "8b": 64, "14b": 64}
 
 
 def parse_arg(arg: str | None, **defaults: str | bool) -> ml_collections.ConfigDict:

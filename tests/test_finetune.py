@@ -158,7 +158,10 @@ def test_learning_rates_follow_the_published_ones():
 
 
 def test_rows_at_once_are_those_that_compile_check_found():
-    """Of the published sizes on the slices of configs/common.py, within a factor of 1.7, by the memory of their chips."""
+    """Of two published sizes on the slices of configs/common.py, within a factor of 1.7, by the memory of their chips.
+
+    Smaller sizes take fewer rows than fit, of which more steps fill a group.
+    """
     from f2llm_jax.configs.common import MICROBATCH_ROWS, SLICE
 
     memory = {"v5e": 16 * 2**30, "v6e": 32 * 2**30, "v5p": 95 * 2**30}
@@ -176,7 +179,7 @@ def test_rows_at_once_are_those_that_compile_check_found():
 
     from f2llm_jax.configs.common import FSDP
 
-    for size in ("80m", "330m", "0.6b", "1.7b"):
+    for size in ("0.6b", "1.7b"):
         kind, _, topology = SLICE[size].partition(":")
         chips = int(np.prod([int(n) for n in topology.split("x")]))
         fsdp = FSDP.get(size, chips)

@@ -99,8 +99,9 @@ def test_estimated_cycles_are_counted_as_often_as_loops_run():
 
 
 def test_the_chips_whose_collectives_would_block_get_compiler_options():
-    for kind in ("TPU v5", "TPU v6 lite", "TPU7x"):
+    for kind in ("TPU v6 lite", "TPU7x"):
         assert program.compiler_options(kind)["xla_tpu_enable_sparse_core_collective_offload_all_gather"] == "true"
+    assert program.compiler_options("TPU v5")["xla_tpu_enable_async_collective_fusion_fuse_all_gather"] == "true"
     assert program.compiler_options("cpu") == program.compiler_options("TPU v5 lite") == {}
 
 

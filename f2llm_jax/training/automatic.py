@@ -72,7 +72,7 @@ def _microbatch_rows(config: ml_collections.ConfigDict, model: DecoderConfig, da
 def _tokens_that_fit(model: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
     """Of one device. Half of its memory after weights and moments holds what the backward pass keeps of each token.
 
-    The rule gives the rows that `compile_check` found for the published sizes (configs/common.py, `MICROBATCH_ROWS`).
+    The rule gives the rows that `compile_check` found for 0.6B and 1.7B (configs/common.py, `MICROBATCH_ROWS`).
     """
     memory = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     if not memory:

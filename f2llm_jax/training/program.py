@@ -35,8 +35,18 @@ _SPARSE_CORE_COLLECTIVES = {
     "xla_sc_disable_megacore_partitioning": "true",
 }
 _PROJECTION_STREAM = 0x50524F4A  # of random numbers, apart from those of ranks of the embedding table
+# On v5p the SparseCores take none of the gathers; fused with products and pipelined in the backward pass, most of them are hidden.
+_FUSED_GATHERS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_enable_ag_backward_pipelining": "true",
+    "xla_tpu_megacore_fusion_allow_ags": "false",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
 # By JAX's name of the device.
-COMPILER_OPTIONS = {"TPU v5": _SPARSE_CORE_COLLECTIVES, "TPU v6 lite": _SPARSE_CORE_COLLECTIVES, "TPU7x": _SPARSE_CORE_COLLECTIVES}
+COMPILER_OPTIONS = {"TPU v5": _FUSED_GATHERS, "TPU v6 lite": _SPARSE_CORE_COLLECTIVES, "TPU7x": _SPARSE_CORE_COLLECTIVES}
 
 
 def compiler_options(device_kind: str) -> dict[str, str]:
