@@ -125,6 +125,12 @@ def settings(base, data, **more):
     )
 
 
+@pytest.fixture(scope="module")
+def plain(base, data, folder):
+    """A finished run of the package's own objective."""
+    return folder / "plain", api.train(settings(base, data, **{"objective.matryoshka": False}), folder / "plain").values("loss")
+
+
 def triplet(margin, embeddings, samples, teacher):
     """Each positive nearer than the hardest other passage by a margin; counts how often it is."""
     unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
@@ -155,27 +161,28 @@ def test_an_objective_and_metrics_of_ones_own(base, data, folder, quick_compilat
 
 
 @pytest.mark.slow
-def test_the_packages_objective_passed_as_ones_own_trains_the_same(base, data, folder, quick_compilation):
+def test_the_packages_objective_passed_as_ones_own_trains_the_same(base, data, folder, plain, quick_compilation):
     fields = settings(base, data, **{"objective.matryoshka": False})
     same = functools.partial(objectives.total, objective=Objective(contrastive=ContrastiveConfig(mask_false_negatives=True)))
-    plain = api.train(fields, folder / "plain").values("loss")
     passed = api.train(fields, folder / "passed", objective=lambda e, s, t: same(e, s, teacher=t)).values("loss")
-    np.testing.assert_allclose(list(passed.values()), list(plain.values()), rtol=2e-4)
+    np.testing.assert_allclose(list(passed.values()), list(plain[1].values()), rtol=2e-4)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(base, data, folder, capsys):
-    before = (folder / "plain" / "metrics.jsonl").read_bytes()
-    api.train(settings(base, data, **{"objective.matryoshka": False}), folder / "plain")
+def test_a_finished_run_says_so_and_changes_nothing(base, data, plain, capsys):
+    workdir, _ = plain
+    before = (workdir / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    api.train(settings(base, data, **{"objective.matryoshka": False}), workdir)
     said = capsys.readouterr().err
     assert f"finished: all {STEPS} steps are done" in said and "resumes" not in said and "compiling" not in said
-    assert (folder / "plain" / "metrics.jsonl").read_bytes() == before
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_release_from_python(folder):
-    api.release(folder / "plain", folder / "released", dtype="bfloat16")
+def test_a_release_from_python(folder, plain):
+    api.release(plain[0], folder / "released", dtype="bfloat16")
     assert api.load(folder / "released").encode("a").shape == (64,)
     with pytest.raises(UserError, match="not empty"):
-        api.release(folder / "plain", folder / "released")
+        api.release(plain[0], folder / "released")
 
 
 def test_fields_that_do_not_exist_are_named(base, data, folder):
