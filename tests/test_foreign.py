@@ -303,7 +303,6 @@ def test_an_instruction_of_the_users_takes_the_form_of_the_models_prompt(embeddi
 
 
 def test_a_prompt_without_a_place_for_an_instruction_is_not_replaced_by_one(embedding, tmp_path):
-    pytest.importorskip("mteb")
     from f2llm_jax.evaluation.mteb_encoder import model_meta
 
     shutil.copytree(embedding, tmp_path / "model")

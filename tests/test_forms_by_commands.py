@@ -157,7 +157,6 @@ def recalled(model, places, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(model, places, tmp_path_factory):
-    pytest.importorskip("mteb")
     folder = tmp_path_factory.mktemp("evaluated")
     more = {"type": "BitextMining", "instruction": "", "ignore_columns": ["part"]}
     tasks = [{"name": source(places["evaluate", form]), "file": places["evaluate", form], **more} for form in forms("evaluate")]

@@ -194,7 +194,6 @@ def test_recall(folder):
 @pytest.mark.slow
 def test_evaluate(folder):
     """Two hosts run every task, encode half of the texts each, and one of them writes."""
-    pytest.importorskip("mteb")
     rows = {"sentence1": LINES[:60], "sentence2": LINES[60:120], "score": [float(i % 6) for i in range(60)]}
     pq.write_table(pa.table(rows), folder / "sts.parquet")
     manifest = {"tasks": [{"name": "Similar", "type": "STS", "file": "sts.parquet", "languages": ["eng-Latn"]}]}

