@@ -15,7 +15,8 @@ from small_runs import ROOT, TRAIN, environment, losses, train_command
 
 import f2llm_jax
 from f2llm_jax.configs import stage2
-from f2llm_jax.errors import DivergedError, Preempted
+from f2llm_jax.errors import DivergedError, Preempted, UserError
+from f2llm_jax.storage.locks import LockedError
 from f2llm_jax.training import hosts
 from f2llm_jax.training.host_log import HostLog
 from f2llm_jax.training.resuming import AS_IT_WAS
@@ -113,6 +114,34 @@ def test_another_number_of_processes_and_one_number_twice():
             thread.join(timeout=30)
         assert len(problems) == len(pair) and all(expected in problem for problem in problems), problems
         problems.clear()
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_all_learn_why_one_cannot_start(failing, tmp_path, capsys):
+    """Before the hosts have joined, whichever of them it is; its own error stays the one that it raises."""
+    port, problems = free_port(), {}
+
+    def start(index):
+        place = hosts.Place(f"localhost:{port}", 3, index)
+        try:
+            with hosts.Joining(place, {"--workdir": str(tmp_path)}, 30) as joining:
+                if index == failing:
+                    raise LockedError("the workdir is written by pid 7")
+                joining.join()
+        except UserError as error:
+            problems[index] = error
+
+    threads = [threading.Thread(target=start, args=[index], daemon=True) for index in range(3)]
+    begun = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=40)
+    assert time.monotonic() - begun < 25 and problems.keys() == {0, 1, 2}
+    assert isinstance(problems.pop(failing), LockedError)
+    why = f"process {failing} ({socket.gethostname()}) cannot start: the workdir is written by pid 7"
+    assert [str(problem) for problem in problems.values()] == [f"startup check: {why}"] * 2
+    assert "cannot start: the workdir is written by pid 7" in capsys.readouterr().err
 
 
 def test_who_starts_over_is_taken_and_strangers_are_not():

@@ -4,11 +4,14 @@ On TPU pods, on GKE and under Slurm JAX itself knows who they are; elsewhere thr
 `jax.distributed.initialize`. One process needs none of this.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ import f2llm_jax
 from f2llm_jax.errors import UserError
 from f2llm_jax.training import cluster
 from f2llm_jax.training.resuming import Resume
-from f2llm_jax.training.startup_check import Processes, run_token, startup_check
+from f2llm_jax.training.startup_check import Processes, StartupError, run_token, startup_check
 
 
 class HostsError(UserError):
@@ -72,25 +75,49 @@ def find_place(coordinator_address: str | None, num_processes: int | None, proce
     return place
 
 
-def join(place: Place, settings: Mapping[str, str], limit: int) -> None:
-    """Runs the startup check (at the port below the coordinator's) and joins the processes to one JAX; nothing for one process.
+class Joining:
+    """The processes of a run become one JAX, or all of them learn why not: also of an error on one of them before it has joined.
 
-    Args:
-      place: of this process.
-      settings: what all must have in common, by name.
-      limit: seconds from the start of the first process on.
-
-    Raises:
-      StartupError: not all are there, or not all are alike; raised on all of them.
+    A context manager; what must be done before the hosts join is done in it, before `join`.
     """
-    if place.num_processes == 1:
-        return
-    host, _, port = place.coordinator_address.rpartition(":")
-    known = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")  # GKE names the pods of a slice
-    names = known if len(known) == place.num_processes else ()
-    processes = Processes(host.strip("[]"), int(port) - 1, place.num_processes, names)
-    startup_check(processes, place.process_id, settings, limit, run_token(settings["--workdir"]))
-    jax.distributed.initialize(place.coordinator_address, place.num_processes, place.process_id, initialization_timeout=limit)
+
+    def __init__(self, place: Place, settings: Mapping[str, str], limit: int):
+        """
+        Args:
+          place: of this process.
+          settings: what all must have in common, by name.
+          limit: seconds from the start of the first process on.
+        """
+        self._place, self._settings, self._limit = place, settings, limit
+        self._waiting = place.num_processes > 1
+
+    def __enter__(self) -> "Joining":
+        return self
+
+    def join(self) -> None:
+        """Runs the startup check (at the port below the coordinator's) and joins; nothing for one process.
+
+        Raises:
+          StartupError: not all are there, or not all are alike, or one cannot start; raised on all of them.
+        """
+        if self._waiting:
+            self._check()
+            place = self._place
+            jax.distributed.initialize(place.coordinator_address, place.num_processes, place.process_id, initialization_timeout=self._limit)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._waiting and isinstance(error, Exception):
+            print(f"cannot start: {error}\ntelling the other processes, for at most {self._limit} s", file=sys.stderr, flush=True)
+            with contextlib.suppress(StartupError):
+                self._check(str(error) or type(error).__name__)
+
+    def _check(self, failed: str = "") -> None:
+        self._waiting = False
+        place, (host, _, port) = self._place, self._place.coordinator_address.rpartition(":")
+        known = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")  # GKE names the pods of a slice
+        names = known if len(known) == place.num_processes else ()
+        processes = Processes(host.strip("[]"), int(port) - 1, place.num_processes, names)
+        startup_check(processes, place.process_id, self._settings, self._limit, run_token(self._settings["--workdir"]), failed)
 
 
 def settings_of(config: ml_collections.ConfigDict, workdir: epath.Path, resume: Resume) -> dict[str, str]:

@@ -72,10 +72,14 @@ def run(
     """
     workdir = workdir_path(workdir)
     first = place.process_id == 0
-    with lock(workdir) if first else contextlib.nullcontext(), HostLog(workdir, place.process_id) as log:
+    with (
+        hosts.Joining(place, hosts.settings_of(config, workdir, resume), limit) as joining,
+        lock(workdir) if first else contextlib.nullcontext(),
+        HostLog(workdir, place.process_id) as log,
+    ):
         log.say(f"started: process {place.process_id} of {place.num_processes} on {socket.gethostname()}, pid {os.getpid()}")
         fetch(config, workdir, place)
-        hosts.join(place, hosts.settings_of(config, workdir, resume), limit)
+        joining.join()
         mesh = sharding.make_mesh(**config.mesh)
         use = TimeUse(workdir, place.process_id)
         with jax.set_mesh(mesh), contextlib.closing(use), Watchdog(use, log, config.hang_minutes):

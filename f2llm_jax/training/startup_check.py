@@ -53,6 +53,7 @@ class _Answer:
     host: str
     settings: Mapping[str, str]
     connection: socket.socket | None = None
+    failed: str = ""  # why it cannot start
 
     def __str__(self) -> str:
         return f"process {self.index} ({self.host})"
@@ -63,7 +64,7 @@ def run_token(workdir: str) -> str:
     return hashlib.sha256(f"f2llm_jax {os.environ.get(TOKEN_VARIABLE) or workdir}".encode()).hexdigest()
 
 
-def startup_check(processes: Processes, index: int, settings: Mapping[str, str], limit: float, token: str = "") -> None:
+def startup_check(processes: Processes, index: int, settings: Mapping[str, str], limit: float, token: str = "", failed: str = "") -> None:
     """Returns on every process when all have answered alike.
 
     Args:
@@ -72,12 +73,13 @@ def startup_check(processes: Processes, index: int, settings: Mapping[str, str],
       settings: what all must have in common, by name.
       limit: seconds from the start of the first process on.
       token: of the run; who sends another is not of it.
+      failed: why this process cannot start, for the others to know; "" if it can.
 
     Raises:
       StartupError: within `limit`, on every process that did start.
     """
     deadline = time.monotonic() + limit
-    mine = _Answer(index, socket.gethostname(), {"number of processes": str(processes.count), **settings})
+    mine = _Answer(index, socket.gethostname(), {"number of processes": str(processes.count), **settings}, failed=failed)
     problem = _Listener(processes, mine, deadline, limit, token).wait() if index == 0 else _answer(processes, mine, deadline, limit, token)
     if problem:
         raise StartupError(f"startup check: {problem}")
@@ -87,7 +89,8 @@ def _answer(processes: Processes, mine: _Answer, deadline: float, limit: float, 
     """A process other than 0: says what it runs, again if process 0 starts late or over; the problem, "" for none."""
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((processes.host, processes.port), min(left, GRACE)) as connection:
-            said = {"token": token, "index": mine.index, "host": mine.host, "settings": mine.settings, "left": left}
+            said = {"token": token, "left": left}
+            said |= {name: getattr(mine, name) for name in ("index", "host", "settings", "failed")}
             connection.sendall(_line(said))
             answer = _receive(connection, deadline + GRACE)
             if answer and answer.get("token") == token and isinstance(answer.get("problem"), str):
@@ -128,10 +131,13 @@ class _Listener:
             return True
         absent = sorted(set(range(self._processes.count)) - self._present.keys())
         if not absent or max(self._present) >= self._processes.count:
-            self._problem = _differences(self._present)
+            self._problem = _failures(self._present) or _differences(self._present)
             return True
         if time.monotonic() <= self._deadline:
             return False
+        self._problem = _failures(self._present)
+        if self._problem:
+            return True
         self._problem = _missing(self._processes, self._present, absent, self._limit)
         if self._strangers:
             self._problem += f" ({self._strangers} connections were of other runs, with another --workdir, or of no run)"
@@ -196,6 +202,7 @@ class _Listener:
 def _understood(said: Mapping[str, Any], connection: socket.socket) -> _Answer | None:
     """The answer in a line, if its fields are of the right types."""
     index, host, settings, left = (said.get(name, math.nan) for name in ("index", "host", "settings", "left"))
+    failed = said.get("failed", "")
     right = (
         isinstance(index, int)
         and not isinstance(index, bool)
@@ -207,8 +214,9 @@ def _understood(said: Mapping[str, Any], connection: socket.socket) -> _Answer |
         and not isinstance(left, bool)
         and math.isfinite(left)
         and left >= 0
+        and isinstance(failed, str)
     )
-    return _Answer(index, host, settings, connection) if right else None
+    return _Answer(index, host, settings, connection, failed) if right else None
 
 
 def _missing(processes: Processes, present: Mapping[int, _Answer], absent: Sequence[int], limit: float) -> str:
@@ -217,6 +225,10 @@ def _missing(processes: Processes, present: Mapping[int, _Answer], absent: Seque
         f"{', '.join(names)} of {processes.count} did not answer at {processes.host}:{processes.port} within {limit:g} s; there was "
         f"{', '.join(map(str, present.values()))}. Look at what the missing printed, and start all with the same command"
     )
+
+
+def _failures(present: Mapping[int, _Answer]) -> str:
+    return "\n  ".join(f"{answer} cannot start: {answer.failed}" for answer in present.values() if answer.failed)
 
 
 def _differences(present: Mapping[int, _Answer]) -> str:
