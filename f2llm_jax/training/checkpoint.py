@@ -191,6 +191,7 @@ def save(
 
 @jax.jit
 def _all_finite(tree: Any) -> Bool[Array, ""]:
+    # Not by the largest magnitude, which a CPU finds four times as fast: its vectorised maximum loses some NaN.
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
