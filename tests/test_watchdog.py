@@ -81,11 +81,11 @@ def data(tmp_path_factory):
     return small_data.write(tmp_path_factory.mktemp("watchdog")).folder
 
 
-def processes(data, folder, workdir, python, *flags, port):
+def processes(data, folder, workdir, python, *flags, port, steps=200):
     begun = []
     for index in range(2):
         place = [f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={index}", "--initialization_timeout=120"]
-        command = train_command(data, workdir, *place, *flags, python=python[index], steps=200, eval__every=999, checkpoint__every=999)
+        command = train_command(data, workdir, *place, *flags, python=python[index], steps=steps, eval__every=999, checkpoint__every=999)
         begun.append(
             subprocess.Popen(command, cwd=folder, env=environment(2), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         )
@@ -108,6 +108,40 @@ def test_a_stopped_process_is_seen_by_the_other(data, tmp_path):
         both[1].send_signal(signal.SIGCONT)
         both[1].kill()
         both[1].communicate()
+
+
+SLOW_INPUT = """
+import sys, time
+from f2llm_jax import main
+from f2llm_jax.data.plan import Plan
+step = Plan.step
+def slow(self, number):
+    time.sleep(1)
+    return step(self, number)
+Plan.step = slow
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_straggler_is_named_while_the_run_goes_and_in_its_account(data, tmp_path):
+    """The second of two processes waits for its input; the first says so at update 100, and the time files tell the same."""
+    port = 20_000 + (id(tmp_path) // 16) % 20_000
+    both = processes(data, tmp_path, "run", [TRAIN, ("-c", SLOW_INPUT)], "--config.data.threads=1", port=port, steps=101)
+    try:
+        _, printed = both[0].communicate(timeout=500)
+        assert both[0].returncode == 0, printed
+        assert both[1].wait(timeout=60) == 0
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    (wait, others) = re.search(
+        r"step 100: host 1 is the slowest: it waits ([\d.]+) s a step for its input, the others ([\d.]+) s", printed
+    ).groups()
+    assert float(wait) > 3 * float(others)
+    account = read_goodput(tmp_path / "run")
+    assert account.slowest_host == 1 and account.input_by_host[1] == pytest.approx(float(wait), abs=0.1)
 
 
 def test_the_slowest_host_is_named_in_the_account(tmp_path):

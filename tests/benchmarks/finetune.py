@@ -21,6 +21,7 @@ import numpy as np
 from f2llm_jax.data.records import load_dataset
 
 KS = (1, 10)
+TRIED_STEPS = 10
 
 
 def texts(dataset, split, source):
@@ -46,19 +47,17 @@ def recalls(model, queries, own, corpus):
     }
 
 
-def train_peer(folder, queries, passages, seconds, size, learning_rate, out):
-    """sentence-transformers' own script for pairs, stopped after so many processor seconds."""
+def train_peer(folder, queries, passages, steps, size, learning_rate, out):
+    """sentence-transformers' own script for pairs; the model, and the processor seconds of its steps but for the first, which warms up."""
     import datasets
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
-            self.end = time.process_time() + seconds
+        ends = ()
 
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = time.process_time() >= self.end
-            self.steps = state.global_step
+        def on_step_end(self, *_, **__):
+            self.ends = (*self.ends, time.process_time())
 
     model, clock = SentenceTransformer(str(folder), device="cpu"), Clock()
     arguments = SentenceTransformerTrainingArguments(
@@ -67,7 +66,7 @@ def train_peer(folder, queries, passages, seconds, size, learning_rate, out):
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_ratio=0.1,
-        num_train_epochs=3,
+        max_steps=steps,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -78,7 +77,7 @@ def train_peer(folder, queries, passages, seconds, size, learning_rate, out):
         model=model, args=arguments, train_dataset=data, loss=losses.MultipleNegativesRankingLoss(model), callbacks=[clock]
     )
     trainer.train()
-    return model, clock.steps
+    return model, clock.ends[-1] - clock.ends[0]
 
 
 def main():
@@ -112,7 +111,10 @@ def main():
     (source,) = dataset.sources
     queries, own, corpus = texts(dataset, "train", source)
     size, rate = config["batch"]["size"], config["optimizer"]["learning_rate"]
-    peer, steps = train_peer(flags.base, queries, [corpus[i] for i in own], seconds, size, rate, flags.out / "peer")
+    texts_of_peer = queries, [corpus[i] for i in own]
+    _, tried = train_peer(flags.base, *texts_of_peer, TRIED_STEPS, size, rate, flags.out / "peer")
+    steps = round(seconds * (TRIED_STEPS - 1) / tried)  # so that the schedule ends with the seconds
+    peer, _ = train_peer(flags.base, *texts_of_peer, steps, size, rate, flags.out / "peer")
     held_out = texts(dataset, "validation", source)
     models = {
         "before": SentenceTransformer(flags.base, device="cpu"),
