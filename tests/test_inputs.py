@@ -1,5 +1,6 @@
 """Every form of file through every command that reads it, and the rules of columns, folders and lines."""
 
+import csv
 import gzip
 import json
 import shutil
@@ -253,6 +254,35 @@ def test_a_single_column_is_a_list_only_if_all_its_texts_spell_one(tmp_path):
         rows_of(tmp_path / "c.csv")
     (tmp_path / "d.csv").write_text('query,passage,negatives\nq,p,"[\'a\', ""b\'c""]"\n')  # as pandas writes a list
     assert rows_of(tmp_path / "d.csv") == [("q", "p", ["a", "b'c"])]
+
+
+def write_csv(path, columns):
+    """As pandas does: a list is what `str` makes of it."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([list(columns), *zip(*columns.values(), strict=True)])
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        str(np.array(["a", "b c"], object)),  # pandas, of a list column that it read from parquet: Python joins the two texts
+        str(np.array([{"text": "a"}, {"text": "b"}])),
+        str(["a", float("nan")]),
+        str(["a", None]),
+        "[a, b]",  # DuckDB
+    ],
+)
+@pytest.mark.parametrize("column", ["negative", "negatives", "pos"])
+def test_lists_that_other_software_spells_are_refused(tmp_path, cell, column):
+    """Alone, and after a row that spells a list as it should: that row is no text for the other's sake."""
+    given = {"query": ["q", "r"], **({} if column == "pos" else {"passage": ["p", "s"]}), column: [json.dumps(["x"]), cell]}
+    for first in (0, 1):
+        write_csv(tmp_path / "a.csv", {name: cells[first:] for name, cells in given.items()})
+        with pytest.raises(UserError, match=rf"a.csv: row {1 - first}, column '{column}.*not a JSON list of texts"):
+            rows_of(tmp_path / "a.csv")
+    awkward = [["it's", 'x"y'], ["a\n'b' 'c'", "d'' \"e\" 'f"], ["b\\'", "''"]]
+    write_csv(tmp_path / "b.csv", {"query": list("qrs"), "passage": list("abc"), "negative": awkward})
+    assert [negatives for _, _, negatives in rows_of(tmp_path / "b.csv")] == awkward
 
 
 @pytest.mark.parametrize(

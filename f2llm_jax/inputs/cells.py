@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ Cells: TypeAlias = pa.Array | list[Any]  # of one column: Arrow's, or Python's f
 
 NULL, ABSENT, NOT_UTF8, EMPTY = "is null", "is absent", "is not valid UTF-8", "is empty"
 NOT_A_LIST = "is not a JSON list of texts"
+_LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)  # a text as Python writes it
 PASSAGE_IDS = ("docid", "doc_id", "_id", "id", "pid")  # of a passage that is an object: they tell nothing of its text
 
 
@@ -163,16 +165,24 @@ def _as_list(value: Any, alone: bool) -> list[Any] | None:
     return None
 
 
+def in_brackets(text: str) -> bool:
+    return text.lstrip().startswith("[") and text.rstrip().endswith("]")
+
+
 def parse_list(text: str) -> list[Any] | None:
-    """The list of texts or objects that `text` spells in JSON or, as pandas writes lists to CSV, in Python; None if it spells none."""
-    if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
+    """The list of texts or objects that `text` spells in JSON or, as pandas writes lists to CSV, in Python; None if it spells none.
+
+    `['a' 'b']`, as NumPy writes arrays, is none: Python would take its texts for one.
+    """
+    if not in_brackets(text):
         return None
     for parse in (json.loads, ast.literal_eval):
         try:
             found = parse(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        return found if isinstance(found, list) and all(isinstance(item, str | dict) for item in found) else None
+        joined = parse is ast.literal_eval and re.search(r"''\s*''", _LITERAL.sub("''", text))
+        return found if isinstance(found, list) and not joined and all(isinstance(item, str | dict) for item in found) else None
     return None
 
 

@@ -216,7 +216,10 @@ def _list_columns(file: File, columns: Columns) -> list[str]:
 
 
 def _spelled_lists(file: File, names: Sequence[str]) -> list[str]:
-    """Which columns of texts hold nothing but lists in JSON; the first text that is none settles a column."""
+    """Which columns of texts hold nothing but texts in brackets, hence lists; the first text that is not settles a column.
+
+    A text in brackets that spells no list is an error of its row and not a text, or one such row would make all lists texts.
+    """
     left, found = list(names), set[str]()
     for stop in (FIRST_ROWS, file.rows):  # most columns are settled by a look at few rows
         for block in read_blocks(file, list(left), 0, stop) if left else ():
@@ -225,7 +228,7 @@ def _spelled_lists(file: File, names: Sequence[str]) -> list[str]:
                     text = value.as_py()
                     if text is None or not text.strip():
                         continue
-                    if cells.parse_list(text) is None:
+                    if not cells.in_brackets(text):
                         left.remove(name)
                         break
                     found.add(name)
