@@ -20,6 +20,7 @@ from f2llm_jax.configs import common
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import load_dataset
 from f2llm_jax.errors import UserError
+from f2llm_jax.inputs.cells import number_lists, numbers
 from f2llm_jax.objectives import Embeddings, Objective, candidates, matryoshka_weights, total
 from f2llm_jax.objectives.config import ContrastiveConfig
 
@@ -282,6 +283,9 @@ def test_scores_are_part_of_what_the_data_is(tmp_path):
 WRONG = {
     "too few": ({"scores": [1.0, 2.0]}, (), "row 0, column 'scores' has 2 scores for 1 positive and 4 negatives"),
     "a number for all": ({"score": 1.0}, (), "has 1 scores for 1 positive and 4 negatives"),
+    "of more negatives": ({"scores": [1, 2, 3, 4, 5, 6]}, (), "has 6 scores for 1 positive and 4 negatives"),
+    "too large": ({"scores": [1, 2, 3, 4, 1e300]}, (), "has 1e+300 among its numbers, not a finite one"),
+    "decimal commas": ({"neg": [], "score": "0,5"}, {"pairs": "graded"}, "are alike (one is '0,5', no number and no list of numbers)"),
     "not finite": ({"scores": [1, 2, 3, 4, 1e999]}, (), "has inf among its numbers, not a finite one"),
     "a word": ({"scores": "high"}, (), "is 'high', no number and no list of numbers"),
     "two columns": ({"scores": [1, 2, 3, 4, 5], "pos_scores": [1]}, (), "'scores' and 'pos_scores' both hold scores"),
@@ -314,6 +318,25 @@ def test_scores_that_are_none_are_refused(case, tmp_path, capsys):
     command = ["--raw", tmp_path / "raw", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "data", "--workers", 1]
     assert prepare.main(list(map(str, command))) != 0
     assert message in capsys.readouterr().err
+
+
+def test_scores_behind_the_last_negative_are_nulls_or_an_error(tmp_path, capsys):
+    """A row that lost a negative, though others have more: its scores are of other documents."""
+    rows = [{"query": f"cat {i}", "pos": f"mat {i}", "neg": [f"dog {i} {n}" for n in range(2 - i % 2)]} for i in range(4)]
+    padded = [row | {"scores": [3.0, 2.0, None if i % 2 else 1.0]} for i, row in enumerate(rows)]
+    dataset = prepared(tmp_path / "padded", padded)
+    np.testing.assert_array_equal(dataset.tables("pairs", "train").scores, [[3, 2, np.nan if i % 2 else 1] for i in range(4)])
+    with pytest.raises(AssertionError):
+        prepared(tmp_path / "shifted", [row | {"scores": [3.0, 2.0, 1.0]} for row in rows])
+    assert "row 1, column 'scores' has 3 scores for 1 positive and 1 negatives" in capsys.readouterr().err
+
+
+def test_a_number_is_read_alike_in_every_command():
+    """Of Excel, R, SAS and sign: what `float` reads, but for Python's own spellings."""
+    spelled = ["1", " 2.5 ", ".6", "+3", "05", "-1e-1"]
+    read, broken = number_lists(spelled).values, number_lists(["1_0", "0,5", "10%", "NA", "true", "nan", "inf"]).broken
+    assert read == [[number] for number in numbers(spelled)[0]] == [[1], [2.5], [0.6], [3], [5], [-0.1]]
+    assert len(broken) == 7 and broken.keys() == numbers(["1_0", "0,5", "10%", "NA", "true", "nan", "inf"])[1].keys()
 
 
 def test_invalid_scores_can_be_skipped(tmp_path):

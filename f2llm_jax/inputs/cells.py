@@ -20,6 +20,7 @@ from jaxtyping import Int
 Cells: TypeAlias = pa.Array | list[Any]  # of one column: Arrow's, or Python's for JSON lines
 
 NULL, ABSENT, NOT_UTF8, EMPTY = "is null", "is absent", "is not valid UTF-8", "is empty"
+MOST = float(np.finfo(np.float32).max)
 NOT_A_LIST = "is not a JSON list of texts"
 _LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)  # a text as Python writes it
 PASSAGE_IDS = ("docid", "doc_id", "_id", "id", "pid")  # of a passage that is an object: they tell nothing of its text
@@ -220,13 +221,13 @@ class NumberLists:
 
 
 def number_lists(cells: Cells) -> NumberLists:
-    """The lists of a column: a number alone, lists, and texts that spell either in JSON."""
+    """The lists of a column: a number alone, lists, and texts that spell either, a list in JSON."""
     values: list[list[float]] = []
     broken: dict[int, str] = {}
     for row, cell in enumerate(cells if isinstance(cells, list) else cells.to_pylist()):
         if isinstance(cell, str):
             try:
-                cell = json.loads(cell) if cell.strip() else None
+                cell = None if not cell.strip() else json.loads(cell) if in_brackets(cell) else _number(cell)
             except ValueError:
                 broken[row] = f"is {cell!r}, no number and no list of numbers"
         found = [] if cell is None or cell is MISSING or row in broken else cell if isinstance(cell, list) else [cell]
@@ -238,10 +239,22 @@ def number_lists(cells: Cells) -> NumberLists:
 
 
 def _finite(value: Any) -> bool:
+    """Whether it is a number that float32 holds."""
     try:
-        return math.isfinite(value)
+        return bool(abs(value) <= MOST)
     except TypeError:
         return False
+
+
+def _number(value: Any) -> float:
+    """A number, or the text that spells one.
+
+    Raises:
+      TypeError, ValueError: it is none. Python would read `1_0` as 10.
+    """
+    if "_" in str(value):
+        raise ValueError
+    return float(value)
 
 
 def numbers(cells: Cells) -> tuple[list[float], dict[int, str]]:
@@ -249,7 +262,7 @@ def numbers(cells: Cells) -> tuple[list[float], dict[int, str]]:
     found, broken = [], {}
     for row, value in enumerate(cells if isinstance(cells, list) else cells.to_pylist()):
         try:
-            number = math.nan if value is None or value is MISSING or "_" in str(value) else float(value)  # Python reads 1_0 as 10
+            number = math.nan if value is None or value is MISSING else _number(value)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):

@@ -8,6 +8,7 @@ A list is a list, or a text of JSON that spells one; null in it, and an empty ce
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -61,7 +62,7 @@ def read_scores(columns: Mapping[str, Cells], positives: Int[np.ndarray, " R"], 
         own = 1 if role == "scores" else 0
         for row, found in enumerate(lists.values):
             pairs = slice(int(first[row]), int(first[row] + count[row]))
-            why = lists.broken.get(row) or _mismatch(role, len(found), int(count[row]), int(negatives[row]), most)
+            why = lists.broken.get(row) or _mismatch(role, found, int(count[row]), int(negatives[row]), most)
             if why:
                 broken |= dict.fromkeys(range(pairs.start, pairs.stop), why)
             elif role == "pos_scores" and found:
@@ -82,12 +83,14 @@ def places(texts: Mapping[str, Texts], negatives: int) -> Int[np.ndarray, " R"]:
     return found
 
 
-def _mismatch(role: str, count: int, positives: int, negatives: int, most: int) -> str:
-    if not count:
+def _mismatch(role: str, found: list[float], positives: int, negatives: int, most: int) -> str:
+    """Why a row's scores are not one for each document; behind the last may be nulls, up to the negatives of other rows."""
+    if not found:
         return ""
     if role == "pos_scores":
-        return "" if count == positives else f"has {count} scores for {positives} positives"
+        return "" if len(found) == positives else f"has {len(found)} scores for {positives} positives"
     own = role == "scores"
-    if count in (own + negatives, own + most):
+    wanted = own + negatives
+    if wanted <= len(found) <= own + most and all(map(math.isnan, found[wanted:])):
         return ""
-    return f"has {count} scores for {'1 positive and ' * own}{negatives} negatives"
+    return f"has {len(found)} scores for {'1 positive and ' * own}{negatives} negatives"

@@ -90,12 +90,13 @@ def check_graded(name: str, kind: Kind, files: Sequence[PairFile]) -> None:
             f"{negatives[0].file.path}: the source {name!r} is of graded pairs and has negatives ({negatives[0].columns.negatives[0]}); "
             "leave them out with --ignore-columns, or name another kind in tasks.json"
         )
-    values: set[float] = set()
-    for block in (block for pairs in files for block in read_pairs(pairs)):
-        values |= set(block.scores.values[:, 0].tolist()) if block.scores else set()
-        if len({value for value in values if value == value}) > 1:
+    values, broken = set[float](), ""
+    for scores in (block.scores for pairs in files for block in read_pairs(pairs) if block.scores):
+        values |= {value for value in scores.values[:, 0].tolist() if value == value}
+        broken = broken or next(iter(scores.broken.values()), "")
+        if len(values) > 1:
             return
     raise UserError(
-        f"{files[0].file.path}: all scores of the source {name!r} are alike, and graded pairs train on their differences; leave the "
-        "column out with --ignore-columns to train on the pairs as positives"
+        f"{files[0].file.path}: all scores of the source {name!r} are alike{f' (one {broken})' * bool(broken)}, and graded pairs train on "
+        "their differences; correct them, or leave the column out with --ignore-columns to train on the pairs as positives"
     )
