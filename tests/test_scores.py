@@ -20,7 +20,10 @@ from f2llm_jax.configs import common
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import load_dataset
 from f2llm_jax.errors import UserError
+from f2llm_jax.evaluation import retrieval
 from f2llm_jax.inputs.cells import number_lists, numbers
+from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.mining import inputs as mining_inputs
 from f2llm_jax.objectives import Embeddings, Objective, candidates, matryoshka_weights, total
 from f2llm_jax.objectives.config import ContrastiveConfig
 
@@ -297,6 +300,11 @@ WRONG = {
         (),
         'or positives; say which in tasks.json next to it, {"pairs": "graded"} or "retrieval"',
     ),
+    "scores of lists of positives": (
+        {"neg": [], "pos": ["a", "b"], "pos_scores": [1, 2]},
+        (),
+        "has a score (pos_scores) and no negatives, so that its rows are graded pairs, of which some are not alike, or positives; say",
+    ),
     "graded, with negatives": ({"scores": [1, 2, 3, 4, 5]}, {"pairs": "graded"}, "of graded pairs and has negatives"),
     "graded, without scores": ({"neg": []}, {"pairs": "graded"}, "of graded pairs and has no scores"),
     "graded, all alike": ({"neg": [], "score": 1}, {"pairs": "graded"}, "all scores of the source 'pairs' are alike"),
@@ -318,6 +326,30 @@ def test_scores_that_are_none_are_refused(case, tmp_path, capsys):
     command = ["--raw", tmp_path / "raw", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "data", "--workers", 1]
     assert prepare.main(list(map(str, command))) != 0
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("read", [mining_inputs.read_pairs, retrieval.read_pairs])
+@pytest.mark.parametrize("more", [{"pos": "mat", "score": 0}, {"pos": ["mat", "dog"], "pos_scores": [5, 0]}])
+def test_a_pair_of_a_low_score_is_no_positive(read, more, tmp_path):
+    """`mine` and `recall` take pairs for positives; where scores say that some are none, the user says which."""
+    path, (column, _) = tmp_path / "a.jsonl", list(more.items())[1]
+    path.write_text(json.dumps({"query": "cat", **more}) + "\n")
+    with pytest.raises(UserError, match=rf"has a score \({column}\) and no negatives.*--ignore-columns {column}"):
+        read(path)
+    assert len(read(path, choice=Choice(ignored=(column,))).queries) == len(np.atleast_1d(more["pos"]))
+    path.write_text(json.dumps({"query": "cat", "pos": "mat", "neg": ["dog"], "scores": [5, 0]}) + "\n")
+    assert read(path).queries == ["cat"]
+
+
+def test_a_table_of_which_one_file_has_scores(tmp_path, capsys):
+    """Nothing says that its pairs are positives as those of the other file are; and a file's dots are part of the source's name."""
+    (tmp_path / "raw" / "v1.2").mkdir(parents=True)
+    for name, more in {"a": {}, "b": {"score": 0}}.items():
+        (tmp_path / "raw" / "v1.2" / f"{name}.jsonl").write_text(json.dumps({"query": "cat", "pos": "mat", **more}) + "\n")
+    tiny.write_tokenizer(tmp_path / "tokenizer")
+    command = ["--raw", tmp_path / "raw", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "data", "--workers", 1]
+    assert prepare.main(list(map(str, command))) != 0
+    assert '{"v1.2": "graded"}' in capsys.readouterr().err
 
 
 def test_scores_behind_the_last_negative_are_nulls_or_an_error(tmp_path, capsys):

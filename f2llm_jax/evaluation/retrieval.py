@@ -51,6 +51,7 @@ def read_pairs(path: epath.PathLike, choice: Choice = BY_NAME, qrels: str = "tes
       UserError: the file is missing, unreadable, empty, or lacks a column or a text.
     """
     files = pairs.open_pairs(path, choice, qrels)
+    pairs.check_positives(files)
     queries: list[str] = []
     passages: list[str] = []
     languages: list[str] = []

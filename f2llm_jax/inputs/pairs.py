@@ -71,7 +71,11 @@ class PairFile:
     @property
     def scored(self) -> bool:
         """Whether rows have scores."""
-        return bool(scores.ROLES.keys() & self.columns.roles)
+        return bool(self.score_columns)
+
+    @property
+    def score_columns(self) -> list[str]:
+        return [name for role in scores.ROLES for name in self.columns.roles.get(role, ())]
 
     @property
     def expands(self) -> bool:
@@ -138,6 +142,17 @@ def open_pairs(path: epath.PathLike, choice: Choice = BY_NAME, split: str = "tra
     if problems:
         raise UserError("\n".join(problems))
     return found
+
+
+def check_positives(files: Sequence[PairFile]) -> None:
+    """Raises a UserError where a use of pairs that knows no scores would take all of them for positives, those of a low score too."""
+    for pairs in files:
+        if pairs.scored and not pairs.negatives:
+            name = pairs.score_columns[0]
+            raise UserError(
+                f"{pairs.file.path}: has a score ({name}) and no negatives, so that some of its pairs may be no positives; leave out the "
+                f"rows of a low score, and the column with --ignore-columns {','.join(pairs.score_columns)}"
+            )
 
 
 def open_pair_file(file: File, choice: Choice = BY_NAME) -> PairFile:

@@ -40,6 +40,7 @@ def read_pairs(path: epath.PathLike, instruction: str | None = None, choice: Cho
       UserError: a file is missing, unreadable, empty or malformed, or a text is missing; names file, row and column.
     """
     files = pairs.open_pairs(path, choice, qrels)
+    pairs.check_positives(files)
     found = Pairs(folders.table_name(path), [], [], [], described=[one.describe() for one in files])
     for file, block in ((one, block) for one in files for block in pairs.read_pairs(one, instruction=instruction)):
         columns = {name: block.required(file, name) for name in block.texts}

@@ -24,7 +24,7 @@ from f2llm_jax.preparation.sources import Source
 # The in-process runner by name: plain DirectRunner first tries Prism, which it would have to download.
 IN_PROCESS = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
-# A runner brings the exception of a worker back as text inside one of its own.
+# A runner brings the exception of a worker back as text inside one of its own, or with the name of its step behind.
 _USER_ERROR = re.compile(r"UserError: (.*?)(?: \[while running .*)?$", re.MULTILINE)
 
 
@@ -124,10 +124,8 @@ def build_source(
     try:
         with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; nothing is downloaded
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False), download_dir=downloads)
-    except UserError:
-        raise
     except Exception as error:
-        found = _USER_ERROR.search(str(error))
+        found = _USER_ERROR.search(f"UserError: {error}" if isinstance(error, UserError) else str(error))
         if not found:
             raise
         raise UserError(found[1]) from error

@@ -8,7 +8,6 @@ from etils import epath
 
 from f2llm_jax.data.records import Kind
 from f2llm_jax.errors import UserError
-from f2llm_jax.inputs.columns import Columns
 from f2llm_jax.inputs.pairs import PairFile, read_pairs
 from f2llm_jax.preparation.catalogue import KINDS
 from f2llm_jax.storage.files import read_json
@@ -40,8 +39,8 @@ def read_tasks(path: epath.PathLike, names: set[str]) -> dict[str, Kind]:
     return kinds
 
 
-def guess(files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
-    """The kind of a source that nothing names, and why: its texts must look like labels to be taken for them.
+def guess(name: str, files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
+    """The kind of the source `name`, which nothing tells, and why: its texts must look like labels to be taken for them.
 
     Triplets of a query, a positive and one negative are retrieval; they are classification only if their passages and negatives are
     few texts that come back row after row. Clustering looks like retrieval, so that only a tasks file or a catalogue can tell it.
@@ -49,8 +48,8 @@ def guess(files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
     Raises:
       UserError: pairs have a score and no negatives, and their columns do not tell whether they are graded or positives.
     """
-    if all(pairs.scored and not pairs.negatives for pairs in files):
-        return _guess_scored(files[0].file.path, files[0].columns)
+    if undecided := [pairs for pairs in files if pairs.scored and not pairs.negatives]:
+        return _guess_scored(name, undecided[0])
     if {pairs.negatives for pairs in files} != {1}:
         return "retrieval", "guessed: a row of classification has one negative, the opposite label; tasks.json can say otherwise"
     texts: set[str] = set()
@@ -64,9 +63,9 @@ def guess(files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
     return kind, f"guessed: {rows:,} rows have {counted}; tasks.json can say otherwise"
 
 
-def _guess_scored(path: str, columns: Columns) -> tuple[Kind, str]:
+def _guess_scored(name: str, pairs: PairFile) -> tuple[Kind, str]:
     """Two numbered sentences with a score are graded pairs; a query and a positive with one may be either."""
-    query, scores, name = columns.roles["query"][0], columns.roles["scores"][0], epath.Path(path).name.partition(".")[0]
+    path, query, scores = pairs.file.path, pairs.columns.roles["query"][0], ",".join(pairs.score_columns)
     if SENTENCE.fullmatch(query):
         return "graded", f"guessed: sentences ({query}) with a score; tasks.json can say otherwise"
     raise UserError(

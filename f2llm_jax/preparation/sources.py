@@ -232,7 +232,7 @@ def _open_source(group: _Group, held_out: epath.Path | None, choice: Choice, qre
     if strict and len(counts) > 1:
         raise UserError(f"{group.name}: its files have {sorted(counts)} negatives; give them the same number or leave out --strict")
     rows = sum(part.rows for part in parts)
-    kind, reason = (group.kind, group.reason) if group.kind else kinds.guess([part.pairs for part in parts], rows)
+    kind, reason = (group.kind, group.reason) if group.kind else kinds.guess(group.name, [part.pairs for part in parts], rows)
     kinds.check_graded(group.name, kind, [part.pairs for part in parts])
     for pairs in open_pairs(held_out, choice, qrels) if held_out else ():
         apart = _split_file(pairs, 0, None, parts[-1].number + parts[-1].rows)
