@@ -55,7 +55,9 @@ def environment(name: str, column: Column, python: str) -> pathlib.Path:
     folder = FOLDER / name
     own = folder / "bin" / "python"
     subprocess.run([UV, "venv", "--quiet", "--clear", "--python", python, str(folder)], check=True)
-    subprocess.run([UV, "pip", "install", "--quiet", "--python", str(own), *column.flags, "--editable", ".[test]"], cwd=ROOT, check=True)
+    install = [UV, "pip", "install", "--quiet", "--python", str(own), *column.flags, "--editable", ".[test]"]
+    if subprocess.run(install, cwd=ROOT).returncode:  # PyTorch's own index, which pyproject.toml names, is not to be reached everywhere
+        subprocess.run([*install, "--no-sources"], cwd=ROOT, check=True)
     return own
 
 
