@@ -8,7 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from f2llm_jax.cli.arguments import positive
 from f2llm_jax.cli.command import command
+from f2llm_jax.errors import UserError
 from f2llm_jax.release.flags import add_form_flags, form_of
 from f2llm_jax.storage.files import check_apart
 
@@ -23,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from f2llm_jax.release.merge import merge
     from f2llm_jax.weights.models import find_model
 
+    if flags.last and len(flags.models) > 1:
+        raise UserError(f"--last {flags.last} goes with one workdir, and {len(flags.models)} models are named; drop it")
     check_apart(flags.out, {f"input {model}": model for model in flags.models})
-    merged = merge([find_model(name) for name in _names(flags.models, flags.last)], flags.weights)
+    merged = merge([find_model(name) for name in _names(flags.models, flags.last or LAST)], flags.weights)
     hf_folder.export(merged, flags.out, form_of(flags), overwrite=flags.overwrite)
     print(f"wrote the {merged.name} to {flags.out}")
     return 0
@@ -44,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="+", metavar="CKPT_OR_FOLDER", help="models of one architecture and tokenizer")
     parser.add_argument("--out", required=True, metavar="DIR", help="release to write, local or gs://")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a model, in any unit (default: equal)")
-    parser.add_argument("--last", type=int, default=LAST, metavar="N", help=f"checkpoints of a lone workdir (default {LAST})")
+    parser.add_argument("--last", type=positive, metavar="N", help=f"checkpoints of a lone workdir (default {LAST})")
     add_form_flags(parser)
     return parser
 

@@ -80,14 +80,32 @@ def test_half_precision_inputs_merge_in_float32(origins, tmp_path):
         np.testing.assert_array_equal(tensor, (parts[0][name].astype(np.float32) + parts[1][name].astype(np.float32)) / 2)
 
 
+def test_a_merge_claims_what_all_of_its_models_were_trained_for(origins):
+    """A width or depth that one of them was not trained for is none of the average's."""
+    taught = {"matryoshka_dims": (8, 16, 64), "depths": (1, 2, 3), "table_ranks": (4, 8), "max_length": 96}
+    less = {"matryoshka_dims": (16, 32, 64), "depths": (2, 3), "table_ranks": (), "max_length": 40}
+    told = lambda more: dataclasses.replace(origins[0], embedding=dataclasses.replace(origins[0].embedding, **more))  # noqa: E731
+    first, second = told(taught), told(less)
+    for pair in ((first, second), (second, first)):
+        found = merge(pair).embedding
+        assert (found.matryoshka_dims, found.depths, found.table_ranks, found.max_length) == ((16, 64), (2, 3), (), 40)
+    unknown = told(less | {"max_length": None})
+    assert merge([unknown, first]).embedding.max_length == 96
+    assert merge([first, first]).embedding == first.embedding
+
+
 def test_what_does_not_belong_together_is_refused(origins, tmp_path, capsys):
     wide = origin(0, tmp_path / "t", dataclasses.replace(tiny.CONFIG, intermediate_size=128))
     with pytest.raises(UserError, match="not of the architecture"):
         merge([origins[0], wide])
     with pytest.raises(UserError, match="2 weights for 3 models"):
         merge(origins, (1, 2))
-    with pytest.raises(UserError, match="must be positive"):
-        merge(origins[:2], (1, -1))
+    for weights in ((1, -1), (float("nan"), 1), (float("inf"), 1)):
+        with pytest.raises(UserError, match="must be finite, and their sum positive"):
+            merge(origins[:2], weights)
+    narrow = dataclasses.replace(origins[1], embedding=dataclasses.replace(origins[1].embedding, truncate_dim=16))
+    with pytest.raises(UserError, match="serves 16 dimensions, tiny serves 64"):
+        merge([origins[0], narrow])
     tokenizer = json.loads(origins[1].tokenizer.backend.to_str())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
     other = dataclasses.replace(origins[1].tokenizer, backend=type(origins[1].tokenizer.backend).from_str(json.dumps(tokenizer)))
@@ -96,3 +114,8 @@ def test_what_does_not_belong_together_is_refused(origins, tmp_path, capsys):
     workdir.write_workdir(origins[0], tmp_path / "run", overwrite=False)
     assert command.main(["--out", str(tmp_path / "out"), str(tmp_path / "run")]) == 1
     assert "at least two models" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert command.main(["--out", str(tmp_path / "out"), str(tmp_path / "run"), str(tmp_path / "run"), "--last", "2"]) == 1
+    assert "--last 2 goes with one workdir" in capsys.readouterr().err
+    for last in ("0", "-1"):  # of a list, the last 0 are all
+        with pytest.raises(SystemExit):
+            command.main(["--out", str(tmp_path / "out"), str(tmp_path / "run"), f"--last={last}"])
