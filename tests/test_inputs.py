@@ -342,6 +342,31 @@ def test_rows_that_come_of_joining_or_of_a_stray_quote(tmp_path):
     refused(tmp_path / "b.tsv", "row 0 has line ends and tabs within one pair of quotes")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "query;passage\nq;p, r\n", "begins with 'query;passage': its cells are to have ',' between them"),  # Excel, in Europe
+        ("a.csv", "sep=,\nquery,passage\nq,p\n", "no line of Excel's before the header"),
+        ("a.csv", "query\tpassage\nq\tp\n", "are to have ',' between them"),
+        ("a.tsv", "query,passage\nq,p\n", "are to have '\\\\t' between them"),
+        ("a.csv", "query,passage\rq,p\rr,s\r", "ends its lines in carriage returns alone"),  # Excel, for the old Macintosh
+        ("a.csv", "query,passage\nq,p\n".encode("utf-32"), "is UTF-32 and not UTF-8"),
+        ("a.csv", b"PK\3\4...", "is a zip \\(or Excel\\) file"),
+        ("a.jsonl", gzip.compress(b"{}"), "is a gzip file"),
+        ("a.xlsx", b"", "is of no form that is read by its suffix"),
+    ],
+)
+def test_files_of_other_delimiters_lines_and_forms_are_called_that(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=message):
+        rows_of(tmp_path / name)
+
+
+def test_a_text_may_begin_as_a_binary_file_does(tmp_path):
+    (tmp_path / "a.txt").write_text("PAR1 is a receptor\nARROW1\n")
+    assert read_fields(tmp_path / "a.txt", TEXTS, {"text": "any text"}).values["text"] == ["PAR1 is a receptor", "ARROW1"]
+
+
 def test_a_truncated_or_joined_stream(tmp_path):
     data = b'{"query": "q", "passage": "p"}\n' * 50
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data) + gzip.compress(data))
@@ -422,6 +447,18 @@ def test_shards_are_one_table_wherever_they_lie(tmp_path):
     shard(tmp_path / "part", "other")
     with pytest.raises(UserError, match="next to other sources; give them their own folder"):
         find_sources(tmp_path / "part")
+
+
+def test_shards_with_a_digest_behind_their_number_are_shards(tmp_path):
+    """As `Dataset.push_to_hub` named them until 2023."""
+    names = [f"train-{i:05d}-of-00002-6ef3991c06080e1{i}.parquet" for i in range(2)]
+    for i, name in enumerate(names):
+        pq.write_table(pa.table({"query": [f"q{i}"], "passage": ["p"]}), tmp_path / name)
+    assert [query for query, _, _ in rows_of(tmp_path)] == ["q0", "q1"]
+    assert find_sources(tmp_path).paths == {tmp_path.name: tmp_path}
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(UserError, match="shard train-00001-of-00002 is missing"):
+        rows_of(tmp_path)
 
 
 def test_a_file_and_its_compressed_copy_are_not_two(tmp_path):

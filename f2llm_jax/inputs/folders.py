@@ -19,7 +19,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inputs.tables import SUFFIXES, File, open_file, split_suffix
 from f2llm_jax.storage.files import read_json
 
-_SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)\Z")
+_SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{16})?\Z")  # with the digest that older `push_to_hub` puts behind
 _PARTITION = re.compile(r"([^=]+)=(.*)\Z")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 LISTED = ("parquet", "arrow", "jsonl", "ndjson", "csv", "tsv")  # forms that a folder is searched for; `.txt` and `.json` are named by hand

@@ -62,7 +62,7 @@ def open_file(path: epath.PathLike, constants: dict[str, str | None] | None = No
     """
     found = split_suffix(path)
     if found is None:
-        raise UserError(f"{path} has no suffix of a form that is read; rename it to one of *{', *'.join(SUFFIXES[: len(FORMATS)])}")
+        raise UserError(f"{path} is of no form that is read by its suffix; write it as one of *{', *'.join(SUFFIXES[: len(FORMATS)])}")
     with _explained(path, f"is not a readable {found[1][1:]} file", "it may be truncated; fetch or write it again"):
         opened = (arrow_files.open_file if _is_arrow(found[1]) else text_files.open_file)(path, found[1])
     file = File(str(path), **opened, constants=constants or {})

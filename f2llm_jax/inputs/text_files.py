@@ -21,8 +21,11 @@ from f2llm_jax.inputs.arrow_files import BLOCK_ROWS
 from f2llm_jax.inputs.cells import MISSING, Cells, Number
 
 TEXT = "text"  # the column of lines of text
-BOM, OTHER_BOMS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+BOM = b"\xef\xbb\xbf"
+OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+BINARY = {b"PAR1\x15": "parquet", b"ARROW1\0\0": "Arrow", b"PK\3\4": "zip (or Excel)", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 DELIMITERS = {"csv": ",", "tsv": "\t"}
+OTHER_DELIMITERS = ";,\t|"
 # A carriage return that is no end of a line: `csv` would take it for one, so that it sees a character that UTF-8 cannot hold instead.
 RETURN, _LONE_RETURN = "\udc0d", re.compile(r"\r(?!\n)")
 
@@ -98,10 +101,12 @@ def _opened(path: epath.PathLike, suffix: str) -> Iterator[IO[bytes]]:
     with epath.Path(path).open("rb") as raw:
         stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), compression) if compression else raw
         file = io.BufferedReader(stream, 1 << 20)
-        start = file.peek(3)[:3]
-        if start.startswith(OTHER_BOMS):
-            raise UserError(f"{path} is UTF-16 and not UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`")
-        file.read(3 if start == BOM else 0)
+        start = file.peek(8)[:8]
+        if coding := next((name for mark, name in OTHER_BOMS.items() if start.startswith(mark)), None):
+            raise UserError(f"{path} is {coding} and not UTF-8; convert it with `iconv -f {coding} -t UTF-8`")
+        if form := next((name for mark, name in BINARY.items() if start.startswith(mark)), None):
+            raise UserError(f"{path} is a {form} file by its first bytes and no text; give it the suffix of its form, or write it as text")
+        file.read(len(BOM) if start.startswith(BOM) else 0)
         yield file
 
 
@@ -114,10 +119,24 @@ def _csv(path: epath.PathLike, file: IO[bytes], delimiter: str) -> tuple[list[st
     csv.field_size_limit(1 << 30)  # a document is often longer than the 131,072 characters that `csv` allows a cell
     decoded = (_LONE_RETURN.sub(RETURN, line.decode(errors="surrogateescape")) for line in file)
     reader = csv.reader(decoded, delimiter=delimiter, strict=True)
-    header = [name.replace(RETURN, "\r") for name in next(reader, [])]
+    header = next(reader, [])
+    _check_header(path, header, delimiter)
     if twice := [name for name in header if header.count(name) > 1]:
         raise UserError(f"{path} has {header.count(twice[0])} columns of the name {twice[0]!r}; rename or drop one")
     return header, _full_rows(path, reader, header, delimiter)
+
+
+def _check_header(path: epath.PathLike, header: list[str], delimiter: str) -> None:
+    """Raises a UserError for a header that is not one because lines or cells end otherwise here."""
+    first = header[0] if header else ""
+    if any(RETURN in name for name in header):
+        raise UserError(f"{path} ends its lines in carriage returns alone; convert it with `tr '\\r' '\\n'`")
+    other = next((mark for mark in OTHER_DELIMITERS if len(header) == 1 and mark != delimiter and mark in first), None)
+    if other or first.startswith("sep="):
+        raise UserError(
+            f"{path} begins with {','.join(header)!r}: its cells are to have {delimiter!r} between them and no line of Excel's before "
+            "the header; write it so, or as JSON lines"
+        )
 
 
 def _full_rows(path: epath.PathLike, reader: Iterator[list[str]], header: list[str], delimiter: str) -> Iterator[list[str]]:
