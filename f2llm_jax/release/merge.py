@@ -59,7 +59,7 @@ def _embedding(sources: Sequence[ModelSource]) -> EmbeddingConfig:
     of_each = [source.embedding for source in sources]
 
     def common(name: str) -> tuple[int, ...]:
-        return tuple(set.intersection(*(set(getattr(one, name)) for one in of_each)))
+        return tuple(value for value in getattr(of_each[0], name) if all(value in getattr(one, name) for one in of_each))
 
     shortest = min((one.max_length for one in of_each if one.max_length), default=None)
     return dataclasses.replace(
