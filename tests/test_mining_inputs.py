@@ -288,6 +288,8 @@ def test_classification_and_clustering_need_no_model(tmp_path, capsys):
         ("nli", {"premise": ["a"], "label": ["neutral"]}, "has no column 'hypothesis', only premise, label"),
         ("nli", {"premise": ["a"], "hypothesis": ["b"], "label": ["neutral"]}, "makes no row of the form 'nli'"),
         ("sts", {"sentence1": ["a"], "sentence2": ["b"], "score": ["high"]}, "row 0, column 'score' is 'high', not a finite number"),
+        ("sts", {"sentence1": ["a"], "sentence2": ["b"], "score": [80.0]}, "row 0 has the score 80; scores of STS go from 0 to 5"),
+        ("sts", {"sentence1": ["a"], "sentence2": ["b"], "score": [0.9]}, "check its labels or the scale of its scores"),
         ("sts", {"sentence1": ["a"], "sentence2": [None], "score": [4.0]}, "row 0, column 'sentence2' is null"),
         ("clustering", {"text": ["a", "b", "c"], "label": ["x", "x", "y"]}, "fewer than --negatives 24 texts of other labels"),
     ],

@@ -58,12 +58,21 @@ def test_what_is_remarkable_is_counted(tokenizer, tmp_path, capsys):
     write(tmp_path / "raw", "same", {"query": ["one query"] * 50, "passage": ["one passage"] * 50})
     write(tmp_path / "raw", "echo", pairs(40) | {"passage": [f"query {i}" if i < 30 else f"passage {i}" for i in range(40)]})
     write(tmp_path / "raw", "long", pairs(40) | {"passage": [f"{i} " + "word " * 200 * (i < 35) + "end" for i in range(40)]})
+    negatives = [["query 0", "x"], ["x", "passage 21"], ["x", "y"], ["x", " query 3"], *([["x", "y"]] * 36)]
+    twice = {
+        "query": [f"query {i % 20}" for i in range(40)],
+        "negative_1": [a for a, _ in negatives],
+        "negative_2": [b for _, b in negatives],
+    }
+    write(tmp_path / "raw", "false", pairs(40) | twice)  # row 21 is of query 1 too
     write(tmp_path / "raw", "shared", pairs(400) | {"query": [f"query {i % 4}" for i in range(400)]})
     dataset = run(tmp_path, tokenizer)
     printed = capsys.readouterr().out
     for line in (
         "warning: same: 49 of 50 rows that repeat an earlier one (98.0%)",
         "warning: echo: 30 of 40 rows whose query is their passage (75.0%)",
+        "warning: false: 2 of 40 rows with a negative that is their query (5.0%)",
+        "warning: false: 1 of 40 rows with a negative that is a positive of their query in another row (2.5%)",
         "warning: long: 35 of 40 documents cut at --max-length (87.5%)",
     ):
         assert line in printed

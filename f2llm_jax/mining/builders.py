@@ -3,7 +3,7 @@
     form             columns                                  rows
     nli              premise, hypothesis, label               premise -> what it entails; what contradicts it, then what is neutral
                                                               to it, are its first negatives, mining adds the rest
-    sts              sentence1, sentence2, score              pairs of score 4 or more, in both directions; negatives are mined
+    sts              sentence1, sentence2, score (0 to 5)     pairs of score 4 or more, in both directions; negatives are mined
     classification   text, label (two labels)                 text -> its label's text, against the other label's; nothing is mined
     clustering       text, label                              text -> another text of its label, against random texts of other labels;
                                                               nothing is mined
@@ -30,7 +30,7 @@ ENTAILED, NEUTRAL, CONTRADICTED = range(3)
 NLI_LABELS = {
     spelling: number for number, word in enumerate(("entailment", "neutral", "contradiction")) for spelling in (word, word[0], str(number))
 }
-STS_MINIMUM = 4.0
+STS_MINIMUM, STS_MAXIMUM = 4.0, 5.0
 LABELLED = Form({"text": ("text", "sentence"), "label": ("label",)})
 FORMS = {
     "nli": Form({"premise": ("premise",), "hypothesis": ("hypothesis",), "label": ("label", "gold_label")}),
@@ -68,7 +68,7 @@ def build(
     make = {"nli": _nli, "sts": _sts, "classification": _classification, "clustering": _clustering}[form]
     built, counters = make(rows, INSTRUCTIONS[form] if instruction is None else instruction, negatives, seed)
     if not built.queries:
-        raise UserError(f"{path}: makes no row of the form {form!r} ({dict(counters)}); check its labels")
+        raise UserError(f"{path}: makes no row of the form {form!r} ({dict(counters)}); check its labels or the scale of its scores")
     return dataclasses.replace(built, name=table_name(path), described=rows.describe()), counters
 
 
@@ -92,7 +92,9 @@ def _nli(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pai
 
 def _sts(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
     found, counters = [], Counter[str]()
-    for first, second, score in zip(*(rows.values[role] for role in FORMS["sts"].roles), strict=True):
+    for row, (first, second, score) in enumerate(zip(*(rows.values[role] for role in FORMS["sts"].roles), strict=True)):
+        if not 0 <= score <= STS_MAXIMUM:
+            raise UserError(f"{rows.place(row)} has the score {score:g}; scores of STS go from 0 to {STS_MAXIMUM:g}: scale them so")
         similar = score >= STS_MINIMUM
         if similar and first != second:
             found += [(first, second), (second, first)]

@@ -107,7 +107,9 @@ def clean(
     documents[:, 1 : len(names)] = np.where(there, codes[1:], -1).T
     index = np.flatnonzero(kept)
     languages = judge.languages() if "lang" in block.texts else [""] * len(queries)
-    judge.counters["warning: rows whose query is their passage"] += sum(bare[i] == texts[codes[0, i]].strip() for i in index)
+    echoes = _echoes([bare[i] for i in index], texts, documents[index])
+    judge.counters["warning: rows whose query is their passage"] += int(echoes[:, 0].sum())
+    judge.counters["warning: rows with a negative that is their query"] += int(echoes[:, 1:].any(axis=1).sum())
     return Rows(
         path=path,
         index=index,
@@ -133,6 +135,13 @@ def _distinct(arrays: list[pa.Array]) -> tuple[np.ndarray, list[str], np.ndarray
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64).reshape(len(arrays), -1)
     empty = pc.equal(pc.utf8_trim_whitespace(encoded.dictionary), "").to_numpy(zero_copy_only=False).astype(bool)
     return codes, encoded.dictionary.to_pylist(), np.append(empty, False)
+
+
+def _echoes(queries: list[str | None], texts: list[str], documents: Int[np.ndarray, "B 1+N"]) -> Bool[np.ndarray, "B 1+N"]:
+    """Which documents are their row's query, but for its instruction and outer spaces."""
+    number: dict[str | None, int] = {}
+    same = np.array([number.setdefault(text.strip(), i) for i, text in enumerate(texts)] + [-1])  # the last of -1, none
+    return same[documents] == np.array([number.get(query, -2) for query in queries], np.int64)[:, None]
 
 
 def _same_form(texts: list[str]) -> Int[np.ndarray, " S+1"]:

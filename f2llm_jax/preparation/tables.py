@@ -16,7 +16,7 @@ from etils import epath
 from f2llm_jax.data import records
 from f2llm_jax.preparation.shards import CUT, SPECIAL, SPELLED, shard_name
 from f2llm_jax.preparation.sources import Source
-from f2llm_jax.storage.arrays import new_array, read_arrays, write_array
+from f2llm_jax.storage.arrays import new_array, read_array, read_arrays, write_array
 from f2llm_jax.storage.files import read_json, write_json
 
 STREAMED_ROWS = 65_536
@@ -64,7 +64,7 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
             digests[split].update(digest.encode())
         counters.update(part["counters"])
         languages.update(part["languages"])
-    counters.update(_warnings(work, keys_of_rows))
+    counters.update(_warnings(work, target, keys_of_rows))
     del languages[""]
     info = records.SourceInfo(
         name=source.name,
@@ -83,16 +83,35 @@ def write_tables(folder: epath.PathLike, work: epath.Path, source: Source) -> re
     return info
 
 
-def _warnings(work: epath.Path, keys: Mapping[str, np.ndarray]) -> Counter[str]:
-    """What is remarkable in the rows of a source together, from their keys by split, and in its documents."""
+def _warnings(work: epath.Path, target: epath.Path, keys: Mapping[str, np.ndarray]) -> Counter[str]:
+    """What is remarkable in the rows of a source together, from their keys by split and its tables, and in its documents."""
     rows = np.concatenate([of_split[:, 0] for of_split in keys.values()])
     train, held_out = (keys[split][:, 1] for split in records.QUERY_SPLITS)
     found = Counter({"warning: rows that repeat an earlier one": len(rows) - len(np.unique(rows))})
+    found["warning: rows with a negative that is a positive of their query in another row"] = _contradictions(target, keys)
     found["warning: held-out rows whose query is also trained on"] = int(np.isin(held_out, train).sum())
     for _, arrays in _buckets(work):
         found["warning: documents cut at --max-length"] += int((arrays["marks"] & CUT > 0).sum())
         found[SPELLED] += int((arrays["marks"] & SPECIAL > 0).sum())
     return +found
+
+
+def _contradictions(target: epath.Path, keys: Mapping[str, np.ndarray]) -> int:
+    """Rows with a negative that another row of the same query has as its positive."""
+    splits = [split for split, of_split in keys.items() if len(of_split)]
+    documents = {split: read_array(target / f"{split}.documents.npy", salt=f"{target.name}/{split}.documents") for split in splits}
+    _, number, count = np.unique(np.concatenate([keys[split][:, 1] for split in splits]), return_inverse=True, return_counts=True)
+    first, width, found = 0, 1 + max(int(table.max()) for table in documents.values()), 0
+    positives = np.concatenate([table[:, 0] for table in documents.values()]).astype(np.int64)
+    known = np.unique((number * width + positives)[count[number] > 1])
+    for table in documents.values():
+        again = np.flatnonzero(count[number[first : first + len(table)]] > 1)
+        for rows in np.array_split(again, -(-len(again) // STREAMED_ROWS) or 1):
+            negatives = table[rows, 1:].astype(np.int64)
+            of_query = number[first + rows][:, None] * width + negatives
+            found += int(((negatives >= 0) & np.isin(of_query, known)).any(axis=1).sum())
+        first += len(table)
+    return found
 
 
 def _row_keys(work: epath.Path, counts: Mapping[int, int], split: str) -> np.ndarray:
