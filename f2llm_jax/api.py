@@ -10,36 +10,40 @@ print progress to stderr, and never end the process. They are in a module of the
 `f2llm_jax.release` are modules of the package.
 """
 
-import json
 import logging
 import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from etils import epath
 from jaxtyping import Float
 
 from f2llm_jax.cli import configuration
+from f2llm_jax.cli.arguments import COMPUTE
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, StepData
 from f2llm_jax.data.records import Dataset, Kind, load_dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, load_encoder, truncate_and_normalize
+from f2llm_jax.inference.given_texts import given_texts
 from f2llm_jax.inputs import folders
 from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.rows import write_rows
 from f2llm_jax.objectives import LossFunction
 from f2llm_jax.preparation.selection import Recipe, SplitBy
 from f2llm_jax.release import hf_folder
 from f2llm_jax.reporting.run_record import RunRecord, read_record
-from f2llm_jax.storage.files import write_bytes
 from f2llm_jax.text import find_tokenizer
 from f2llm_jax.training.loggers import Logger
 from f2llm_jax.training.run import run
 from f2llm_jax.weights.models import find_model
 
 __all__ = ["Encoder", "batches", "load", "prepare", "release", "train"]
+
+_NAME = re.compile(r"[\w./-]+")  # what a prompt's name may be, and no prompt that ends with a space or a colon
 
 
 class Encoder:
@@ -56,18 +60,20 @@ class Encoder:
         return self._encoder.max_length
 
     @overload
-    def encode(self, texts: str, prompt: str = ..., dim: int | None = ..., normalize: bool = ...) -> Float[np.ndarray, " K"]: ...
+    def encode(self, texts: str, prompt: str | None = ..., dim: int | None = ..., normalize: bool = ...) -> Float[np.ndarray, " K"]: ...
     @overload
-    def encode(self, texts: Sequence[str], prompt: str = ..., dim: int | None = ..., normalize: bool = ...) -> Float[np.ndarray, "S K"]: ...
     def encode(
-        self, texts: str | Sequence[str], prompt: str = "", dim: int | None = None, normalize: bool = True
+        self, texts: Iterable[str], prompt: str | None = ..., dim: int | None = ..., normalize: bool = ...
+    ) -> Float[np.ndarray, "S K"]: ...
+    def encode(
+        self, texts: str | Iterable[str], prompt: str | None = None, dim: int | None = None, normalize: bool = True
     ) -> Float[np.ndarray, " K"] | Float[np.ndarray, "S K"]:
-        """Vectors of texts, in the order given.
+        """Vectors of texts, in the order given. Texts that are truncated at `max_length` tokens are told by a `UserWarning`.
 
         Args:
-          texts: one text, which gives one vector, or a sequence of S texts, which gives a matrix.
-          prompt: put before every text: the name of one of the model's `prompts`, such as "query", or any string as it is. For queries of a
-            task of your own that is `f2llm_jax.text.query_prompt(instruction)`; documents take none.
+          texts: one text, which gives one vector, or S texts (a list, an array, a generator, ...), which give a matrix.
+          prompt: put before every text: the name of one of the model's `prompts`, such as "query", or any string as it is; None for none.
+            For queries of a task of your own that is `f2llm_jax.text.query_prompt(instruction)`; documents take none.
           dim: K, leading dimensions to keep; None for all. The model should be trained for this width.
           normalize: give vectors of length 1, so that a dot product is a cosine.
 
@@ -75,16 +81,30 @@ class Encoder:
           float32 `[K]` or `[S, K]`.
 
         Raises:
-          UserError: `dim` is not between 1 and `width`, or `prompt` looks like a name and is none.
+          UserError: `dim` is not between 1 and `width`, `prompt` looks like a name and is none, or one of `texts` is no text.
         """
-        if dim is not None and not 1 <= dim <= self.width:
-            raise UserError(f"dim={dim} must be from 1 to the model's {self.width} dimensions")
-        if prompt.isidentifier() and prompt not in self.prompts:  # a name that was mistyped would be encoded with every text
-            raise UserError(f"the model has no prompt {prompt!r}; it has {', '.join(self.prompts)}. A prompt of your own ends with a space")
-        several = [texts] if isinstance(texts, str) else list(texts)
-        raw = self._encoder.encode(several, self.prompts.get(prompt, prompt))
+        if dim is not None and not (_is_count(dim) and 1 <= dim <= self.width):
+            raise UserError(f"dim={dim!r} must be from 1 to the model's {self.width} dimensions")
+        prefix = self._prefix(prompt)
+        several = given_texts(texts)
+        before = self._encoder.truncated
+        raw = self._encoder.encode(several, prefix)
+        if longer := self._encoder.truncated - before:
+            told = f"{longer:,} of {len(several):,} texts are longer than {self.max_length:,} tokens and were truncated"
+            warnings.warn(told, stacklevel=2)
         vectors = truncate_and_normalize(raw, dim or self.width) if normalize else raw[:, : dim or self.width]
         return vectors[0] if isinstance(texts, str) else vectors
+
+    def _prefix(self, prompt: str | None) -> str:
+        if prompt is not None and not isinstance(prompt, str):
+            raise UserError(f"prompt={prompt!r} must be a str or None")
+        if prompt and _NAME.fullmatch(prompt) and prompt not in self.prompts:  # a mistyped name would be encoded with every text
+            raise UserError(f"the model has no prompt {prompt!r}; it has {', '.join(self.prompts)}. A prompt of your own ends with a space")
+        return self.prompts.get(prompt, prompt) if prompt else ""
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def load(model: str | os.PathLike[str], *, dtype: str = "float32", max_length: int | None = None) -> Encoder:
@@ -96,8 +116,12 @@ def load(model: str | os.PathLike[str], *, dtype: str = "float32", max_length: i
       max_length: tokens at which texts are truncated; the model's own limit if None.
 
     Raises:
-      UserError: there is no such model, or it has no tokenizer that fits it.
+      UserError: there is no such model, it has no tokenizer that fits it, or an argument is not of its kind.
     """
+    if dtype not in COMPUTE:
+        raise UserError(f"dtype={dtype!r}: a model computes in {' or '.join(COMPUTE)}")
+    if max_length is not None and not (_is_count(max_length) and max_length >= 1):
+        raise UserError(f"max_length={max_length!r} must be a whole number of at least 1, or None for the model's own limit")
     found = find_model(str(model))
     return Encoder(load_encoder(found, dtype=jnp.dtype(dtype), max_length=max_length), found.width, found.embedding.prompts)
 
@@ -111,6 +135,7 @@ def prepare(
     validation: float = 0.1,
     split_by: SplitBy = "query",
     columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
     instruction: str | None = None,
     stage: int = 2,
     cap: int = 0,
@@ -130,6 +155,7 @@ def prepare(
       validation: share of the rows of each source that is held out.
       split_by: "query": all rows of a query are on one side; or "row".
       columns: the data's columns by role, such as `{"query": "question", "passage": "answer"}`, where their names are others.
+      ignore_columns: names, or patterns such as `*_id`, of columns to leave out.
       instruction: the task of queries that carry no instruction.
       stage: 2, or 1 to strip instructions and take retrieval sources alone (paper, section 3.2).
       cap: rows of a source at most; 0 for all.
@@ -143,10 +169,13 @@ def prepare(
     """
     from f2llm_jax.preparation import sources, writing  # TFDS and Beam take seconds to import
 
-    raw = _as_path(data, os.fspath(out))
+    raw = os.fspath(data) if isinstance(data, str | os.PathLike) else write_rows(data, f"{os.fspath(out).rstrip('/')}.rows")
     names = list(folders.find_sources(raw).paths) if os.path.isdir(raw) else [folders.table_name(raw)]
     found = sources.find_sources(
-        raw, stage=stage, choice=Choice(dict(columns or {})), instructions=dict.fromkeys(names, instruction) if instruction else None
+        raw,
+        stage=stage,
+        choice=Choice(dict(columns or {}), ignore_columns, use='columns={{"{role}": "{column}"}}', ignore='ignore_columns=["{column}"]'),
+        instructions=dict.fromkeys(names, instruction) if instruction else None,
     )
     recipe = Recipe(
         stage=stage,
@@ -161,17 +190,6 @@ def prepare(
     return writing.prepare(found, find_tokenizer(str(model)), os.fspath(out), recipe, workers=workers, overwrite=overwrite)
 
 
-def _as_path(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], out: str) -> str:
-    """The path of `data`, written to a file if it is rows; an equal file stays as it is."""
-    if isinstance(data, str | os.PathLike):
-        return os.fspath(data)
-    content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data).encode()
-    file = epath.Path(f"{out.rstrip('/')}.rows") / "rows.jsonl"
-    if not file.exists() or file.read_bytes() != content:
-        write_bytes(file, content)
-    return str(file)
-
-
 def batches(
     dataset: Dataset | str | os.PathLike[str],
     size: int = 32,
@@ -181,7 +199,7 @@ def batches(
     seed: int = 0,
     max_length: int | None = None,
     negatives: Mapping[Kind, int] | None = None,
-    sources: Sequence[str] | None = None,
+    sources: str | Sequence[str] | None = None,
 ) -> Iterator[StepData]:
     """The batches of a prepared dataset as training draws them: each of one source, in random order, every row once an epoch.
 
@@ -195,14 +213,18 @@ def batches(
       negatives: hard negatives drawn by task kind; None for the published 7 (retrieval), 9 (clustering) and 1 (classification).
       sources: names of the sources to draw from; None for all.
 
+    Raises:
+      UserError: there is no such dataset, split, source or task kind.
+
     Yields:
       `StepData`, whose `batch` has the packed token rows and the masks (see `f2llm_jax.batch.Batch`) and whose `plan` says which rows of
       which source they are.
     """
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
-    length = max_length or dataset.max_length
+    length = dataset.max_length if max_length is None else max_length
     config = BatchConfig(size=size, row_tokens=length, microbatch_rows=1, max_length=length, negatives=negatives)
-    pipeline = Pipeline(dataset, split, config, seed, None, list(sources) if sources else None)
+    names = [sources] if isinstance(sources, str) else sources
+    pipeline = Pipeline(dataset, split, config, seed, None, None if names is None else list(names))
     yield from pipeline.steps(0, pipeline.plan.epochs.steps(epochs))
 
 

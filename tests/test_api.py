@@ -1,6 +1,7 @@
 """The Python API: one text or many, objectives and metrics of one's own, callbacks, and no trace left in the process."""
 
 import functools
+import json
 import subprocess
 import sys
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import small_data
 import tiny
+from small_runs import environment
 
 from f2llm_jax import api, objectives
 from f2llm_jax.errors import UserError
 from f2llm_jax.objectives import ContrastiveConfig, Objective, mean_of
 from f2llm_jax.release import hf_folder
+from f2llm_jax.training import program, provenance
 from f2llm_jax.weights.embedding_config import DEFAULT_PROMPTS
 
 # TFDS and Beam use what protobuf, asyncio and Python are about to drop; none of it is ours.
@@ -57,8 +60,9 @@ def test_a_string_is_one_text(encoder):
 
 
 def test_a_mistyped_prompt_is_refused(encoder):
-    with pytest.raises(UserError, match="no prompt 'qeury'; it has query, document"):
-        encoder.encode("the cat", prompt="qeury")
+    for mistyped in ("qeury", "s2p-query", "web_search"):
+        with pytest.raises(UserError, match=f"no prompt '{mistyped}'; it has query, document"):
+            encoder.encode("the cat", prompt=mistyped)
     np.testing.assert_allclose(encoder.encode("cat", prompt="the "), encoder.encode("the cat"), atol=1e-6)
 
 
@@ -69,8 +73,11 @@ def test_vectors_are_those_of_sentence_transformers(base, encoder):
     model = sentence_transformers.SentenceTransformer(base, device="cpu")
     texts = [*tiny.TEXTS, "a" * 400]
     for prompt in ("query", "document"):
-        np.testing.assert_allclose(encoder.encode(texts, prompt=prompt), model.encode(texts, prompt_name=prompt), atol=2e-5)
-    np.testing.assert_allclose(encoder.encode(texts, dim=16), model.encode(texts, truncate_dim=16, normalize_embeddings=True), atol=2e-5)
+        with pytest.warns(UserWarning, match=r"\d of 10 texts are longer than 96 tokens and were truncated"):
+            vectors = encoder.encode(texts, prompt=prompt)
+        np.testing.assert_allclose(vectors, model.encode(texts, prompt_name=prompt), atol=2e-5)
+    short = texts[:-3]
+    np.testing.assert_allclose(encoder.encode(short, dim=16), model.encode(short, truncate_dim=16, normalize_embeddings=True), atol=2e-5)
     np.testing.assert_array_equal(encoder.encode("a", prompt="query"), encoder.encode("a", prompt=DEFAULT_PROMPTS["query"]))
 
 
@@ -81,9 +88,43 @@ def test_raw_vectors_on_request(encoder):
     assert encoder.encode("the cat", dim=8, normalize=False).shape == (8,)
 
 
-@pytest.mark.parametrize("dim", [0, -1, 65])
+def test_texts_may_be_anything_that_gives_texts(encoder):
+    texts = ["the cat", "a dog"]
+    expected = encoder.encode(texts)
+    for same in (np.array(texts), np.array(texts, object), (text for text in texts), dict.fromkeys(texts).keys()):
+        np.testing.assert_array_equal(encoder.encode(same), expected)
+    np.testing.assert_array_equal(encoder.encode(np.array(texts)[0], prompt=None), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (None, "texts is a NoneType"),
+        (b"the cat", "texts is a bytes"),
+        ({"query": "the cat"}, "texts is a dict; give one text"),  # its keys were encoded
+        ({"the cat"}, "texts is a set"),
+        (np.array([["the cat", "a dog"]]), "texts is a ndarray"),
+        (["the cat", None], r"texts\[1\] is None \(NoneType\), not a str"),
+        (["the cat", float("nan")], r"texts\[1\] is nan \(float\)"),
+        ([["the cat", "a dog"]], r"texts\[0\] is \['the cat', 'a dog'\] \(list\)"),
+        (["\ud800"], r"texts\[0\] is no Unicode text"),
+    ],
+)
+def test_what_is_no_text_is_refused(encoder, texts, message):
+    with pytest.raises(UserError, match=message):
+        encoder.encode(texts)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"dtype": "half"}, {"max_length": 0}, {"max_length": 4.5}])
+def test_what_a_model_is_not_loaded_with_is_refused(base, options):
+    (name, value) = next(iter(options.items()))
+    with pytest.raises(UserError, match=f"{name}={value!r}"):
+        api.load(base, **options)
+
+
+@pytest.mark.parametrize("dim", [0, -1, 65, 8.0, True, "8"])
 def test_a_width_that_the_model_does_not_have_is_refused(encoder, dim):
-    with pytest.raises(UserError, match=f"dim={dim} must be from 1 to the model's 64 dimensions"):
+    with pytest.raises(UserError, match=f"dim={dim!r} must be from 1 to the model's 64 dimensions"):
         encoder.encode("a", dim=dim)
 
 
@@ -107,6 +148,75 @@ def test_rows_and_files_are_prepared_alike(base, folder):
         api.prepare(rows[:50], base, folder / "of_rows", **options)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a", "b")], r"data\[0\] is \('a', 'b'\); a row is a dict"),
+        ({"query": "a", "passage": "b"}, "data is a dict; give a list of rows"),
+        (np.array([["a", "b"]]), "data is a ndarray"),
+        ([{"query": "a", "passage": {1, 2}}], r"data has the value \{1, 2\} \(set\)"),
+        ([{"query": "a", "passage": "b", "doc_id": "7"}], r"leave it out with ignore_columns=\[\"doc_id\"\]"),
+        ([{"question": "a", "reply": "b"}], r"name the column that holds it with columns=\{\"passage\": \"NAME\"\}"),
+    ],
+)
+def test_rows_that_are_none_are_refused_in_words_of_python(base, tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        api.prepare(rows, base, tmp_path / "data")
+
+
+def test_arrays_and_other_columns_in_rows(base, tmp_path):
+    rows = [
+        {"query": f"cat {i}", "passage": np.str_(f"Katze {i}"), "negatives": np.array([f"dog {i}", "mat"]), "doc_id": i} for i in range(40)
+    ]
+    dataset = api.prepare(rows, base, tmp_path / "data", ignore_columns=["doc_id"], workers=1)
+    assert dataset.sources["rows"].negatives == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"validation": 1.5}, {"validation": -1}, {"stage": 3}, {"cap": -1}, {"split_by": "text"}, {"max_length": 0}]
+)
+def test_recipes_that_are_none_are_refused(base, tmp_path, options):
+    (name, value) = next(iter(options.items()))
+    with pytest.raises(UserError, match=f"{name}={value!r} must be"):
+        api.prepare([{"query": "a", "passage": "b"}] * 40, base, tmp_path / "data", **options)
+
+
+SCRIPT = """
+import pathlib, sys
+from f2llm_jax import api
+
+pathlib.Path("runs").open("a").write("once\\n")
+print(sorted(api.prepare("raw", sys.argv[1], "data", workers=2).sources))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_runs_once(base, tmp_path):
+    """Workers are processes of their own, which by themselves would run the script again, its training included."""
+    (tmp_path / "raw").mkdir()
+    for name in ("one", "two"):
+        rows = [{"query": f"{name} {i}", "passage": f"passage {i}"} for i in range(30)]
+        (tmp_path / "raw" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py", base], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == "['one', 'two']\n", done.stderr
+    assert (tmp_path / "runs").read_text() == "once\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, "split='test': choose one of train, validation"),
+        ({"sources": ["pairz"]}, "no source 'pairz'; there are: labels, pairs, topics"),
+        ({"negatives": {"retrival": 3}}, "the task kind 'retrival'; there are: retrieval"),
+        ({"max_length": 0}, "max_length=0 must be"),
+    ],
+)
+def test_batches_of_what_is_not_there_are_refused(data, options, message):
+    with pytest.raises(UserError, match=message):
+        next(api.batches(data, **options))
+
+
 def test_an_epoch_has_every_row_once(data):
     seen = {}
     for step in api.batches(data, 16):
@@ -116,6 +226,7 @@ def test_an_epoch_has_every_row_once(data):
         source: list(range(info.rows["train"])) for source, info in data.sources.items()
     }
     assert {step.plan.source for step in api.batches(str(data.folder), 16, sources=["pairs"])} == {"pairs"}
+    assert {step.plan.source for step in api.batches(data, 16, sources="pairs")} == {"pairs"}
 
 
 def settings(base, data, **more):
@@ -160,6 +271,48 @@ def test_an_objective_and_metrics_of_ones_own(base, data, folder, quick_compilat
     assert {step: values["triplet"] for step, values in seen if "triplet" in values} == record.values("triplet")
     assert not jax.sharding.get_mesh().axis_names  # the process is as it was
     assert api.load(folder / "own").width == 64
+    for other in (functools.partial(triplet, 0.5), lambda *arrays: triplet(1.0, *arrays), None):
+        with pytest.raises(UserError, match="own objective: 'triplet:"):
+            api.train(settings(base, data, steps=STEPS + 1), folder / "own", objective=other)
+
+
+def test_objectives_are_told_apart():
+    """By name, code and what is bound to them; alike in another process, where addresses differ."""
+    half, whole = (functools.partial(triplet, margin) for margin in (0.5, 1.0))
+    closed = [(lambda bound: lambda *arrays: triplet(bound, *arrays))(margin) for margin in (0.5, 0.5, 1.0)]
+    told = [provenance.described(one) for one in (triplet, half, whole, lambda *arrays: half(*arrays), *closed[1:], objectives.total)]
+    assert len(set(told)) == len(told)
+    assert provenance.described(closed[0]) == provenance.described(closed[1]) and "0x" not in "".join(told)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (jnp.float32(1), r"must return \(loss, metrics\)"),
+        ((jnp.float32(1), None), r"must return \(loss, metrics\)"),
+        ((jnp.ones(3), {}), "loss must be one number"),
+        ((mean_of(jnp.ones(3), jnp.ones(3)), {}), "loss must be one number"),
+        ((1, {}), "loss must be one number"),
+        ((jnp.float32(1), {"mine": jnp.float32(1)}), "metric 'mine' must be a `mean_of"),
+        ((jnp.float32(1), {"grad_norm": mean_of(jnp.ones(3), jnp.ones(3))}), "metric 'grad_norm' has the name of one"),  # it was dropped
+    ],
+)
+def test_what_is_no_result_of_an_objective_is_refused(result, message):
+    with pytest.raises(UserError, match=message):
+        program._checked(result)
+
+
+def test_a_metric_that_would_be_dropped_is_refused_before_the_first_step(base, data, tmp_path):
+    def named_loss(embeddings, samples, teacher):
+        return jnp.sum(embeddings.query), {"loss": mean_of(samples.sample_mask, samples.sample_mask)}
+
+    with pytest.raises(UserError, match="metric 'loss' has the name"):
+        api.train(
+            settings(base, data),
+            tmp_path / "run",
+            objective=lambda e, s, t: (jnp.sum(e.query), {"loss": mean_of(s.sample_mask, s.sample_mask)}),
+        )
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.slow

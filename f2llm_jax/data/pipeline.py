@@ -14,7 +14,7 @@ from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import EVERY_ROW_ONCE, NegativesPer, Plan, PlanSource, SingleNegative, StepPlan, Tail
-from f2llm_jax.data.records import Dataset, Kind, allow_open_files
+from f2llm_jax.data.records import QUERY_SPLITS, Dataset, Kind, allow_open_files
 from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCaches
 from f2llm_jax.errors import UserError
 from f2llm_jax.text import truncate
@@ -96,12 +96,16 @@ class Pipeline:
         """Args as named; `sources` restricts to some of the dataset's; with a `teacher` its vectors come with the texts.
 
         Raises:
-          UserError: `microbatch_rows` cannot be split over the mesh.
+          UserError: there is no such split or source, or `microbatch_rows` cannot be split over the mesh.
         """
         self._dataset, self._split, self._config, self._mesh = dataset, split, config, mesh
         self._teacher = teacher
         shards = sharding.batch_shards(mesh)
-        names = sources or list(dataset.sources)
+        names = list(dataset.sources) if sources is None else sources
+        if unknown := [name for name in names if name not in dataset.sources]:
+            raise UserError(f"{dataset.folder} has no source {unknown[0]!r}; there are: {', '.join(dataset.sources)}")
+        if split not in QUERY_SPLITS:
+            raise UserError(f"split={split!r}: choose one of {', '.join(QUERY_SPLITS)}")
         info = {name: dataset.sources[name] for name in names}
         self.plan = Plan(
             {name: PlanSource(s.rows[split], s.negatives, s.kind, s.unit) for name, s in info.items()},

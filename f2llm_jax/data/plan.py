@@ -92,6 +92,8 @@ class Plan:
         ):
             if value not in allowed:
                 raise UserError(f"{name}={value!r} must be {allowed[0]!r} or {allowed[1]!r}")
+        if unknown := sorted((negatives or {}).keys() - NEGATIVES.keys()):
+            raise UserError(f"negatives has the task kind {unknown[0]!r}; there are: {', '.join(NEGATIVES)}")
         self._batch_size, self._seed = batch_size, seed
         self._negatives = {**NEGATIVES, **(negatives or {})}
         self._per_row, self._first, self._tail = negatives_per_sample == "row", single_negative == "first", tail

@@ -51,7 +51,7 @@ def guess(name: str, files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
     if undecided := [pairs for pairs in files if pairs.scored and not pairs.negatives]:
         return _guess_scored(name, undecided[0])
     if {pairs.negatives for pairs in files} != {1}:
-        return "retrieval", "guessed: a row of classification has one negative, the opposite label; tasks.json can say otherwise"
+        return "retrieval", "guessed: a row of classification has exactly one negative; tasks.json in a folder of sources can say otherwise"
     texts: set[str] = set()
     for block in (block for pairs in files for block in read_pairs(pairs)):
         for column in ("passage", "negative_1"):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -35,6 +35,19 @@ class Recipe:
     repeated_negatives: bool = False  # whether negatives that repeat or are the positive stay, as published
     validation: float = VALIDATION_SHARE  # share of the rows that are held out
     split_by: SplitBy = "row"
+
+    def __post_init__(self) -> None:
+        within = {
+            "stage": (self.stage in (1, 2), "1 or 2"),
+            "max_length": (self.max_length >= 1, "at least 1"),
+            "cap": (self.cap >= 0, "at least 0, which is all rows"),
+            "instruct_documents": (0 <= self.instruct_documents <= 1, "between 0 and 1"),
+            "validation": (0 <= self.validation <= 1, "between 0 and 1"),
+            "split_by": (self.split_by in get_args(SplitBy), " or ".join(get_args(SplitBy))),
+        }
+        for name, (right, allowed) in within.items():
+            if not right:
+                raise UserError(f"{name}={getattr(self, name)!r} must be {allowed}")
 
 
 def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:

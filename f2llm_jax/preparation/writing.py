@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 
@@ -217,18 +218,36 @@ def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[Progress], 
 
 def _results(jobs: Sequence[_Job], workers: int) -> Iterator[records.SourceInfo]:
     """Results as they come. The first failure cancels what has not begun."""
-    # In a notebook Beam imports a part of its own that fails with pandas 3; a process of its own is no notebook.
-    if workers <= 1 and "IPython" not in sys.modules:
+    if workers <= 1 and not _in_ipython():
         yield from map(_build, jobs)
         return
     context = multiprocessing.get_context("spawn")  # Beam and the tokenizer start threads, which a fork would break
     with concurrent.futures.ProcessPoolExecutor(max(1, workers), context, initializer=_die_with_parent) as pool:
-        futures = [pool.submit(_build, job) for job in jobs]
+        with _no_script():
+            futures = [pool.submit(_build, job) for job in jobs]  # starts the processes
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_ipython() -> bool:
+    """Whether this is a session of IPython, where Beam imports a part of its own that fails with pandas 3; a worker is none."""
+    ipython = sys.modules.get("IPython")  # libraries import it, too
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+@contextlib.contextmanager
+def _no_script() -> Iterator[None]:
+    """Keeps processes that are started from running the user's script again, which need not guard against that: a spawned process
+    imports the file of `__main__`, and no job here refers to anything in it."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _die_with_parent() -> None:

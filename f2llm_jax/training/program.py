@@ -5,6 +5,7 @@ From shapes alone, so that a step can be compiled ahead of time for other machin
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,6 +35,8 @@ _SPARSE_CORE_COLLECTIVES = {
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_disable_megacore_partitioning": "true",
 }
+# Names in a line of metrics that an objective of the user's may not use.
+OF_THE_STEP = ("loss", "objective", "accuracy", "grad_norm", "learning_rate", "skipped", "table_rank", "step", "epoch", "source", "kind")
 _PROJECTION_STREAM = 0x50524F4A  # of random numbers, apart from those of ranks of the embedding table
 # On v5p the SparseCores take none of the gathers; fused with products and pipelined in the backward pass, most of them are hidden.
 _FUSED_GATHERS = {
@@ -207,6 +210,21 @@ def _objective(config: ml_collections.ConfigDict, dims: tuple[int, ...], teacher
     return objective if teachers else dataclasses.replace(objective, distillation_weight=0.0)
 
 
+def _checked(result: Any) -> tuple[Float[Array, ""], dict[str, Mean]]:
+    """What an objective of the user's has returned; raises a UserError, while the step is traced, where that is not `(loss, metrics)`."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        raise UserError("the objective must return (loss, metrics), the metrics a dict, which may be empty")
+    loss, metrics = result
+    if isinstance(loss, Mean) or jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise UserError(f"the objective's loss must be one number, such as `mean_of(values, mask).value`, not {loss!r}")
+    for name, mean in metrics.items():
+        if name in OF_THE_STEP:
+            raise UserError(f"the objective's metric {name!r} has the name of one that every step writes; give it another")
+        if not isinstance(mean, Mean):
+            raise UserError(f"the objective's metric {name!r} must be a `mean_of(values, mask)`, so that hosts and masks are counted right")
+    return jnp.float32(loss), dict(metrics)
+
+
 def _gathered(own: LossFunction) -> LossFunction:
     """`own` of arrays that are whole on every device. What is padding is ones, which can be divided by their length; the masks tell."""
 
@@ -219,7 +237,7 @@ def _gathered(own: LossFunction) -> LossFunction:
 
     def gathered(embeddings: Embeddings, samples: Samples, teacher: Embeddings | None) -> tuple[Float[Array, ""], dict[str, Mean]]:
         embeddings, samples, teacher = whole(embeddings), whole(samples), whole(teacher)
-        return own(filled(embeddings, samples), samples, teacher and filled(teacher, samples))
+        return _checked(own(filled(embeddings, samples), samples, teacher and filled(teacher, samples)))
 
     return gathered
 

@@ -4,11 +4,15 @@
 """
 
 import dataclasses
+import functools
+import hashlib
 import importlib.metadata
 import pathlib
 import platform
+import re
 import subprocess
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -62,7 +66,7 @@ class Provenance:
     tokenizer: str  # `Dataset.tokenizer_fingerprint`
     teacher: str  # digest of the teacher's weights, shape and tokenizer; "" for none
     code: str  # digest of the sources of this package
-    own: str  # name of an objective of the user's; "" for none
+    own: str  # an objective of the user's, `described`; "" for none
 
     @classmethod
     def of(
@@ -74,7 +78,7 @@ class Provenance:
             dataset.tokenizer_fingerprint,
             teacher,
             code,
-            getattr(own, "__qualname__", "") if own else "",
+            described(own) if own else "",
         )
 
     def flat(self) -> dict[str, Any]:
@@ -108,12 +112,33 @@ class ResumePoint:
     changes: dict[str, tuple[Any, Any]]
 
 
+def described(function: Callable[..., object]) -> str:
+    """A function in words that differ where it computes something else: name, arguments that are bound to it, digest of its bytecode."""
+    if isinstance(function, functools.partial):
+        return f"{described(function.func)}{_words([*function.args, *sorted(function.keywords.items())])}"
+    name, code = getattr(function, "__qualname__", type(function).__qualname__), getattr(function, "__code__", None)
+    if code is None:  # an object that is called
+        return name
+    closed = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return f"{name}:{hashlib.sha256(repr(_instructions(code)).encode()).hexdigest()[:8]}{_words(closed) if closed else ''}"
+
+
+def _words(values: Iterable[object]) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", f"({', '.join(map(repr, values))})")  # addresses differ from process to process
+
+
+def _instructions(code: types.CodeType) -> list[object]:
+    constants = [_instructions(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]
+    return [code.co_code.hex(), code.co_names, constants]
+
+
 def check_changes(changes: Mapping[str, tuple[Any, Any]], workdir: epath.Path, allowed: bool) -> None:
     """Raises a ResumeError for changes of the order of data or of what is trained, unless they are `allowed`."""
     refused = {name: change for name, change in changes.items() if not _may_change(name)}
     if refused and not allowed:
         raise ResumeError(
-            f"{workdir} is another run:\n  {tell(refused)}\nuse another --workdir, take the changes back, or pass --resume_with_changes"
+            f"{workdir} is another run:\n  {tell(refused)}\n"
+            "use another workdir, take the changes back, or pass --resume_with_changes to the command `main`"
         )
 
 
