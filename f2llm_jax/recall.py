@@ -1,8 +1,8 @@
 """Recall on files of pairs: `python -m f2llm_jax.recall --model M [--model M2 ...] --pairs FILE [...]`.
 
 A file is one of pairs (forms: docs/data.md), with `instruction` and `language` if it has them, or a BEIR folder. Each query searches the
-distinct documents of its file. With --data the held-out queries of a prepared dataset search all documents of their source. Several
-models are shown side by side, with the last one's ratio to the first.
+distinct documents of its file. With --data the held-out queries of a prepared dataset search all documents of their source; of graded
+pairs it is the rank correlation of scores and cosines. Several models are shown side by side, with the last one's ratio to the first.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.storage.files import check_apart, check_new_file, write_json
 
 if TYPE_CHECKING:
-    from f2llm_jax.evaluation.held_out import Search
+    from f2llm_jax.evaluation.held_out import Correlation, Search
     from f2llm_jax.evaluation.retrieval import Pairs, Recall
     from f2llm_jax.inference.encode import TextEncoder
     from f2llm_jax.inference.vector_cache import CachedEncoder
 
 EXTREMES = 3  # languages shown from either end
 Results = dict[str, dict[str, dict[str, "Recall"]]]  # by model, file, width
-Searches = dict[str, dict[str, dict[str, "Search"]]]  # by model, source, width
+Measured = dict[str, dict[str, "Search | Correlation"]]  # by source, width
 
 
 @command("recall")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choice = Choice(dict(flags.columns), flags.ignore_columns)
     files = [retrieval.read_pairs(path, choice, flags.qrels) for path in flags.pairs]
     results: Results = {}
-    searches: Searches = {}
+    searches: dict[str, Measured] = {}
     for name in flags.model:
         encoder, cached = _encoders(name, flags)
         results[name] = _evaluate(cached, files, flags.dims)
@@ -82,36 +82,33 @@ def _encoders(name: str, flags: argparse.Namespace) -> "tuple[TextEncoder, TextE
     return encoder, CachedEncoder(encoder, flags.cache, model=model_digest(origin)) if flags.cache else encoder
 
 
-def _search(encoder: "TextEncoder", folders: Sequence[str], dims: Sequence[str]) -> dict[str, dict[str, "Search"]]:
-    """By source and width."""
+def _search(encoder: "TextEncoder", folders: Sequence[str], dims: Sequence[str]) -> Measured:
+    """Of the held-out rows of each source."""
     from f2llm_jax.data.records import load_dataset
     from f2llm_jax.evaluation import held_out
 
-    found: dict[str, dict[str, Search]] = {}
+    found: Measured = {}
     for dataset in map(load_dataset, folders):
         for source in (name for name, info in dataset.sources.items() if info.rows[held_out.SPLIT]):
             widths = {dim: None if dim == FULL else int(dim) for dim in dims}
-            found[source] = {dim: held_out.search(encoder, dataset, source, dim=width) for dim, width in widths.items()}
+            found[source] = {dim: held_out.measure(encoder, dataset, source, dim=width) for dim, width in widths.items()}
     return found
 
 
-def _print_searches(searches: "Searches", dims: Sequence[str]) -> None:
+def _print_searches(searches: Mapping[str, Measured], dims: Sequence[str]) -> None:
     columns = [f"[{i}]" for i in range(1, len(searches) + 1)]
     compared = [f"{columns[-1]}/{columns[0]}"] if len(columns) > 1 else []
     for source, by_dim in next(iter(searches.values())).items():
         first = by_dim[dims[0]]
-        print(f"\n{source}, held out: {first.queries:,} queries, {first.documents:,} documents")
+        print(f"\n{source}, held out: {first.counted}")
         print(_line("", [*columns, *compared]))
         for dim in dims:
-            for k in first.recalls:
-                print(_figures(f"{_width(dim)}, recall@{k}", [of_model[source][dim].recalls[k] for of_model in searches.values()]))
+            for name in first.figures:
+                print(_figures(f"{_width(dim)}, {name}", [of_model[source][dim].figures[name] for of_model in searches.values()]))
 
 
-def _plain_searches(searches: Mapping[str, Mapping[str, "Search"]]) -> dict[str, object]:
-    return {
-        source: {dim: {f"recall@{k}": recall for k, recall in found.recalls.items()} for dim, found in by_dim.items()}
-        for source, by_dim in searches.items()
-    }
+def _plain_searches(searches: Measured) -> dict[str, object]:
+    return {source: {dim: found.figures for dim, found in by_dim.items()} for source, by_dim in searches.items()}
 
 
 def _evaluate(encoder: "TextEncoder | CachedEncoder", files: Sequence["Pairs"], dims: Sequence[str]) -> dict[str, dict[str, "Recall"]]:
@@ -176,7 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="recall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, action="append", help="Hugging Face folder, Hub id, workdir or checkpoint; repeatable")
     parser.add_argument("--pairs", default=[], nargs="+", help="files, folders that are tables, or BEIR folders")
-    parser.add_argument("--data", default=[], nargs="+", help="prepared datasets, of whose held-out rows recall@1 and recall@10 are taken")
+    parser.add_argument(
+        "--data",
+        default=[],
+        nargs="+",
+        help="prepared datasets, of whose held-out rows recall@1 and recall@10 are taken, or Spearman's correlation",
+    )
     add_column_flags(parser)
     parser.add_argument("--qrels", default="test", help="split of BEIR folders (default test)")
     parser.add_argument("--dims", type=parse_dims, default=FULL, help='widths to cut to, as in "32,full" (default: full)')

@@ -143,6 +143,11 @@ class Pipeline:
         plan = self.plan.step(step)
         return self._reader(plan.source, self._split).languages(plan.rows)
 
+    def grades(self, step: int) -> Float[np.ndarray, " b"]:
+        """Of each of the step's samples, the score of its positive; NaN where it has none."""
+        plan = self.plan.step(step)
+        return self._scores(plan)[: len(plan.rows), 0]
+
     def planned(self, step: int) -> PlannedStep:
         """The plan and the packing of one step; reads no record."""
         plan = self.plan.step(step)

@@ -1,11 +1,11 @@
-"""Scores of a finished model on held-out rows of any task kind: does the positive come first?"""
+"""Scores of a finished model on held-out rows: does the positive come first, and of graded pairs, are they in the order of their scores?"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline
 from f2llm_jax.data.records import CORPUS, Dataset
@@ -13,12 +13,13 @@ from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.text import truncate
 from f2llm_jax.training.held_out import draw
 from f2llm_jax.training.validation import accuracies as accuracies_of_rows
+from f2llm_jax.training.validation import correlations, rank_correlation
 
 SPLIT = "validation"
 
 
 def as_in_training(encoder: TextEncoder, dataset: Dataset, config: Mapping[str, Any], dims: Sequence[int]) -> dict[str, float]:
-    """The accuracies that training logs with its held-out losses (`training.validation`), on the batches that it scores at every time.
+    """The accuracies and rank correlations that training logs (`training.validation`), of the batches that it scores at every time.
 
     Args:
       encoder: the model, cutting texts where the run cut them.
@@ -26,15 +27,29 @@ def as_in_training(encoder: TextEncoder, dataset: Dataset, config: Mapping[str, 
       config: the run's resolved configuration (`config.json`).
       dims: widths, ascending; the last is the full one.
     """
-    shape, firsts, languages = BatchConfig(**config["batch"]), {}, {}
-    names = [name for name, source in dataset.sources.items() if source.rows[SPLIT] and source.kind != "graded"]
-    pipelines = {name: Pipeline(dataset, SPLIT, shape, config["seed"], None, [name]) for name in names}
+    shape, firsts, languages, spearman = BatchConfig(**config["batch"]), {}, {}, {}
+    kinds = {name: source.kind for name, source in dataset.sources.items() if source.rows[SPLIT]}
+    pipelines = {name: Pipeline(dataset, SPLIT, shape, config["seed"], None, [name]) for name in kinds}
     sizes = {name: pipeline.plan.steps_per_epoch for name, pipeline in pipelines.items()}
     for name, count in draw(sizes, config["eval"]["batches"], config["seed"], 0)[0].items():
         pipeline, steps = pipelines[name], range(count)
+        if kinds[name] == "graded":
+            rows = np.concatenate([pipeline.planned(step).plan.rows for step in steps])
+            spearman[name] = _correlation(encoder, dataset, name, rows, dims)
+            continue
         firsts[name] = np.concatenate([_first(encoder, dataset, pipeline, step, dims) for step in steps], axis=1)
         languages[name] = [language for step in steps for language in pipeline.languages(step)]
-    return accuracies_of_rows(firsts, languages, {name: dataset.sources[name].kind for name in firsts}, dims)
+    return accuracies_of_rows(firsts, languages, kinds, dims) | correlations(spearman, kinds, dims)
+
+
+def _correlation(encoder: TextEncoder, dataset: Dataset, source: str, rows: Int[np.ndarray, " B"], dims: Sequence[int]) -> list[float]:
+    """Of graded validation rows, Spearman's correlation of their scores and cosines by width."""
+    tables = dataset.tables(source, SPLIT)
+    assert tables.scores is not None
+    queries = encode_stored(encoder, dataset, dataset.reader(source, SPLIT).read(rows))
+    passages = encode_stored(encoder, dataset, dataset.reader(source, CORPUS).read(np.asarray(tables.documents)[rows, 0]))
+    pairs = ([truncate_and_normalize(vectors, dim) for vectors in (queries, passages)] for dim in dims)
+    return [rank_correlation(np.einsum("bd,bd->b", *pair), np.asarray(tables.scores)[rows, 0]) for pair in pairs]
 
 
 def _first(encoder: TextEncoder, dataset: Dataset, pipeline: Pipeline, step: int, dims: Sequence[int]) -> Bool[np.ndarray, "J B"]:
@@ -62,9 +77,11 @@ def _first(encoder: TextEncoder, dataset: Dataset, pipeline: Pipeline, step: int
 def accuracies(encoder: TextEncoder, dataset: Dataset) -> dict[str, float]:
     """By source, the share of its validation rows whose positive alone is nearest to the query by cosine; a tie is a miss.
 
-    Chance is 1 / (1 + negatives). Texts are cut at the encoder's `max_length`; sources without validation rows are left out.
+    Chance is 1 / (1 + negatives). Texts are cut at the encoder's `max_length`; sources of graded pairs, or without validation rows, are
+    left out.
     """
-    return {name: _accuracy(encoder, dataset, name) for name, source in dataset.sources.items() if source.rows[SPLIT]}
+    names = [name for name, source in dataset.sources.items() if source.rows[SPLIT] and source.kind != "graded"]
+    return {name: _accuracy(encoder, dataset, name) for name in names}
 
 
 def _accuracy(encoder: TextEncoder, dataset: Dataset, source: str) -> float:
@@ -86,6 +103,39 @@ class Search:
     queries: int  # Q
     documents: int  # U, distinct
     recalls: dict[int, float]  # by k: the share of a query's documents among the k nearest by cosine, mean over queries
+
+    @property
+    def counted(self) -> str:
+        return f"{self.queries:,} queries, {self.documents:,} documents"
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {f"recall@{k}": recall for k, recall in self.recalls.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """How well the order of cosines is that of the scores of a source's held-out pairs."""
+
+    pairs: int
+    spearman: float  # NaN where all scores are alike
+
+    @property
+    def counted(self) -> str:
+        return f"{self.pairs:,} graded pairs"
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"spearman": self.spearman}
+
+
+def measure(encoder: TextEncoder, dataset: Dataset, source: str, dim: int | None = None) -> Search | Correlation:
+    """What the kind of a source asks for, of its validation rows."""
+    info = dataset.sources[source]
+    if info.kind != "graded":
+        return search(encoder, dataset, source, dim=dim)
+    rows = info.rows[SPLIT]
+    return Correlation(rows, _correlation(encoder, dataset, source, np.arange(rows), [dim or encoder.width])[0])
 
 
 def search(encoder: TextEncoder, dataset: Dataset, source: str, ks: Sequence[int] = (1, 10), dim: int | None = None) -> Search:

@@ -1,7 +1,7 @@
 """What is learned, as pure functions of raw embeddings; no model, no data, no configuration file is known here."""
 
 from f2llm_jax.batch import Samples
-from f2llm_jax.objectives.accuracy import ranked_first
+from f2llm_jax.objectives.accuracy import pair_cosines, ranked_first
 from f2llm_jax.objectives.candidates import Embeddings, split
 from f2llm_jax.objectives.config import ContrastiveConfig, Objective
 from f2llm_jax.objectives.matryoshka import matryoshka_dims, matryoshka_weights
@@ -18,6 +18,7 @@ __all__ = [
     "matryoshka_dims",
     "matryoshka_weights",
     "mean_of",
+    "pair_cosines",
     "ranked_first",
     "split",
     "total",

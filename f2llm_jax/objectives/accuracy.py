@@ -1,4 +1,4 @@
-"""How often the positive comes first: what a loss cannot be read as.
+"""How often the positive comes first, and how alike pairs are: what a loss cannot be read as.
 
 Dimensions as in contrastive.py.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Samples
@@ -37,3 +37,9 @@ def ranked_first(embeddings: Embeddings, samples: Samples, dims: Sequence[int]) 
 
     hardest, _ = jax.lax.scan(stream, hardest, candidate_blocks(embeddings, samples, "positives_and_negatives"))
     return own > hardest
+
+
+def pair_cosines(embeddings: Embeddings, dims: Sequence[int]) -> Float[Array, "J B"]:
+    """Cosine of each query and its positive, at each of the J ascending widths."""
+    query, passage = (sharding.shard(x.astype(jnp.float32), sharding.SAMPLES_D) for x in embeddings[:2])
+    return prefix_cosines("bd,bd->b", query, passage, jnp.multiply, dims)

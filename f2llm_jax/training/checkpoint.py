@@ -159,6 +159,9 @@ def _stored_shape(name: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[in
     return chunks.stored_shape(leaf.shape, rows)
 
 
+HIGHER_IS_BETTER = ("/accuracy", "/spearman")  # in the names of metrics; every other one of a validation is a loss
+
+
 def score(name: str, found: Mapping[str, float]) -> dict[str, float] | None:
     """What a checkpoint is ranked by: the metric `name`, negated if it is a loss, so that higher is better; None without name or metrics.
 
@@ -170,7 +173,7 @@ def score(name: str, found: Mapping[str, float]) -> dict[str, float] | None:
     if name not in found:
         offered = difflib.get_close_matches(name, found, n=3) or ["validation/accuracy", "validation/loss"]
         raise UserError(f"config.checkpoint.best={name!r} is no metric of a validation; take for example {', '.join(offered)}")
-    return {SCORE: found[name] if "/accuracy" in name else -found[name]}
+    return {SCORE: found[name] if any(part in name for part in HIGHER_IS_BETTER) else -found[name]}
 
 
 def save(

@@ -149,7 +149,10 @@ class Recorder:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self.write(step, finite)
         self._time(step, {"validation_seconds": seconds})
-        self.say(f"step {step}/{self._total}  held-out loss {values['validation/loss']:.4f}, accuracy {values['validation/accuracy']:.4f}")
+        shown = [
+            f"{name} {values[f'validation/{name}']:.4f}" for name in ("loss", "accuracy", "spearman") if f"validation/{name}" in values
+        ]
+        self.say(f"step {step}/{self._total}  held-out {', '.join(shown)}")
         if missing := sorted(values.keys() - finite.keys()):
             self.say(f"step {step}/{self._total}  not finite, so not in metrics.jsonl: {', '.join(missing[:5])}")
 

@@ -157,7 +157,7 @@ def _unless(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o) if n.ndim else n, new, old)
 
 
-EvalStep = Callable[[Any, Batch], tuple[dict[str, Mean], Bool[Array, "J B"]]]
+EvalStep = Callable[[Any, Batch], tuple[dict[str, Mean], Bool[Array, "J B"], Float[Array, "J B"] | None]]
 
 
 OWN = "own/"  # begins the metrics of an objective of the user's
@@ -166,21 +166,30 @@ OWN = "own/"  # begins the metrics of an objective of the user's
 def make_eval_step(
     encode_chunk: encoder.EncodeChunk, objective: Objective, dims: Sequence[int], own: LossFunction | None = None
 ) -> EvalStep:
-    """`(params, batch) -> (metrics, first)`, from one pass over the batch.
+    """`(params, batch) -> (metrics, first, cosines)`, from one pass over the batch.
 
     `metrics` are at full width, as the published validation loss (no matryoshka); `first` says for each of `dims` and each
-    sample whether its positive came first, on every device. With a loss function of the user's `own`, its loss and its metrics are
-    among the metrics, as `own/objective` and `own/NAME`.
+    sample whether its positive came first, `cosines` how near the two are (None in data without graded pairs), on every device.
+    With a loss function of the user's `own`, its loss and its metrics are among the metrics, as `own/objective` and `own/NAME`.
     """
-    plain = dataclasses.replace(objective.contrastive, dims=(), weights=())
+    plain = Objective(
+        contrastive=dataclasses.replace(objective.contrastive, dims=(), weights=()),
+        graded=objective.graded,
+        scores=objective.scores,
+        scores_weight=0.0 if own else objective.scores_weight,
+        scores_temperature=objective.scores_temperature,
+    )
 
-    def eval_step(params: Any, batch: Batch) -> tuple[dict[str, Mean], Bool[Array, "J B"]]:
+    def eval_step(params: Any, batch: Batch) -> tuple[dict[str, Mean], Bool[Array, "J B"], Float[Array, "J B"] | None]:
         embeddings = by_role(encoder.encode(encode_chunk, params, batch.texts, batch.text_count), batch.samples.negative_mask)
-        _, metrics = objectives.total(embeddings, batch.samples, Objective(contrastive=plain))
+        _, metrics = objectives.total(embeddings, batch.samples, plain)
         if own:
             loss, found = own(embeddings, batch.samples, None)
             count = batch.samples.sample_mask.sum()
             metrics |= {OWN + name: mean for name, mean in {"objective": Mean(loss * count, count), **found}.items()}
-        return metrics, sharding.shard(objectives.ranked_first(embeddings, batch.samples, dims), sharding.P(None, None))
+        first = sharding.shard(objectives.ranked_first(embeddings, batch.samples, dims), sharding.P(None, None))
+        if batch.samples.graded_weight is None:
+            return metrics, first, None
+        return metrics, first, sharding.shard(objectives.pair_cosines(embeddings, dims), sharding.P(None, None))
 
     return eval_step

@@ -1,4 +1,7 @@
-"""Held-out rows: losses as published, and how often the positive comes first, by source, task kind, language and width."""
+"""Held-out rows: losses as published, and how often the positive comes first, by source, task kind, language and width.
+
+Of graded pairs, whose passages are not right or wrong: how well the order of cosines is that of scores.
+"""
 
 import dataclasses
 from collections import defaultdict
@@ -8,7 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, read_steps
 from f2llm_jax.data.records import Dataset
@@ -27,6 +30,7 @@ class _Scored:
     metrics: list[Mapping[str, Mean]]
     first: Bool[np.ndarray, "J rows"]
     languages: list[str]
+    spearman: list[float]  # by width, of graded pairs; empty of others
 
 
 class HeldOut:
@@ -68,7 +72,8 @@ def validate(
     `validation/loss` and `validation/accuracy` are means over sources; `.../source/NAME`, `.../kind/KIND` and, of accuracy,
     `.../language/CODE` (over that language's rows of all sources) and `.../dim/D` (mean over sources) take them apart. A loss is the sum
     of `validation/in_batch`, which exists for retrieval only, and `validation/hard`, which are taken apart alike (F2LLM `utils.py`); that
-    of graded pairs, which have no accuracy, is `validation/graded`.
+    of graded pairs, which have no accuracy, is `validation/graded`, and `validation/spearman` is the rank correlation of their scores
+    and cosines. `validation/scores` is the loss on scores of documents, where it is trained, and no part of `validation/loss`.
     What an accuracy counts is said in `objectives.ranked_first`. Metrics of an objective of the user's are
     `validation/NAME`, means over all rows.
 
@@ -83,8 +88,9 @@ def validate(
     every, in_turn = drawn
     if not every:
         return {}
-    scored = _score(eval_step, params, held_out, {**every, **in_turn})
-    kinds = {name: dataset.sources[name].kind for name in scored}
+    kinds = {name: dataset.sources[name].kind for name in (*every, *in_turn)}
+    graded = {name: kind == "graded" for name, kind in kinds.items()}
+    scored = _score(eval_step, params, held_out, {**every, **in_turn}, graded)
     found = _figures({name: scored[name] for name in every}, kinds, dims)
     if in_turn:
         own = _figures({name: scored[name] for name in in_turn}, kinds, dims)
@@ -92,7 +98,9 @@ def validate(
     return found
 
 
-def _score(eval_step: EvalStep, params: Any, held_out: Mapping[str, Pipeline], counts: Mapping[str, int]) -> dict[str, _Scored]:
+def _score(
+    eval_step: EvalStep, params: Any, held_out: Mapping[str, Pipeline], counts: Mapping[str, int], graded: Mapping[str, bool]
+) -> dict[str, _Scored]:
     """The batches of all sources, read one after the other while the devices compute."""
     chosen = [(name, step) for name, count in counts.items() for step in range(count)]
     arrivals = read_steps([(held_out[name], step) for name, step in chosen])
@@ -100,10 +108,20 @@ def _score(eval_step: EvalStep, params: Any, held_out: Mapping[str, Pipeline], c
     scored = {}
     for source in counts:
         mine = [(step, *output) for (name, step), output in zip(chosen, outputs, strict=True) if name == source]
-        rows = [held_out[source].languages(step) for step, _, _ in mine]
-        first = np.concatenate([found[:, : len(of_rows)] for (_, _, found), of_rows in zip(mine, rows, strict=True)], axis=1)
-        scored[source] = _Scored([metrics for _, metrics, _ in mine], first, [language for of_rows in rows for language in of_rows])
+        languages = [held_out[source].languages(step) for step, *_ in mine]
+        sizes, spearman = [len(of_rows) for of_rows in languages], []
+        if graded[source]:
+            grades = np.concatenate([held_out[source].grades(step) for step, *_ in mine])
+            spearman = [rank_correlation(of_dim, grades) for of_dim in _joined([cosines for *_, cosines in mine], sizes)]
+        first = _joined([first for _, _, first, _ in mine], sizes)
+        flat = [language for of_rows in languages for language in of_rows]
+        scored[source] = _Scored([metrics for _, metrics, _, _ in mine], first, flat, spearman)
     return scored
+
+
+def _joined(batches: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+    """`[J, rows]` of batches `[J, B]`, of each as many as it has rows."""
+    return np.concatenate([batch[:, :size] for batch, size in zip(batches, sizes, strict=True)], axis=1)
 
 
 def _figures(scored: Mapping[str, _Scored], kinds: Mapping[str, str], dims: Sequence[int]) -> dict[str, float]:
@@ -124,8 +142,20 @@ def _figures(scored: Mapping[str, _Scored], kinds: Mapping[str, str], dims: Sequ
         **parts,
         "validation/loss": _mean(total.values()),
         **accuracies(firsts, languages, kinds, dims),
+        **correlations({name: found.spearman for name, found in scored.items() if found.spearman}, kinds, dims),
+        **_scores(scored, kinds),
         **_own([batch for found in scored.values() for batch in found.metrics]),
     }
+
+
+def _scores(scored: Mapping[str, _Scored], kinds: Mapping[str, str]) -> dict[str, float]:
+    """The loss on scores of documents, of the sources that have rows with two."""
+    losses = {
+        name: _mean_over_batches([batch["scores"] for batch in found.metrics])
+        for name, found in scored.items()
+        if sum(float(batch["scores"].count) for batch in found.metrics if "scores" in batch)
+    }
+    return _by_source("validation/scores", losses, kinds) | {"validation/scores": _mean(losses.values())} if losses else {}
 
 
 def _own(batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -161,6 +191,34 @@ def accuracies(
         **{f"validation/accuracy/dim/{dim}": float(accuracy) for dim, accuracy in zip(dims, by_dim, strict=True)},
         "validation/accuracy": _mean(by_source.values()),
     }
+
+
+def correlations(spearman: Mapping[str, Sequence[float]], kinds: Mapping[str, str], dims: Sequence[int]) -> dict[str, float]:
+    """The rank correlations of `validate`, from those of each source at each of `dims`."""
+    if not spearman:
+        return {}
+    by_source = {name: of_dims[-1] for name, of_dims in spearman.items()}
+    by_dim = np.mean(list(spearman.values()), axis=0)
+    return {
+        **_by_source("validation/spearman", by_source, kinds),
+        **{f"validation/spearman/dim/{dim}": float(value) for dim, value in zip(dims, by_dim, strict=True)},
+        "validation/spearman": _mean(by_source.values()),
+    }
+
+
+def rank_correlation(cosines: Float[np.ndarray, " rows"], grades: Float[np.ndarray, " rows"]) -> float:
+    """Spearman's, of the rows that have a grade; NaN where there is none, as of one row or of grades that are all alike."""
+    there = np.isfinite(grades)
+    ranks = [_ranks(values[there]) for values in (cosines, grades)]
+    if not all(len(np.unique(of_values)) > 1 for of_values in ranks):
+        return float("nan")
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
+
+
+def _ranks(values: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+    """Places in ascending order; equal values share the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def _by_source(prefix: str, values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
