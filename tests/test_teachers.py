@@ -22,6 +22,7 @@ from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCacheError
 from f2llm_jax.errors import UserError
 from f2llm_jax.preparation.encoding import Encoder
 from f2llm_jax.release import hf_folder
+from f2llm_jax.storage.vectors import VectorStore, VectorStoreError
 from f2llm_jax.teachers.texts import Prompts, TextDecoder, stored_texts
 from f2llm_jax.text import load_tokenizer
 
@@ -246,6 +247,8 @@ def test_files_of_other_texts_or_shapes_are_refused(tmp_path, dataset, written, 
     ids = table.select(["id"])
     holes = vectors.copy()
     holes[3, 2] = np.nan
+    blank = vectors.copy()
+    blank[5] = 0
     ragged = pa.array([*map(list, vectors[:-1]), [1.0]], pa.list_(pa.float32()))
     role = pa.array(["answer"] * len(table))
     twice = pa.concat_tables([ids, ids.slice(0, 1)]).append_column("vector", vector_column([*vectors, vectors[0] + 1]))
@@ -255,7 +258,10 @@ def test_files_of_other_texts_or_shapes_are_refused(tmp_path, dataset, written, 
             "table": pa.table({"text": ["other"] * len(vectors)}).append_column("vector", vector_column([vectors[0]] * len(vectors)))
         },
         "is not finite": {"table": ids.append_column("vector", vector_column(holes))},
+        "is zero; check that model": {"table": ids.append_column("vector", vector_column(blank))},
         "equally many numbers": {"table": ids.append_column("vector", ragged)},
+        "a list of equally many": {"table": ids.append_column("vector", vector_column(vectors[:, :0]))},
+        "and no other 'embedding'": {"table": ids.append_column("vector", column).append_column("embedding", column)},
         "two vectors for one text": {"table": twice},
         "name the one of the vectors 'vector'": {"table": table},
         "name one of them id or text": {"table": pa.table({"vector": column})},
@@ -265,6 +271,13 @@ def test_files_of_other_texts_or_shapes_are_refused(tmp_path, dataset, written, 
         "it needs numbers": {"array": vectors[0], "of": table},
     }.items():
         refused(tmp_path, dataset, capsys, message, **given)
+
+
+def test_what_float16_makes_zero_is_not_stored(tmp_path):
+    store = VectorStore(tmp_path, {}, 2, "float16")
+    with pytest.raises(VectorStoreError, match="vector 1 is zero in float16; store float32"):
+        store.write("a", np.array([[1e-9, 1e-3], [1e-9, -1e-9]], np.float32))
+    assert not store.exists("a")
 
 
 def test_a_model_that_changed_under_its_name_is_refused(tmp_path, dataset, monkeypatch):

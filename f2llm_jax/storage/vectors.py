@@ -58,14 +58,15 @@ class VectorStore:
         """Stores vectors, rounded to the store's dtype.
 
         Raises:
-          VectorStoreError: one is not finite in that dtype.
+          VectorStoreError: one is not finite in that dtype, or zero, which has no direction.
         """
         with np.errstate(over="ignore"):
             stored = np.asarray(vectors, self.dtype)
-        if not np.isfinite(stored).all():
-            row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+        finite = np.isfinite(stored).all(axis=1)
+        if len(wrong := np.flatnonzero(~(finite & stored.any(axis=1)))):
+            why = "zero" if finite[wrong[0]] else "not finite"
             raise VectorStoreError(
-                f"{self.path(name)}: vector {row} is not finite in {self.dtype}; store float32, compute in float32, or check the model"
+                f"{self.path(name)}: vector {wrong[0]} is {why} in {self.dtype}; store float32, compute in float32, or check the model"
             )
         if not (self.folder / "made_by.json").exists():
             write_json(self.folder / "made_by.json", self.made_by, sealed=True)  # for people

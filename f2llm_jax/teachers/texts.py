@@ -138,14 +138,13 @@ class TextTeacher:
         """Raw vectors of stored texts, in order.
 
         Raises:
-          UserError: a vector is not finite, or there is none.
+          UserError: a vector is not finite or zero, or there is none.
         """
         texts = stored_texts(self._decoder.decode(ids), role, self.prompts)
         vectors = self._model.encode(texts)
         if vectors.shape != (len(texts), self.width):
             raise UserError(f"{self.name} gives {list(vectors.shape)} numbers for {len(texts)} texts, not {self.width} for each")
-        if len(wrong := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
-            raise UserError(
-                f"{self.name}: the vector of {texts[wrong[0]].read[:80]!r} is not finite; check that model, or leave the text out"
-            )
+        if len(wrong := np.flatnonzero(~(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)))):
+            why = "not finite" if vectors[wrong[0]].any() else "zero"
+            raise UserError(f"{self.name}: the vector of {texts[wrong[0]].read[:80]!r} is {why}; check that model, or leave the text out")
         return vectors

@@ -134,11 +134,13 @@ def _read_parquet(path: epath.Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             opened = pq.ParquetFile(file)
-            name = next((name for name in VECTOR_COLUMNS if name in opened.schema_arrow.names), None)
-            if name is None:
+            found = [name for name in opened.schema_arrow.names if name in VECTOR_COLUMNS]
+            if len(found) != 1:
                 raise UserError(
-                    f"--vectors {path} has the columns {', '.join(opened.schema_arrow.names)}; name the one of the vectors 'vector'"
+                    f"--vectors {path} has the columns {', '.join(opened.schema_arrow.names)}; name the one of the vectors 'vector', "
+                    "and no other 'embedding'"
                 )
+            (name,) = found
             column = opened.read(columns=[name]).column(0).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"--vectors {path} is no readable parquet file ({error}); write it again") from error
@@ -150,6 +152,7 @@ def _read_parquet(path: epath.Path) -> np.ndarray:
     if (
         column.null_count
         or len(lengths) != 1
+        or not max(lengths)
         or len(numbers) != len(column) * max(lengths)
         or not np.issubdtype(numbers.dtype, np.floating)
     ):
