@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from f2llm_jax.cli import configuration
-from f2llm_jax.cli.arguments import positive
+from f2llm_jax.cli.arguments import positive, share_or_path
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.configuration import parse_flags
 from f2llm_jax.errors import UserError
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parse_flags(_parser(), arguments, default="configs/finetune.py")
     from f2llm_jax.chain import links  # after flag parsing: --help needs no JAX
     from f2llm_jax.chain.finetune import finetune_links
+    from f2llm_jax.preparation import writing
 
     plan = _plan(flags)
     chain = finetune_links(plan)
@@ -39,30 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.plan:
         print(links.describe(chain, plan.root))
         return
+    writing.check_installed()  # said now and not after hours of mining
     links.run(chain, plan.root)
     print(f"fine-tuned {plan.model} on {plan.data}: {plan.out}")
 
 
 def _plan(flags: argparse.Namespace) -> "Finetune":
     from f2llm_jax.chain.finetune import Finetune
+    from f2llm_jax.storage.files import absolute
     from f2llm_jax.weights.digest import model_digest
     from f2llm_jax.weights.models import find_model
 
     model = find_model(flags.model)
-    model.matching_tokenizer()
-    out = pathlib.Path(flags.out).absolute()
-    local = pathlib.Path(flags.model).exists()
+    name = str(absolute(flags.model)) if pathlib.Path(flags.model).exists() else flags.model
+    out = absolute(flags.out)
     return Finetune(
-        model=str(pathlib.Path(flags.model).absolute()) if local else flags.model,
+        model=name,
         digest=model_digest(model),
-        tokenizer=str(pathlib.Path(str(model.run_folder)) / "tokenizer") if model.run_folder else flags.model,
-        data=pathlib.Path(flags.data).absolute(),
+        tokenizer=str(model.run_folder / "tokenizer") if model.run_folder else name,
+        fingerprint=model.matching_tokenizer().fingerprint,
+        data=absolute(flags.data),
         out=out,
-        root=pathlib.Path(flags.work).absolute() if flags.work else out.with_name(out.name + ".work"),
+        root=absolute(flags.work or out.with_name(out.name + ".work")),
         max_length=flags.max_length or min(model.text_limit, LONGEST),
-        validation=flags.validation,
+        validation=flags.validation if isinstance(flags.validation, float) else absolute(flags.validation),
         instruction=flags.instruction,
-        columns=flags.columns,
+        columns=tuple(f"--{name}={value}" for name in ("columns", "ignore-columns") if (value := getattr(flags, name.replace("-", "_")))),
+        skip_invalid=flags.skip_invalid,
         mine=flags.mine,
         negatives=flags.negatives,
         dtype=flags.dtype,
@@ -97,11 +101,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder of the release to write; exists only when complete")
     parser.add_argument("--work", help="folder of the prepared data, the run and the figures (default OUT.work)")
     parser.add_argument("--columns", default="", help="columns of other names, as in query=question,passage=answer")
+    parser.add_argument("--ignore-columns", default="", metavar="NAMES", help='columns to leave out, or patterns, as in "id,*_scores"')
+    parser.add_argument("--skip-invalid", action="store_true", help="leave out and count rows that have no valid text")
     parser.add_argument("--instruction", default="", help="the task of queries that carry no instruction of their own (default none)")
     parser.add_argument("--mine", action="store_true", help="let the model find hard negatives, for data that has none")
     parser.add_argument("--negatives", type=positive, default=7, metavar="N", help="hard negatives to mine for a row (default 7)")
     parser.add_argument(
-        "--validation", default="0.1", metavar="SHARE|PATH", help="share of the queries, or file of pairs, that is held out (default 0.1)"
+        "--validation",
+        type=share_or_path,
+        default=0.1,
+        metavar="SHARE|PATH",
+        help="share of the queries, or file of pairs, that is held out (default 0.1)",
     )
     parser.add_argument("--max-length", type=positive, help=f"tokens of a text (default: the model's limit, at most {LONGEST})")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the release (default float32)")

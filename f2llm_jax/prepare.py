@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from f2llm_jax.cli.arguments import positive, share
+from f2llm_jax.cli.arguments import positive, share, share_or_path
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.progress import Progress
 from f2llm_jax.inputs.columns import Choice
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--qrels", default="train", help="split of the judgements of BEIR folders (default train)")
     parser.add_argument(
         "--validation",
-        type=_share_or_path,
+        type=share_or_path,
         default=VALIDATION_SHARE,
         metavar="SHARE|PATH",
         help=f"share of the rows of each source that is held out, or a file or folder of held-out rows (default {VALIDATION_SHARE})",
@@ -146,13 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at --out")
     parser.add_argument("--beam", default="", metavar="OPTIONS", help='Beam options in one string, as in --beam="--runner=..."')
     return parser
-
-
-def _share_or_path(text: str) -> float | str:
-    try:
-        return share(text)
-    except argparse.ArgumentTypeError:
-        return text
 
 
 def _show(progress: "writing.Progress", shown: Progress) -> None:

@@ -1,6 +1,7 @@
 """From a file of pairs and a model to a verified release by one command, in steps that resume; sizes from the data and the devices."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -79,9 +80,28 @@ def test_the_same_command_again_does_nothing_and_other_settings_keep_the_data(fo
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "model.work").rglob("*") if path in before}
     refused = run(folder, "--config.steps=7")
     assert refused.returncode == 1 and "remove it or choose another --out" in refused.stderr
+    named_otherwise = run(folder, "--model", "./base", "--data", str(folder / "pairs.jsonl"), *STEPS)
+    assert named_otherwise.returncode == 0 and "python -m" not in named_otherwise.stderr
+    plan = run(folder, "--out", "other", "--work", "model.work", "--plan", *STEPS)  # the same run once more, for a release elsewhere
+    assert "2 of 5 done" in plan.stdout and " changed " not in plan.stdout
     plan = run(folder, "--config.steps=7", "--out", "other", "--work", "model.work", "--plan")
     assert plan.returncode == 0 and len(re.findall(r"^ +\d+  done .*f2llm_jax\.prepare", plan.stdout, re.MULTILINE)) == 1
     assert "1 of 5 done" in plan.stdout and not (folder / "other").exists()
+
+
+def test_flags_of_the_data_reach_the_commands_that_read_it(folder, tmp_path):
+    """What an error of `prepare` or `mine` tells to type can be typed; paths in the commands are absolute."""
+    (tmp_path / "pairs.jsonl").write_bytes((folder / "pairs.jsonl").read_bytes())
+    (tmp_path / "held.jsonl").write_bytes((folder / "pairs.jsonl").read_bytes())
+    flags = ["--columns=query=question", "--ignore-columns=id,*_scores", "--skip-invalid", "--validation=held.jsonl", "--plan", "--mine"]
+    command = [sys.executable, "-m", "f2llm_jax.finetune", "--model", os.path.relpath(folder / "base", tmp_path), "--data", "pairs.jsonl"]
+    plan = subprocess.run([*command, "--out", "out", *flags], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert plan.returncode == 0, plan.stderr
+    mine, prepare = re.findall(r"f2llm_jax\.(?:mine|prepare) .*", plan.stdout)
+    assert "--columns=query=question '--ignore-columns=id,*_scores'" in mine and "--columns" not in prepare
+    assert (
+        "--skip-invalid" in prepare and f"--validation {tmp_path / 'held.jsonl'}" in prepare and f"--tokenizer {folder / 'base'}" in prepare
+    )
 
 
 def test_its_commands_run_alone(folder, done):
@@ -110,10 +130,11 @@ def test_mining_comes_first_where_it_is_asked_for(folder):
         "model": "M",
         "digest": "0",
         "tokenizer": "M",
+        "fingerprint": "t",
         "out": folder / "m",
         "root": folder / "m.work",
         "max_length": 64,
-        "validation": "0.1",
+        "validation": 0.1,
     }
     plan = chain.Finetune(data=folder / "pairs.jsonl", mine=True, **fields)
     links = chain.finetune_links(plan)
@@ -127,10 +148,11 @@ def test_the_content_of_the_data_names_what_is_made_of_it(folder, tmp_path):
             "model": "M",
             "digest": "0",
             "tokenizer": "M",
+            "fingerprint": "t",
             "out": tmp_path / "o",
             "root": tmp_path,
             "max_length": 64,
-            "validation": "0.1",
+            "validation": 0.1,
         } | more
         return [link.name for link in chain.finetune_links(chain.Finetune(data=data, **fields))][:2]
 
@@ -140,6 +162,11 @@ def test_the_content_of_the_data_names_what_is_made_of_it(folder, tmp_path):
     data, training = names(copy)
     for changed in ({"settings": "epochs=9"}, {"digest": "1"}):  # another configuration, other weights under the same name
         assert names(copy, **changed)[0] == data and names(copy, **changed)[1] != training
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_bytes(copy.read_bytes())
+    before = names(copy, validation=held_out)[0]
+    held_out.write_bytes(copy.read_bytes() * 2)  # other rows under the same name, and another tokenizer
+    assert len({data, before, names(copy, validation=held_out)[0], names(copy, fingerprint="other")[0]}) == 4
     copy.write_text(copy.read_text() + '{"question": "new", "answer": "neu"}\n')
     assert names(copy)[0] != data and names(copy)[1] != training
 

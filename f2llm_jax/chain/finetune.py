@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Sequence
+
+from etils import epath
 
 from f2llm_jax.chain.links import Link
 from f2llm_jax.errors import UserError
@@ -21,13 +22,15 @@ class Finetune:
     model: str  # Hugging Face folder, Hub id, workdir or checkpoint
     digest: str  # of its weights
     tokenizer: str  # of the model: folder or Hub id
-    data: pathlib.Path  # file or folder of pairs, absolute
-    out: pathlib.Path  # the release, absolute
-    root: pathlib.Path  # of everything else, absolute
+    fingerprint: str  # of the tokenizer
+    data: epath.Path  # file or folder of pairs, absolute
+    out: epath.Path  # the release, absolute
+    root: epath.Path  # of everything else, absolute
     max_length: int  # tokens at which texts are truncated
-    validation: str  # share of the queries that are held out, or a path
+    validation: float | epath.Path  # share of the queries that are held out, or a file of pairs, absolute
     instruction: str = ""  # for queries that carry none
-    columns: str = ""  # as `prepare --columns` takes it
+    columns: tuple[str, ...] = ()  # flags of columns, as `prepare` and `mine` take them
+    skip_invalid: bool = False  # rows without valid texts
     mine: bool = False  # hard negatives by the model itself
     negatives: int = 7  # a row, that are mined
     dtype: str = "float32"  # of the release
@@ -47,10 +50,11 @@ def finetune_links(plan: Finetune) -> list[Link]:
     if plan.mine:
         mined = f"mined-{_digest(content, plan.digest, plan.instruction, columns, plan.negatives)}"
         flags = ["--model", plan.model, "--queries", str(plan.data), "--negatives", str(plan.negatives), "--too-few", "fill"]
-        flags += ["--columns", columns] * bool(columns) + ["--instruction", plan.instruction] * bool(plan.instruction)
+        flags += [*columns, *["--instruction", plan.instruction] * bool(plan.instruction)]
         links.append(Link(mined, "f2llm_jax.mine", (*flags, "--out", str(plan.root / mined)), (plan.model,)))
-        raw, content, columns = plan.root / mined, mined, ""
-    data = f"data-{_digest(content, plan.tokenizer, plan.max_length, plan.validation, plan.instruction, columns)}"
+        raw, content, columns = plan.root / mined, mined, ()
+    held_out = plan.validation if isinstance(plan.validation, float) else _content(plan.validation)
+    data = f"data-{_digest(content, plan.fingerprint, plan.max_length, held_out, plan.instruction, columns, plan.skip_invalid)}"
     run = f"run-{_digest(data, plan.digest, plan.settings)}"
     folder = str(plan.root / data)
     links.append(Link(data, "f2llm_jax.prepare", _prepare(plan, raw, columns, folder), (content if plan.mine else str(raw),)))
@@ -60,10 +64,11 @@ def finetune_links(plan: Finetune) -> list[Link]:
     out = str(plan.out)
     released = release_name(plan)
     links.append(Link(released, "f2llm_jax.convert", ("to-hf", str(plan.root / run), out, "--dtype", plan.dtype), (run,), place=out))
-    recall = f"recall-{run.removeprefix('run-')}.json"
+    figures = f"{run.removeprefix('run-')}-{released.removeprefix('release-')}.json"  # of this run in this release
+    recall = f"recall-{figures}"
     flags = ["--model", plan.model, "--model", out, "--data", folder, "--json", str(plan.root / recall)]
     links.append(Link(recall, "f2llm_jax.recall", tuple(flags), (plan.model, released, data)))
-    verified = f"verified-{run.removeprefix('run-')}.json"
+    verified = f"verified-{figures}"
     links.append(Link(verified, "f2llm_jax.convert", ("verify", out, "--json", str(plan.root / verified)), (released,)))
     return links
 
@@ -73,23 +78,23 @@ def release_name(plan: Finetune) -> str:
     return f"release-{_digest(str(plan.out))}"
 
 
-def _prepare(plan: Finetune, raw: pathlib.Path, columns: str, folder: str) -> tuple[str, ...]:
+def _prepare(plan: Finetune, raw: epath.Path, columns: Sequence[str], folder: str) -> tuple[str, ...]:
     flags = ["--raw", str(raw), "--tokenizer", plan.tokenizer, "--out", folder, "--max-length", str(plan.max_length)]
-    flags += ["--validation", plan.validation, "--split-by", "query", "--cap", "0"]
-    flags += ["--columns", columns] * bool(columns)
+    flags += ["--validation", str(plan.validation), "--split-by", "query", "--cap", "0"]
+    flags += [*columns, *["--skip-invalid"] * plan.skip_invalid]
     if plan.instruction and not plan.mine:
         flags += [word for name in _sources(plan.data) for word in ("--instruction", f"{name}={plan.instruction}")]
     return tuple(flags)
 
 
-def _sources(data: pathlib.Path) -> list[str]:
+def _sources(data: epath.Path) -> list[str]:
     """Names of the sources that `prepare` makes of `data`."""
     return list(folders.find_sources(data).paths) if data.is_dir() else [folders.table_name(data)]
 
 
-def _content(data: pathlib.Path) -> str:
+def _content(data: epath.Path) -> str:
     """A digest of names and bytes of the files."""
-    files = sorted(path for path in data.rglob("*") if path.is_file()) if data.is_dir() else [data]
+    files = sorted(path for path in data.rglob("*") if not path.is_dir()) if data.is_dir() else [data]
     if not files or not data.exists():
         raise UserError(f"{data} does not exist or is empty; give a file of pairs (forms: docs/data.md) or a folder of such files")
     digest = hashlib.sha256()

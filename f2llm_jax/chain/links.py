@@ -100,7 +100,7 @@ def run(links: Sequence[Link], root: epath.PathLike) -> None:
         found = statuses(links, root)
         if changed := [link for link in links if found[link.name] == "changed"]:
             raise ChainError(
-                f"{changed[0].path(root)} was made by another command than this chain's; remove it, or choose another --root\n"
+                f"{changed[0].path(root)} was made by another command than this chain's; remove it, or choose another folder than {root}\n"
                 f"  it was: {commands_done(root)[changed[0].name]}\n  now is: {changed[0].command}"
             )
         for number, link in enumerate(links, start=1):
@@ -114,7 +114,7 @@ def _run(link: Link, root: epath.Path, label: str, lock: int) -> None:
     # The child holds the lock too: one that outlives a killed chain is waited for, not raced with.
     code = subprocess.run([sys.executable, "-m", link.module, *link.arguments], pass_fds=(lock,)).returncode
     if code:
-        raise ChainError(f"{link.name} ended with exit code {code}; mend what its own message says and run the chain again")
+        raise ChainError(f"{link.name} ended with exit code {code}; mend what its own message says and give the same command again")
     write_json(root / DONE_FILE, commands_done(root) | {link.name: link.command}, sealed=True)
     print(f"{label}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 

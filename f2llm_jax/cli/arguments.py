@@ -30,6 +30,14 @@ def share(text: str) -> float:
     return number
 
 
+def share_or_path(text: str) -> float | str:
+    """A number between 0 and 1, else the text itself."""
+    try:
+        return share(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
 def add_distributed(parser: argparse.ArgumentParser) -> None:
     """Adds `--distributed`, which `join_hosts` acts on."""
     shared = "share the texts with the other hosts of a TPU pod, a Slurm or an MPI job; all see the output folder"

@@ -129,9 +129,7 @@ def _prepare(
     _check_replaceable(out)
     if records.read_settings(out) and not overwrite and (same := _existing(out, settings)):
         return same
-    for package in NEEDED:  # said now and not after hours of work
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    check_installed()  # said now and not after hours of work
     folder = _begin(out, settings)
     loaded.save(records.tokenizer_folder(folder))
     encoding.remember(str(records.tokenizer_folder(folder)), loaded)
@@ -194,6 +192,13 @@ def _begin(out: epath.Path, settings: dict) -> epath.Path:
     folder.mkdir(parents=True, exist_ok=True)
     records.write_settings(folder, settings)
     return folder
+
+
+def check_installed() -> None:
+    """Raises a ModuleNotFoundError, which a command tells with its remedy, if a package that preparation needs is not installed."""
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[Progress], None]) -> dict[str, records.SourceInfo]:
