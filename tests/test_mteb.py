@@ -322,7 +322,13 @@ def test_labels_of_any_type_and_fractions_of_relevance_score_as_whole_numbers_do
 
 @pytest.mark.parametrize(
     ("gains", "whole"),
-    [([0.9, 0.5], [9, 5]), ([1.0, 2.0, 0.0], [1, 2, 0]), ([0.333333, 1.0], [333333, 10**6]), ([1e-9, 3.0], [1, 3]), ([-1, 0.5], [-2, 1])],
+    [
+        ([0.9, 0.5], [9, 5]),
+        ([1.0, 2.0, 0.0], [1, 2, 0]),
+        ([0.333333, 1.0], [333333, 10**6]),
+        ([1e-9, 0.5, 3.0], [1, 500_000, 3 * 10**6]),
+        ([-1, 0.5], [-2, 1]),
+    ],
 )
 def test_gains_are_whole_numbers_in_the_same_proportion(gains, whole):
     judged = {"q": {f"d{i}": gain for i, gain in enumerate(gains)}}
@@ -347,6 +353,7 @@ QRELS = {"query-id": ["q0"], "corpus-id": ["d0"], "score": [1]}
         ("sts.parquet", {"sentence1": ["a"], "sentence2": ["b"], "score": [1.0]}, "all scores are equal"),
         ("test.parquet", {"text": ["a"], "label": ["bird"]}, "has the label 'bird'"),
         ("clusters.parquet", {"sentences": ["a"]}, "has no column 'labels'"),
+        ("clusters.parquet", {"sentences": ["a", "b"], "labels": [1, 1]}, "one label only, so that any clustering is right"),
     ],
 )
 def test_files_that_cannot_be_evaluated_on(tmp_path, file, columns, message):
@@ -364,6 +371,13 @@ def test_files_that_cannot_be_evaluated_on(tmp_path, file, columns, message):
         ([{"name": "a", "type": "STS", "fiel": "x"}], "unknown field 'fiel'; did you mean 'file'"),
         ([{"name": "a/b", "type": "STS", "file": "x"}], "without a slash"),
         ([], "names no tasks"),
+        ([{"name": "a", "type": ["STS"], "file": "x"}], r"task 'a' has type \['STS'\]; write a text"),
+        ([{"name": "a", "type": "STS", "file": 3}], "has file 3; write a text"),
+        ([{"name": "a", "type": "STS", "file": "x", "instruction": None}], "has instruction None; write a text, or leave it out"),
+        ([{"name": "a", "type": "STS", "file": "x", "languages": "deu-Latn"}], "has languages 'deu-Latn'; write a list of texts"),
+        ([{"name": "a", "type": "STS", "file": "x", "ignore_columns": "*"}], r"has ignore_columns '\*'; write a list of texts"),
+        ([{"name": "a", "type": "STS", "file": "x", "columns": ["b"]}], r"has columns \['b'\]; write an object of texts"),
+        ([{"name": "a", "type": "STS", "file": "x", "columns": {"score": 1}}], "has columns {'score': 1}; write an object of texts"),
     ],
 )
 def test_manifests_that_are_wrong(tmp_path, tasks, message):

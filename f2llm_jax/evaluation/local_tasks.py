@@ -117,6 +117,12 @@ def _form(manifest: epath.Path, entry: Mapping[str, Any]) -> _Form:
     name, kind = entry.get("name"), entry.get("type")
     if not isinstance(name, str) or not name or "/" in name:
         raise UserError(f"{manifest}: a task has the name {name!r}; give it one without a slash")
+    for field, value in entry.items():
+        wanted = {"columns": dict, "ignore_columns": list, "languages": list}.get(field, str)
+        texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if not isinstance(value, wanted) or not all(isinstance(text, str) for text in texts):
+            what = {dict: "an object of texts", list: "a list of texts", str: "a text"}[wanted]
+            raise UserError(f"{manifest}: task {name!r} has {field} {value!r}; write {what}, or leave it out")
     if kind not in FORMS:
         raise UserError(f"{manifest}: task {name!r} has the type {kind!r}; choose among {', '.join(FORMS)}")
     known = {*OPTIONAL, *FORMS[kind].files, *(("beir", "split") if kind == "Retrieval" else ())}
@@ -159,6 +165,8 @@ def _read_bitext(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, 
 def _read_clusters(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
     roles = {"sentences": ("sentences", "sentence", "text"), "labels": ("labels", "label")}
     found = _fields(paths["file"], roles, {"labels": "label"}, choice)
+    if len(set(found.values["labels"])) < 2:
+        raise UserError(f"{paths['file']} has one label only, so that any clustering is right; give it texts of others")
     (labels,) = _numbered([found.values["labels"]])
     return {"test": _dataset(found.values | {"labels": labels})}, [found]
 
@@ -223,8 +231,11 @@ def _whole_gains(relevance: Mapping[str, Mapping[str, float]]) -> dict[str, dict
 
     Gains are linear in nDCG, a ratio, and every other measure asks only whether a relevance is above 0.
     """
-    fractions = [Fraction(score).limit_denominator(FINEST) for of_query in relevance.values() for score in of_query.values()]
+    scores = [score for of_query in relevance.values() for score in of_query.values()]
+    fractions = [Fraction(score).limit_denominator(FINEST) for score in scores]
     factor = min(FINEST, functools.reduce(math.lcm, (fraction.denominator for fraction in fractions), 1))
+    if any(0 < score < 1 / FINEST for score in scores):  # no fraction tells it from 0, and it is to be less than every other
+        factor = FINEST
     return {query: {document: _whole(score, factor) for document, score in found.items()} for query, found in relevance.items()}
 
 
