@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if not (flags.benchmark or flags.tasks or flags.manifest or flags.held_out):
         parser.error("name what to evaluate: --benchmark, --tasks, --manifest or --held-out")
+    if flags.held_out and (flags.benchmark or flags.tasks or flags.manifest):
+        parser.error("--held-out goes alone: run it and the other tasks one after the other")
     if not (flags.held_out or flags.out):
         parser.error("--out is required: a folder for results and vectors")
     if flags.held_out:
@@ -60,7 +62,7 @@ def _evaluate(flags: argparse.Namespace) -> "list[Score]":
     local, theirs = read_manifest(flags.manifest) if flags.manifest else ([], {})
     for line in (line for task in local for line in task.described):
         print(line)
-    own = instructions.read_instructions(flags.instructions, theirs) if flags.instructions else {}
+    own = instructions.read_instructions(flags.instructions, [task.metadata.name for task in local]) if flags.instructions else {}
     origin = find_shared(flags.model, flags.out)
     dims = _widths(flags.dims, origin)
     options = {"max_length": flags.max_length, "dtype": jnp.dtype(flags.dtype), "chunk_tokens": flags.batch_tokens}

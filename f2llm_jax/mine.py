@@ -7,13 +7,15 @@ files (see f2llm_jax/mining/builders.py).
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 
 from f2llm_jax.cli.arguments import add_distributed, join_hosts
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.progress import Progress
-from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.columns import Choice, check_shared, plain
+from f2llm_jax.inputs.fields import DOCUMENTS
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.inputs.judged import read_documents
 from f2llm_jax.mining import builders, inputs
@@ -43,7 +45,8 @@ def _mine(flags: argparse.Namespace) -> dict:
     named = [*(("--queries", path) for path in flags.queries), *(("--corpus", path) for path in flags.corpus or ())]
     read = {f"{flag} {path}": path for flag, path in named}
     rules = NegativeRules(**{name: getattr(flags, name) for name in NegativeRules.__dataclass_fields__})
-    choice = Choice(dict(flags.columns), flags.ignore_columns)
+    of_corpus = {role: column for role, column in flags.columns if flags.corpus and plain(role) in DOCUMENTS.roles}  # no roles of pairs
+    choice = Choice({role: column for role, column in flags.columns if role not in of_corpus}, flags.ignore_columns)
     if flags.build:
         built = [builders.build(flags.build, path, flags.instruction, rules.negatives, rules.seed, choice) for path in flags.queries]
         sources = [pairs for pairs, _ in built]
@@ -53,7 +56,8 @@ def _mine(flags: argparse.Namespace) -> dict:
     else:
         sources = [inputs.read_pairs(path, flags.instruction, choice, flags.qrels) for path in flags.queries]
         _describe(sources)
-    corpora = [read_documents(path, choice) for path in flags.corpus or ()]
+    corpora = [read_documents(path, Choice(dict(flags.columns), flags.ignore_columns)) for path in flags.corpus or ()]
+    check_shared(Choice(of_corpus), [(DOCUMENTS, file.names) for documents in corpora for file in documents.files])
     for line in (line for documents in corpora for line in documents.describe()):
         print(f"documents: {line}")
     corpus = [text for documents in corpora for text in documents.joined()] if flags.corpus else None
@@ -133,7 +137,7 @@ def _number(kind: type, least: float) -> Callable[[str], float]:
 
 
 def _threshold(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    return None if text == "none" else _number(float, -math.inf)(text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ pairs it is the rank correlation of scores and cosines. Several models are shown
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.storage.files import check_apart, check_new_file, write_json
 
 if TYPE_CHECKING:
+    from f2llm_jax.data.records import Dataset
     from f2llm_jax.evaluation.held_out import Correlation, Search
     from f2llm_jax.evaluation.retrieval import Pairs, Recall
     from f2llm_jax.inference.encode import TextEncoder
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.distributed and not flags.cache:
         parser.error("--distributed needs --cache: a folder that all hosts see")
     join_hosts(flags)
-    from f2llm_jax.evaluation import retrieval
+    from f2llm_jax.data.records import load_dataset
+    from f2llm_jax.evaluation import held_out, retrieval
     from f2llm_jax.inference.devices import is_first
 
     if flags.json:
@@ -48,12 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_apart(flags.json, {f"--pairs {path}": path for path in flags.pairs} | {f"--model {name}": name for name in flags.model})
     choice = Choice(dict(flags.columns), flags.ignore_columns)
     files = [retrieval.read_pairs(path, choice, flags.qrels) for path in flags.pairs]
+    sources = [(dataset, name) for dataset in map(load_dataset, flags.data) for name in held_out.sources(dataset)]
+    labels = _labels(
+        [*((file.name, path) for file, path in zip(files, flags.pairs, strict=True)), *((n, f"{d.folder}/{n}") for d, n in sources)]
+    )
+    files = [dataclasses.replace(file, name=label) for file, label in zip(files, labels, strict=False)]
+    labelled = dict(zip(labels[len(files) :], sources, strict=True))
     results: Results = {}
     searches: dict[str, Measured] = {}
     for name in flags.model:
         encoder, cached = _encoders(name, flags)
         results[name] = _evaluate(cached, files, flags.dims)
-        searches[name] = _search(encoder, flags.data, flags.dims)
+        searches[name] = _search(encoder, labelled, flags.dims)
     if not is_first():
         return 0
     for line in (line for pairs in files for line in pairs.described):
@@ -82,17 +91,21 @@ def _encoders(name: str, flags: argparse.Namespace) -> "tuple[TextEncoder, TextE
     return encoder, CachedEncoder(encoder, flags.cache, model=model_digest(origin)) if flags.cache else encoder
 
 
-def _search(encoder: "TextEncoder", folders: Sequence[str], dims: Sequence[str]) -> Measured:
+def _labels(named: Sequence[tuple[str, str]]) -> list[str]:
+    """The name of each, or where it lies if another has its name."""
+    names = [name for name, _ in named]
+    return [name if names.count(name) == 1 else place for name, place in named]
+
+
+def _search(encoder: "TextEncoder", sources: "Mapping[str, tuple[Dataset, str]]", dims: Sequence[str]) -> Measured:
     """Of the held-out rows of each source."""
-    from f2llm_jax.data.records import load_dataset
     from f2llm_jax.evaluation import held_out
 
-    found: Measured = {}
-    for dataset in map(load_dataset, folders):
-        for source in (name for name, info in dataset.sources.items() if info.rows[held_out.SPLIT]):
-            widths = {dim: None if dim == FULL else int(dim) for dim in dims}
-            found[source] = {dim: held_out.measure(encoder, dataset, source, dim=width) for dim, width in widths.items()}
-    return found
+    widths = {dim: None if dim == FULL else int(dim) for dim in dims}
+    return {
+        label: {dim: held_out.measure(encoder, dataset, source, dim=width) for dim, width in widths.items()}
+        for label, (dataset, source) in sources.items()
+    }
 
 
 def _print_searches(searches: Mapping[str, Measured], dims: Sequence[str]) -> None:

@@ -178,6 +178,24 @@ def test_recall_compares_models(folder, tmp_path, capsys, monkeypatch):
     assert figures["recall@1"] >= 8 / 12 and set(figures["languages"]) == {"en", "de"}  # identical texts find themselves
 
 
+def test_recall_on_files_of_one_name(folder, tmp_path, capsys):
+    """A folder for each language with a file `test` in it: each file has the figures that it has alone."""
+    out, paths = tmp_path / "out.json", []
+    for language, documents in {"en": ["cat", "dog", "mat", "sat"], "de": ["Katze", "xHund", "xMatte", "xsaß"]}.items():
+        (tmp_path / language).mkdir()
+        rows = [(document.removeprefix("x"), "", document, language) for document in documents]
+        paths.append(str(write_pairs(tmp_path / language / "test.parquet", rows)))
+    command = ["--model", str(folder), "--json", str(out), "--pairs"]
+    alone = []
+    for path in paths:
+        assert recall.main([*command, path]) == 0
+        alone.append(json.loads(out.read_text())[str(folder)]["test"])
+    assert alone[0] != alone[1]
+    assert recall.main([*command, *paths]) == 0
+    assert json.loads(out.read_text())[str(folder)] == dict(zip(paths, alone, strict=True))
+    assert f"{paths[0]}: 4 queries" in capsys.readouterr().out
+
+
 def test_recall_errors_are_one_line(folder, tmp_path, capsys):
     path = write_pairs(tmp_path / "p.parquet", [("a", "", "b", "en")])
     pq.write_table(pq.read_table(path).drop_columns(["document"]), tmp_path / "lacks.parquet")

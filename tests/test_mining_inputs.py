@@ -281,6 +281,21 @@ def test_classification_and_clustering_need_no_model(tmp_path, capsys):
     assert "has 7 labels, classification is between two" in capsys.readouterr().err
 
 
+def test_columns_of_the_corpus_are_named_by_its_own_roles(model, tmp_path, small, capsys):
+    """Pairs have no role `text`, so it is the corpus's; a column that no corpus has is an error, and not the one of the role's name."""
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"frage": f"q {i}", "positive": f"p {i}"}) + "\n" for i in range(3)))
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"id": i, "abstract": f"d {i}", "text": f"x {i}"}) + "\n" for i in range(4)))
+    flags = ["--model", str(model), "--queries", str(tmp_path / "q.jsonl"), "--corpus", str(tmp_path / "c.jsonl"), "--negatives", "5"]
+    flags += ["--skip", "0", "--max-score", "none", "--max-relative", "none", "--near-duplicate", "2", "--out", str(tmp_path / "out")]
+    assert mine.main([*flags, "--columns", "query=frage,text=abstrakt"]) == 1
+    assert "no file has the column 'abstrakt'; did you mean 'abstract'?" in capsys.readouterr().err
+    assert mine.main([*flags, "--columns", "query=frage,text=abstract", "--ignore-columns", "text"]) == 0
+    (row, *_) = pq.read_table(tmp_path / "out" / "q.parquet").to_pylist()
+    assert {row[f"negative_{n}"] for n in range(1, 6)} <= {f"d {i}" for i in range(4)} | {f"p {i}" for i in range(3)}
+    with pytest.raises(SystemExit):
+        mine.main([*flags, "--max-score", "nan"])
+
+
 @pytest.mark.parametrize(
     ("form", "columns", "message"),
     [

@@ -28,7 +28,7 @@ def as_in_training(encoder: TextEncoder, dataset: Dataset, config: Mapping[str, 
       dims: widths, ascending; the last is the full one.
     """
     shape, firsts, languages, spearman = BatchConfig(**config["batch"]), {}, {}, {}
-    kinds = {name: source.kind for name, source in dataset.sources.items() if source.rows[SPLIT]}
+    kinds = {name: dataset.sources[name].kind for name in sources(dataset)}
     pipelines = {name: Pipeline(dataset, SPLIT, shape, config["seed"], None, [name]) for name in kinds}
     sizes = {name: pipeline.plan.steps_per_epoch for name, pipeline in pipelines.items()}
     for name, count in draw(sizes, config["eval"]["batches"], config["seed"], 0)[0].items():
@@ -80,7 +80,7 @@ def accuracies(encoder: TextEncoder, dataset: Dataset) -> dict[str, float]:
     Chance is 1 / (1 + negatives). Texts are cut at the encoder's `max_length`; sources of graded pairs, or without validation rows, are
     left out.
     """
-    names = [name for name, source in dataset.sources.items() if source.rows[SPLIT] and source.kind != "graded"]
+    names = [name for name in sources(dataset) if dataset.sources[name].kind != "graded"]
     return {name: _accuracy(encoder, dataset, name) for name in names}
 
 
@@ -127,6 +127,11 @@ class Correlation:
     @property
     def figures(self) -> dict[str, float]:
         return {"spearman": self.spearman}
+
+
+def sources(dataset: Dataset) -> list[str]:
+    """Those that have validation rows."""
+    return [name for name, source in dataset.sources.items() if source.rows[SPLIT]]
 
 
 def measure(encoder: TextEncoder, dataset: Dataset, source: str, dim: int | None = None) -> Search | Correlation:
