@@ -461,6 +461,35 @@ def test_shards_with_a_digest_behind_their_number_are_shards(tmp_path):
         rows_of(tmp_path)
 
 
+def test_a_folder_that_spark_wrote_is_one_table(tmp_path):
+    """Of which parts may have no rows; a part without its header is not one of them, though its only line is taken for one."""
+    for i, rows in enumerate((["q0"], [], ["q2"])):
+        content = "query,passage\n" + "".join(f"{query},p\n" for query in rows)
+        (tmp_path / f"part-{i:05d}-7be3-c000.csv").write_text(content)
+    assert len(find_sources(tmp_path).paths) == 3
+    (tmp_path / "_SUCCESS").touch()
+    assert find_sources(tmp_path).paths == {tmp_path.name: tmp_path}
+    assert [query for query, _, _ in rows_of(tmp_path)] == ["q0", "q2"]
+    (tmp_path / "part-00001-7be3-c000.csv").write_text("q1,p\n")
+    with pytest.raises(UserError, match=r"part-00001-7be3-c000\.csv: no rows"):
+        rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("held_out", ["test", "validation", "dev"])
+def test_the_splits_of_a_dataset_are_not_taken_together(tmp_path, held_out):
+    """As files and as folders, by prepare and by what reads a folder as one table: held-out rows would be trained on."""
+    for name in ("train", held_out):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for path in (tmp_path / f"{name}.csv", tmp_path / "folders" / name / "a.csv"):
+            path.write_text("query,passage\nq,p\n")
+    for folder in (tmp_path, tmp_path / "folders"):
+        for read in (find_sources, open_table):
+            with pytest.raises(UserError, match=rf"holds the splits train and {held_out} of one dataset; name one, such as .*train"):
+                read(folder)
+    (tmp_path / "folders" / "train").rename(tmp_path / "folders" / "quora")
+    assert set(find_sources(tmp_path / "folders").paths) == {"quora", held_out}
+
+
 def test_a_file_and_its_compressed_copy_are_not_two(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"query": "q", "passage": "p"}\n')
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))

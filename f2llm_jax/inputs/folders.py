@@ -3,6 +3,7 @@
 Names that begin with `.` or `_` are hidden (`._x.parquet` of macOS, `_SUCCESS` of Spark) and skipped, unless a path names one itself.
 A folder is one table if it is
     a `datasets.save_to_disk` folder    `state.json` names its Arrow files and their order
+    a folder that Spark wrote           it holds `_SUCCESS` and `part-...` files
     a partitioned folder                `lang=de/part-0.parquet`: the names of its folders are columns of text
     a folder of files of one form       read in the order of their names; of shards `x-00000-of-00003`, all of one `x` must be there.
                                         A folder of sources is one only if it holds nothing but shards
@@ -19,9 +20,11 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inputs.tables import SUFFIXES, File, open_file, split_suffix
 from f2llm_jax.storage.files import read_json
 
+SPARK = "_SUCCESS"  # what Spark and Hadoop write to the folder of a table
 _SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{16})?\Z")  # with the digest that older `push_to_hub` puts behind
 _PARTITION = re.compile(r"([^=]+)=(.*)\Z")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+HELD_OUT = {"validation", "valid", "val", "dev", "eval", "test"}  # names of splits next to "train"
 LISTED = ("parquet", "arrow", "jsonl", "ndjson", "csv", "tsv")  # forms that a folder is searched for; `.txt` and `.json` are named by hand
 
 
@@ -74,7 +77,8 @@ def find_sources(folder: epath.PathLike, known: tuple[str, ...] = ()) -> Sources
     shown = [path for path in entries if not _hidden(path)]
     inner = [path for path in shown if path.is_dir()]
     _refuse_splits(folder)
-    if (folder / "state.json").exists() or is_beir(folder) or any(_PARTITION.match(path.name) for path in inner):
+    spark = (folder / SPARK).exists() and any(path.name.startswith("part-") for path in shown)
+    if spark or (folder / "state.json").exists() or is_beir(folder) or any(_PARTITION.match(path.name) for path in inner):
         return Sources({folder.name: folder}, [], len(entries) - len(shown))
     files = [path for path in shown if path not in inner and source_name(path) is not None]
     if shards := [path for path in files if _SHARD.match(table_name(path))]:
@@ -135,10 +139,17 @@ def _has_tables(folder: epath.Path) -> bool:
 
 
 def _refuse_splits(folder: epath.Path) -> None:
+    """Raises a UserError for a folder of several splits of one dataset: taken together, held-out rows would be trained on."""
     if (folder / "dataset_dict.json").exists():
         splits = read_json(folder / "dataset_dict.json").get("splits", [])
         named = ", ".join(str(folder / split) for split in splits)
         raise UserError(f"{folder} holds the splits {', '.join(splits)} of a saved DatasetDict; name the folder of one: {named}")
+    splits = {table_name(path): path for path in folder.iterdir() if path.is_dir() or source_name(path)}
+    if "train" in splits and (held_out := sorted(HELD_OUT & splits.keys())):
+        raise UserError(
+            f"{folder} holds the splits train and {', '.join(held_out)} of one dataset; name one, such as {splits['train']}, or move or "
+            "rename the others (`prepare` takes one as --validation)"
+        )
 
 
 def _saved_dataset(folder: epath.Path) -> list[tuple[epath.Path, dict[str, str | None]]]:

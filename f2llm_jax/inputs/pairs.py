@@ -133,8 +133,11 @@ def open_pairs(path: epath.PathLike, choice: Choice = BY_NAME, split: str = "tra
         rows = len(judged.positives)
         columns = Columns({"query": ("queries",), "passage": ("corpus",)}, (), tuple(choice.ignored))
         return [PairFile(File(str(path), ("queries", "corpus"), rows, (rows,)), columns, rows, {}, split, tuple(judged.described))]
-    found, problems = [], []
-    for file in open_table(path):
+    found, problems, files = [], [], open_table(path)
+    with_rows = {file.names for file in files if file.rows}
+    for file in files:
+        if not file.rows and file.names in with_rows:  # Spark writes such parts; one of other columns may lack its header
+            continue
         try:
             found.append(open_pair_file(file, choice))
         except UserError as error:
@@ -148,10 +151,9 @@ def check_positives(files: Sequence[PairFile]) -> None:
     """Raises a UserError where a use of pairs that knows no scores would take all of them for positives, those of a low score too."""
     for pairs in files:
         if pairs.scored and not pairs.negatives:
-            name = pairs.score_columns[0]
             raise UserError(
-                f"{pairs.file.path}: has a score ({name}) and no negatives, so that some of its pairs may be no positives; leave out the "
-                f"rows of a low score, and the column with --ignore-columns {','.join(pairs.score_columns)}"
+                f"{pairs.file.path}: has a score ({pairs.score_columns[0]}) and no negatives, so some of its pairs may be no positives; "
+                f"leave out the rows of a low score, and the column with --ignore-columns {','.join(pairs.score_columns)}"
             )
 
 
