@@ -47,13 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _plan(flags: argparse.Namespace) -> "Finetune":
     from f2llm_jax.chain.finetune import Finetune
-    from f2llm_jax.storage.files import absolute
+    from f2llm_jax.storage.files import absolute, is_remote
     from f2llm_jax.weights.digest import model_digest
     from f2llm_jax.weights.models import find_model
 
     model = find_model(flags.model)
     name = str(absolute(flags.model)) if pathlib.Path(flags.model).exists() else flags.model
     out = absolute(flags.out)
+    if is_remote(out) and not flags.work:
+        raise UserError(f"--out {out} is in an object store, where commands cannot work; give a local folder for that, --work WORK")
     return Finetune(
         model=name,
         digest=model_digest(model),

@@ -116,6 +116,7 @@ def test_its_commands_run_alone(folder, done):
     [
         (["--data", "absent.jsonl"], "absent.jsonl does not exist or is empty"),
         (["--model", "absent"], "absent"),
+        (["--out", "gs://bucket/out"], "give a local folder for that, --work WORK"),
         (["--config.lr=1"], "did you mean config.optimizer.learning_rate"),
     ],
 )

@@ -53,6 +53,13 @@ def test_a_bucket_holds_what_a_disk_holds(bucket, folder):
     assert held(f"{bucket}/out") == held(folder)
 
 
+@pytest.mark.slow  # torch reads it
+def test_a_release_in_a_bucket_is_verified(bucket, folder, capsys):
+    assert convert.main(["to-hf", str(folder), f"{bucket}/verified"]) == 0
+    assert convert.main(["verify", f"{bucket}/verified"]) == 0
+    assert "sentence-transformers   as documents" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_pruned_model_in_a_bucket(bucket, folder, tmp_path, small_dataset):
     flags = ["--model", folder, "--data", small_dataset.folder, "--target", "hidden=32,layers=2", "--calibration-rows", 16, *SHARDS]

@@ -14,7 +14,8 @@ import numpy as np
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.release.golden import GOLDEN_FILE, TEXTS, GoldenVectors, read_golden
-from f2llm_jax.storage.files import read_json
+from f2llm_jax.storage.files import is_remote, read_json
+from f2llm_jax.weights.hf_fetch import local_folder
 from f2llm_jax.weights.models import LoadableModel, find_model
 
 REQUIRED_FLOAT32 = 0.99999  # worst cosine of all texts
@@ -43,12 +44,15 @@ def compare(folder: str, extra_texts: Sequence[str] = ()) -> list[Agreement]:
     """Encodes texts of many scripts and lengths here and in each of sentence-transformers and transformers that is installed.
 
     Args:
-      folder: a local release. Its golden vectors, if it has any, are compared with this project's and every peer's.
+      folder: a release, on this disk or in an object store, from which it is copied first. Its golden
+        vectors, if it has any, are compared with this project's and every peer's.
       extra_texts: to encode besides the golden ones.
 
     Raises:
       UserError: there is nothing to compare with, or `folder` is not a model that this project can read.
     """
+    if is_remote(folder):
+        folder = str(local_folder(folder))
     if not pathlib.Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder; verify takes what `convert to-hf` wrote")
     origin = find_model(folder)
