@@ -164,7 +164,7 @@ def _width(dim: str) -> str:
 
 
 def _figures(label: str, values: Sequence[float]) -> str:
-    ratio = [f"{values[-1] / values[0]:.1f}x" if values[0] else "-"] if len(values) > 1 else []
+    ratio = [f"{values[-1] / values[0]:.1f}x" if values[0] > 0 else "-"] if len(values) > 1 else []
     return _line(label, [*(f"{value:.4f}" for value in values), *ratio])
 
 

@@ -307,6 +307,15 @@ def test_two_columns_of_one_name_in_parquet(tmp_path):
 # Lines and values
 
 
+def test_lists_of_categories_over_row_groups(tmp_path):
+    """pandas writes categories as a dictionary for each row group, which Arrow does not join within lists."""
+    texts = [["a", "b"], ["c"], None, ["b", "a", "d"], []]
+    negatives = pa.array(texts, pa.list_(pa.dictionary(pa.int32(), pa.string())))
+    table = pa.table({"query": list("12345"), "passage": list("pqrst"), "negatives": negatives})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    assert [row[2] for row in rows_of(tmp_path / "a.parquet")] == [found or [] for found in texts]
+
+
 def test_a_document_of_megabytes_and_columns_far_down(tmp_path):
     rows = [{"query": f"q{i}", "passage": "p" * (2_000_000 if i == 700 else 1)} for i in range(1500)]
     rows[1400] |= {"negatives": ["n"], "lang": "de"}

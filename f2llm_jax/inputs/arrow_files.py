@@ -64,9 +64,13 @@ def _parquet_batches(path: str, names: Sequence[str], start: int, stop: int) -> 
         begins = [0, *ends[:-1]]
         groups = [i for i, (begin, end) in enumerate(zip(begins, ends, strict=True)) if begin < stop and start < end]
         row = begins[groups[0]] if groups else stop
-        for batch in parquet.iter_batches(max(1, min(BLOCK_ROWS, stop - row)), row_groups=groups, columns=list(names)):
-            yield row, batch
-            row += len(batch)
+        # Arrow joins no dictionaries within lists, and each row group has one of its own.
+        kinds = [field.type for field in parquet.schema_arrow if field.name in names and is_list(field.type)]
+        alone = any(pa.types.is_dictionary(kind.value_type) for kind in kinds)
+        for chosen in [[group] for group in groups] if alone else [groups]:
+            for batch in parquet.iter_batches(max(1, min(BLOCK_ROWS, stop - row)), row_groups=chosen, columns=list(names)):
+                yield row, batch
+                row += len(batch)
 
 
 def _arrow_batches(path: str, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, pa.RecordBatch]]:
