@@ -12,7 +12,7 @@ print progress to stderr, and never end the process. They are in a module of the
 
 import logging
 import os
-import re
+import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -39,20 +39,19 @@ from f2llm_jax.reporting.run_record import RunRecord, read_record
 from f2llm_jax.text import find_tokenizer
 from f2llm_jax.training.loggers import Logger
 from f2llm_jax.training.run import run
+from f2llm_jax.weights.embedding_config import EmbeddingConfig
 from f2llm_jax.weights.models import find_model
 
 __all__ = ["Encoder", "batches", "load", "prepare", "release", "train"]
-
-_NAME = re.compile(r"[\w./-]+")  # what a prompt's name may be, and no prompt that ends with a space or a colon
 
 
 class Encoder:
     """A model that turns texts into vectors; made by `load`."""
 
-    def __init__(self, encoder: TextEncoder, width: int, prompts: Mapping[str, str]):
-        self._encoder = encoder
+    def __init__(self, encoder: TextEncoder, width: int, embedding: EmbeddingConfig):
+        self._encoder, self._embedding = encoder, embedding
         self.width = width  # D, the dimensions of a whole vector
-        self.prompts = dict(prompts)  # of the model, by name
+        self.prompts = types.MappingProxyType(dict(embedding.prompts))  # of the model, by name
 
     @property
     def max_length(self) -> int:
@@ -85,7 +84,9 @@ class Encoder:
         """
         if dim is not None and not (_is_count(dim) and 1 <= dim <= self.width):
             raise UserError(f"dim={dim!r} must be from 1 to the model's {self.width} dimensions")
-        prefix = self._prefix(prompt)
+        if not isinstance(prompt, str | None):
+            raise UserError(f"prompt={prompt!r} must be a str or None")
+        prefix = self._embedding.resolve_prompt(prompt) if prompt else ""
         several = given_texts(texts)
         before = self._encoder.truncated
         raw = self._encoder.encode(several, prefix)
@@ -94,13 +95,6 @@ class Encoder:
             warnings.warn(told, stacklevel=2)
         vectors = truncate_and_normalize(raw, dim or self.width) if normalize else raw[:, : dim or self.width]
         return vectors[0] if isinstance(texts, str) else vectors
-
-    def _prefix(self, prompt: str | None) -> str:
-        if prompt is not None and not isinstance(prompt, str):
-            raise UserError(f"prompt={prompt!r} must be a str or None")
-        if prompt and _NAME.fullmatch(prompt) and prompt not in self.prompts:  # a mistyped name would be encoded with every text
-            raise UserError(f"the model has no prompt {prompt!r}; it has {', '.join(self.prompts)}. A prompt of your own ends with a space")
-        return self.prompts.get(prompt, prompt) if prompt else ""
 
 
 def _is_count(value: object) -> bool:
@@ -123,7 +117,7 @@ def load(model: str | os.PathLike[str], *, dtype: str = "float32", max_length: i
     if max_length is not None and not (_is_count(max_length) and max_length >= 1):
         raise UserError(f"max_length={max_length!r} must be a whole number of at least 1, or None for the model's own limit")
     found = find_model(str(model))
-    return Encoder(load_encoder(found, dtype=jnp.dtype(dtype), max_length=max_length), found.width, found.embedding.prompts)
+    return Encoder(load_encoder(found, dtype=jnp.dtype(dtype), max_length=max_length), found.width, found.embedding)
 
 
 def prepare(

@@ -55,8 +55,9 @@ def _embed(flags: argparse.Namespace) -> str:
     dim = flags.dim or origin.width
     if dim > origin.width:
         raise UserError(f"--dim {dim} exceeds the {origin.width} dimensions of {flags.model}")
+    template = origin.embedding.instruction_template
+    prompt = origin.embedding.resolve_prompt(flags.prompt) if flags.prompt else query_prompt(flags.instruction, template)
     encoder = load_encoder(origin, mesh=local_mesh(), dtype=jnp.dtype(flags.dtype), chunk_tokens=flags.batch_tokens)
-    prompt = flags.prompt or query_prompt(flags.instruction, origin.embedding.instruction_template)
     with Progress() as progress:
         progress.begin("compiling and embedding")
         cached = CachedEncoder(encoder, cache, model=model_digest(origin))
@@ -81,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help=".npy file to write; exists only when complete")
     parser.add_argument("--dim", type=positive, help="keep so many leading dimensions (default: all)")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", default="", help="put this before every text as it is")
+    prompts.add_argument(
+        "--prompt", default="", help='put before every text: the name of a prompt of the model, such as "query", or any text'
+    )
     prompts.add_argument("--instruction", default="", help='describe the task of queries; they become "Instruct: ...\\nQuery: text"')
     parser.add_argument("--dtype", choices=COMPUTE, default=COMPUTE[0], help="compute dtype (default float32)")
     parser.add_argument("--batch-tokens", type=positive, help="tokens on the device at once; memory only (default: by device)")

@@ -17,6 +17,7 @@ from f2llm_jax.inference import encode as encoding
 from f2llm_jax.inference.encode import TextEncoder, load_encoder, truncate_and_normalize
 from f2llm_jax.release import hf_folder
 from f2llm_jax.text import query_prompt
+from f2llm_jax.weights.embedding_config import DEFAULT_PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,9 @@ def test_embed_writes_what_the_encoder_says(encoder, folder, tmp_path, capsys):
     np.testing.assert_allclose(np.load(tmp_path / "x.npy"), want, atol=1e-5)
     assert run("--prompt", query_prompt("Find it."), "--dim", "16", "--batch-tokens", "96") == 0
     np.testing.assert_allclose(np.load(tmp_path / "x.npy"), want, atol=1e-5)
+    assert run("--prompt", "query") == 0  # a prompt of the model by its name, which was put before every text
+    want = truncate_and_normalize(encoder.encode(lines, DEFAULT_PROMPTS["query"]), 64)
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), want, atol=1e-5)
     assert "4 vectors of 16 dimensions" in capsys.readouterr().out
 
 
@@ -130,6 +134,7 @@ def test_embed_writes_what_the_encoder_says(encoder, folder, tmp_path, capsys):
     ("change", "message"),
     [
         ({"--dim": "65"}, "exceeds the 64 dimensions"),
+        ({"--prompt": "qeury"}, "no prompt 'qeury'; it has query, document"),
         ({"--input": "empty.txt"}, "empty.txt has no rows"),
         ({"--input": "absent.txt"}, "absent.txt does not exist"),
         ({"--input": "latin.txt"}, "row 0, column 'text' is not valid UTF-8"),

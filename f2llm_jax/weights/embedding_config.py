@@ -1,12 +1,14 @@
 """What a model was trained with and how its texts become vectors: the one statement of it, for checkpoints and for releases."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, query_prompt, template_of
 
+_NAME = re.compile(r"[\w./-]+")  # of a prompt; no text that ends with a space or a colon
 DEFAULT_PROMPTS = {"query": query_prompt(DEFAULT_QUERY_INSTRUCTION), "document": ""}
 
 
@@ -36,6 +38,16 @@ class EmbeddingConfig:
     def instruction_template(self) -> str:
         """What an instruction of the user's is put into, `{instruction}` for its place: in the form of this model's own prompt."""
         return template_of(self.query_prompt)
+
+    def resolve_prompt(self, prompt: str) -> str:
+        """What goes before a text: the prompt of that name, else `prompt` as it is.
+
+        Raises:
+          UserError: `prompt` looks like a name and is none, which a slip would put before every text.
+        """
+        if prompt in self.prompts or not _NAME.fullmatch(prompt):
+            return self.prompts.get(prompt, prompt)
+        raise UserError(f"the model has no prompt {prompt!r}; it has {', '.join(self.prompts)}. A prompt of your own ends with a space")
 
     def to_metadata(self) -> dict[str, Any]:
         """As a checkpoint carries it, next to the decoder's shape, which tells the rank of the embedding table."""
