@@ -174,6 +174,17 @@ def test_a_column_that_means_something_is_never_dropped(tmp_path, extra, what, o
     assert opened.columns.ignored == (extra,) and f"ignored: {extra}" in opened.describe()
 
 
+def test_a_column_is_left_out_by_the_name_that_finds_it(tmp_path):
+    """Case and spaces tell no two columns apart, so they hide none from --ignore-columns; of two, the one of that very name is meant."""
+    write_csv(tmp_path / "a.csv", {"sentence1": ["a"], "sentence2": ["b"], " Score ": ["0.1"], "Hard-Negative": ["c"]})
+    choice = Choice({"query": "sentence1", "passage": "sentence2"}, ("score", "hard_neg*"))
+    (found,) = pairs.open_pairs(tmp_path / "a.csv", choice)
+    assert not found.scored and not found.negatives
+    write_csv(tmp_path / "b.csv", {"Query": ["a"], "query": ["b"], "passage": ["c"]})
+    for ignored, query in (("Query", "b"), ("query", "a")):
+        assert read_pairs(tmp_path / "b.csv", choice=Choice(ignored=(ignored,))).queries == [query]
+
+
 def test_columns_without_a_meaning_are_ignored_and_named(tmp_path):
     path = lines(
         tmp_path / "a.jsonl", {"query": "q", "passage": "p", "source": "s", "url": "u", "date": 7, "split": "x", "__index_level_0__": 1}

@@ -80,7 +80,7 @@ def match(path: str, names: Sequence[str], form: Form, choice: Choice = BY_NAME)
     """
     given = _given(path, names, form, choice)
     taken = {name for columns in given.values() for name in columns}
-    free = [name for name in names if name not in taken and not _is_ignored(name, choice)]
+    free = [name for name in names if name not in taken and not _is_ignored(name, names, choice)]
     roles = {role: columns for role, columns in given.items() if role in form.roles}
     for role, aliases in form.roles.items():
         found = [name for name in free if plain(name) in map(plain, aliases)]
@@ -101,7 +101,7 @@ def match(path: str, names: Sequence[str], form: Form, choice: Choice = BY_NAME)
     negatives, plural = _negatives(path, [name for name in free if name not in used], given) if form.negatives else ((), ())
     ordered = {role: roles[role] for role in form.roles if role in roles}
     ignored = tuple(name for name in names if name not in used and name not in negatives)
-    _refuse_unused(path, ignored, form, choice, roles)
+    _refuse_unused(path, ignored, names, form, choice, roles)
     return Columns(ordered, negatives, ignored, plural)
 
 
@@ -192,15 +192,19 @@ def _negatives(path: str, free: Sequence[str], given: Mapping[str, tuple[str, ..
     return (*alone, *sorted(numbered, key=lambda name: numbered[name]), *lists), tuple(lists)
 
 
-def _is_ignored(name: str, choice: Choice) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in choice.ignored)
+def _is_ignored(name: str, names: Sequence[str], choice: Choice) -> bool:
+    """By its name as it is or, where no column has just the pattern's, as roles are found."""
+    match = fnmatch.fnmatchcase
+    return any(match(name, pattern) or (pattern not in names and match(plain(name), plain(pattern))) for pattern in choice.ignored)
 
 
-def _refuse_unused(path: str, ignored: Sequence[str], form: Form, choice: Choice, roles: Mapping[str, tuple[str, ...]]) -> None:
+def _refuse_unused(
+    path: str, ignored: Sequence[str], names: Sequence[str], form: Form, choice: Choice, roles: Mapping[str, tuple[str, ...]]
+) -> None:
     problems = []
     for name in ignored:
         what = meaning(name)
-        if what is None or what in form.unneeded or _is_ignored(name, choice):
+        if what is None or what in form.unneeded or _is_ignored(name, names, choice):
             continue
         role = _ROLES.get(what, "")
         use = f"use it with {choice.use.format(role=role, column=name)}, or " if role in form.roles or (role and form.negatives) else ""
