@@ -78,6 +78,21 @@ def test_a_run_gives_up_after_too_many_skipped_steps(tmp_path):
     assert all(("loss" in line) != ("skipped" in line) for line in lines)
 
 
+def test_what_is_left_out_of_the_metrics_is_said(tmp_path, capsys):
+    """A metric that is not finite, once by name; a gradient of zero at the first step."""
+    one = np.float32(1)
+    with Recorder(tmp_path, 0, 99, 1, max_skipped=2) as recorder:
+        for number in (1, 2):
+            means = {
+                name: Mean(np.float32(value), one) for name, value in {"loss": 1, "mine": np.nan, "skipped": 0, "grad_norm": 0}.items()
+            }
+            recorder.step(number, means, {}, StepWork(10, 20, 30.0, 0.0))
+    said = capsys.readouterr().err
+    assert said.count("not finite, so not in metrics.jsonl: mine") == 1 and said.count("the gradient is zero") == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"step", "loss", "grad_norm"}] * 2
+
+
 def test_metrics_of_before_stay_as_far_as_the_checkpoint_goes(tmp_path):
     """A run killed between its first validation and its first checkpoint begins anew; one with a checkpoint of step 0 does not."""
 

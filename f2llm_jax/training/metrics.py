@@ -26,6 +26,7 @@ from f2llm_jax.training.loggers import Logger
 from f2llm_jax.training.source_means import SourceMeans
 
 RATE_WINDOW = 50  # steps over which tokens per second are averaged
+NOT_FINITE = "not finite, so not in metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Recorder:
         self._source_means = SourceMeans(log_every, self._metrics.kept() if self._metrics else ())
         self._loggers = loggers if first else ()
         self._max_skipped, self._skipped = max_skipped, 0
+        self._told: set[str] = set()  # metrics of which it was said that they were not finite
         self._log_every, self._start, self._total = log_every, start, total
         self._pending: tuple[int, dict[str, Mean], dict[str, Any], dict[str, float]] | None = None
         self._recent: collections.deque[tuple[float, StepWork]] = collections.deque(maxlen=RATE_WINDOW)
@@ -125,7 +127,13 @@ class Recorder:
         values = {name: float(mean.value) for name, mean in jax.device_get(means).items() if mean.count > 0}
         self._skipped = self._skipped + 1 if values["skipped"] else 0
         # JSON knows no NaN; that a step was skipped is said where it was.
-        values = {name: value for name, value in values.items() if math.isfinite(value) and (name != "skipped" or value)}
+        dropped = {name for name, value in values.items() if not math.isfinite(value)}
+        if not self._skipped and (missing := dropped - self._told):
+            self._told |= missing
+            self.say(f"step {step}/{self._total}  {NOT_FINITE}: {', '.join(sorted(missing)[:5])}")
+        if step == self._start + 1 and values.get("grad_norm") == 0:
+            self.say(f"step {step}/{self._total}  the gradient is zero, so nothing is learned: does the loss depend on the embeddings?")
+        values = {name: value for name, value in values.items() if name not in dropped and (name != "skipped" or value)}
         self.write(step, {**described, **values})
         if means_of_sources := self._source_means.add(step, {**described, **values}):
             self.write(step, means_of_sources)
@@ -154,7 +162,7 @@ class Recorder:
         ]
         self.say(f"step {step}/{self._total}  held-out {', '.join(shown)}")
         if missing := sorted(values.keys() - finite.keys()):
-            self.say(f"step {step}/{self._total}  not finite, so not in metrics.jsonl: {', '.join(missing[:5])}")
+            self.say(f"step {step}/{self._total}  {NOT_FINITE}: {', '.join(missing[:5])}")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a line of metrics."""

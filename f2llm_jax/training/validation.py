@@ -162,8 +162,7 @@ def _own(batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Metrics of an objective of the user's over all held-out rows, as `validation/NAME`."""
     names = [name for name in batches[0] if name.startswith(OWN)]
     sums = {name: np.sum([[batch[name].sum, batch[name].count] for batch in batches], axis=0) for name in names}
-    means = {f"validation/{name.removeprefix(OWN)}": float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
-    return {name: mean for name, mean in means.items() if np.isfinite(mean)}  # JSON knows no NaN
+    return {f"validation/{name.removeprefix(OWN)}": float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
 
 
 def accuracies(
