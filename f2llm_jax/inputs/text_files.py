@@ -122,7 +122,9 @@ def _csv(path: epath.PathLike, file: IO[bytes], delimiter: str) -> tuple[list[st
     header = next(reader, [])
     _check_header(path, header, delimiter)
     if twice := [name for name in header if header.count(name) > 1]:
-        raise UserError(f"{path} has {header.count(twice[0])} columns of the name {twice[0]!r}; rename or drop one")
+        raise UserError(
+            f"{path} has {header.count(twice[0])} columns of the name {twice[0]!r}; rename or drop one, or write a header before the rows"
+        )
     return header, _full_rows(path, reader, header, delimiter)
 
 
