@@ -93,7 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{COMPOSITE}, ml_embed, or a JSON file of that form: which files make which source (default: {COMPOSITE} for files with "
         f"names of that release where there is no tasks file, else each file one; {NO_CATALOGUE}: always each file one)",
     )
-    parser.add_argument("--tasks", help='JSON file {"source": "kind"} (default: tasks.json in --raw, if there); not with --catalogue')
+    parser.add_argument(
+        "--tasks",
+        help='JSON file {"source": "kind"} (default: tasks.json in --raw, of one file next to it, if there); not with --catalogue',
+    )
     add_column_flags(parser)
     parser.add_argument("--qrels", default="train", help="split of the judgements of BEIR folders (default train)")
     parser.add_argument(

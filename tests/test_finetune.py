@@ -168,6 +168,9 @@ def test_the_content_of_the_data_names_what_is_made_of_it(folder, tmp_path):
     before = names(copy, validation=held_out)[0]
     held_out.write_bytes(copy.read_bytes() * 2)  # other rows under the same name, and another tokenizer
     assert len({data, before, names(copy, validation=held_out)[0], names(copy, fingerprint="other")[0]}) == 4
+    (tmp_path / "tasks.json").write_text('{"pairs": "retrieval"}')  # is read, too
+    assert names(copy)[0] != data
+    (tmp_path / "tasks.json").unlink()
     copy.write_text(copy.read_text() + '{"question": "new", "answer": "neu"}\n')
     assert names(copy)[0] != data and names(copy)[1] != training
 

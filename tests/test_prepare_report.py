@@ -54,6 +54,22 @@ def test_kinds_are_guessed_from_the_rows_and_say_why(tokenizer, tmp_path, capsys
     assert list(run(tmp_path, tokenizer, "--stage", "1", out="one").sources) == ["few", "triplets"]
 
 
+def test_a_single_file_has_a_tasks_file_too(tokenizer, tmp_path, capsys):
+    """Next to it, or as --tasks says; neither was read where --raw was a file. One that does not name it is somebody else's."""
+    write(tmp_path / "raw", "topics", pairs(60, negative=[f"negative {i}" for i in range(60)]))
+    raw = tmp_path / "raw" / "topics.parquet"
+    kind = lambda *flags: run(tmp_path, tokenizer, "--raw", str(raw), "--overwrite", *flags).sources["topics"].kind  # noqa: E731
+    (tmp_path / "raw" / "tasks.json").write_text('{"version": "2.0.0", "tasks": []}')
+    assert kind() == "retrieval"
+    (tmp_path / "mine.json").write_text('{"topics": "classification"}')
+    assert kind("--tasks", str(tmp_path / "mine.json")) == "classification"
+    (tmp_path / "raw" / "tasks.json").write_text('{"topics": "clustering", "others": "retrieval"}')
+    assert kind() == "clustering"
+    (tmp_path / "raw" / "tasks.json").write_text('{"topics": "clusters"}')
+    run(tmp_path, tokenizer, "--raw", str(raw), "--overwrite", code=1)
+    assert "unknown kind 'clusters'" in capsys.readouterr().err
+
+
 def test_what_is_remarkable_is_counted(tokenizer, tmp_path, capsys):
     write(tmp_path / "raw", "same", {"query": ["one query"] * 50, "passage": ["one passage"] * 50})
     write(tmp_path / "raw", "echo", pairs(40) | {"passage": [f"query {i}" if i < 30 else f"passage {i}" for i in range(40)]})

@@ -95,6 +95,7 @@ def _sources(data: epath.Path) -> list[str]:
 def _content(data: epath.Path) -> str:
     """A digest of names and bytes of the files."""
     files = sorted(path for path in data.rglob("*") if not path.is_dir()) if data.is_dir() else [data]
+    files += [path for path in [data.parent / folders.TASKS_FILE] if not data.is_dir() and path.exists()]
     if not files or not data.exists():
         raise UserError(f"{data} does not exist or is empty; give a file of pairs (forms: docs/data.md) or a folder of such files")
     digest = hashlib.sha256()

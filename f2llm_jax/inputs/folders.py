@@ -25,6 +25,7 @@ _SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{16})?\Z")  # wi
 _PARTITION = re.compile(r"([^=]+)=(.*)\Z")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 HELD_OUT = {"validation", "valid", "val", "dev", "eval", "test"}  # names of splits next to "train"
+TASKS_FILE = "tasks.json"  # kinds of sources, in their folder or next to a single file
 LISTED = ("parquet", "arrow", "jsonl", "ndjson", "csv", "tsv")  # forms that a folder is searched for; `.txt` and `.json` are named by hand
 
 

@@ -8,6 +8,7 @@ from etils import epath
 
 from f2llm_jax.data.records import Kind
 from f2llm_jax.errors import UserError
+from f2llm_jax.inputs.folders import TASKS_FILE, table_name
 from f2llm_jax.inputs.pairs import PairFile, read_pairs
 from f2llm_jax.preparation.catalogue import KINDS
 from f2llm_jax.storage.files import read_json
@@ -17,8 +18,8 @@ FEW_LABELS = 32  # distinct passages and negatives of a source that is taken for
 ROWS_A_LABEL = 4  # and rows for each of them, at least
 
 
-def read_tasks(path: epath.PathLike, names: set[str]) -> dict[str, Kind]:
-    """The kinds that a tasks file gives; `names` are the sources that exist.
+def read_tasks(path: epath.PathLike, names: set[str] | None) -> dict[str, Kind]:
+    """The kinds that a tasks file gives; `names` are the sources that exist, None where only one of them is read.
 
     Raises:
       UserError: it is not readable, names a source that is not there, or a kind that is none.
@@ -27,7 +28,9 @@ def read_tasks(path: epath.PathLike, names: set[str]) -> dict[str, Kind]:
     if not isinstance(kinds, dict):
         raise UserError(f'{path}: not a JSON object; write {{"source": "kind"}} there')
     problems = [
-        f"{path}: names {name!r}, but there is no {name}.parquet; remove the line or add the file" for name in kinds if name not in names
+        f"{path}: names {name!r}, but there is no {name}.parquet; remove the line or add the file"
+        for name in kinds
+        if names is not None and name not in names
     ]
     problems += [
         f"{path}: {name!r} has the unknown kind {kind!r}; choose one of {', '.join(KINDS)}"
@@ -37,6 +40,15 @@ def read_tasks(path: epath.PathLike, names: set[str]) -> dict[str, Kind]:
     if problems:
         raise UserError("\n".join(problems))
     return kinds
+
+
+def find_tasks(raw: epath.Path) -> epath.Path | None:
+    """The tasks file in the folder `raw`; of a single file the one next to it that names it: any other there is somebody else's."""
+    if not raw.is_file():
+        return raw / TASKS_FILE if (raw / TASKS_FILE).exists() else None
+    path = raw.parent / TASKS_FILE
+    content = read_json(path) if path.exists() else None
+    return path if isinstance(content, dict) and table_name(raw) in content else None
 
 
 def guess(name: str, files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
@@ -51,7 +63,7 @@ def guess(name: str, files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
     if undecided := [pairs for pairs in files if pairs.scored and not pairs.negatives]:
         return _guess_scored(name, undecided[0])
     if {pairs.negatives for pairs in files} != {1}:
-        return "retrieval", "guessed: a row of classification has exactly one negative; tasks.json in a folder of sources can say otherwise"
+        return "retrieval", "guessed: a row of classification has exactly one negative; tasks.json can say otherwise"
     texts: set[str] = set()
     for block in (block for pairs in files for block in read_pairs(pairs)):
         for column in ("passage", "negative_1"):
@@ -70,8 +82,8 @@ def _guess_scored(name: str, pairs: PairFile) -> tuple[Kind, str]:
         return "graded", f"guessed: sentences ({query}) with a score; tasks.json can say otherwise"
     raise UserError(
         f"{path}: has a score ({scores}) and no negatives, so that its rows are graded pairs, of which some are not alike, or positives; "
-        f'say which in tasks.json next to it, {{"{name}": "graded"}} or "retrieval", and give the folder '
-        f"of both; or leave the score out with --ignore-columns {scores}"
+        f'say which in tasks.json next to it, {{"{name}": "graded"}} or "retrieval"; '
+        f"or leave the score out with --ignore-columns {scores}"
     )
 
 

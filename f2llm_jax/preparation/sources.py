@@ -18,7 +18,6 @@ from f2llm_jax.inputs.pairs import PairFile, open_pairs
 from f2llm_jax.preparation import kinds
 from f2llm_jax.preparation.catalogue import COMPOSITE, Catalogue, FileRange, load_catalogue
 
-TASKS_FILE = "tasks.json"
 PART_ROWS = 100_000  # rows that one worker reads and writes at a time, where row groups allow it
 
 
@@ -92,7 +91,7 @@ def find_sources(
     Args:
       raw: folder of the files, or one file.
       stage: 1 or 2.
-      tasks: the tasks file, where there is no catalogue; default `raw/tasks.json` if it exists.
+      tasks: the tasks file, where there is no catalogue; default `raw/tasks.json` if it exists, of one file that next to it.
       catalogue: which files make which source.
       recognise: whether file names of the F2LLM-v2 release are recognised where there is neither a catalogue nor a tasks file.
       choice: the user's columns.
@@ -105,7 +104,7 @@ def find_sources(
       UserError: no files, an unusable tasks file, or one or more unusable schemas, all of them in one message.
     """
     raw, instructions = epath.Path(raw), instructions or {}
-    tasks = tasks or (raw / TASKS_FILE if (raw / TASKS_FILE).exists() else None)
+    tasks = tasks or kinds.find_tasks(raw)
     if catalogue:
         groups = _catalogue_groups(raw, catalogue, stage)
     else:
@@ -134,7 +133,7 @@ def unused(raw: epath.PathLike, sources: Sequence[Source]) -> list[str]:
     raw = epath.Path(raw)
     inside = [path.removeprefix(f"{raw}/") for source in sources for path in source.files if path.startswith(f"{raw}/")]
     used = {path.split("/")[0] for path in inside}
-    names = sorted(_names(raw) - used - {TASKS_FILE})
+    names = sorted(_names(raw) - used - {folders.TASKS_FILE})
     shown = [name for name in names if not name.startswith((".", "_"))]
     hidden = len(names) - len(shown)
     return shown + ([f"{hidden} hidden"] if hidden else [])
@@ -187,7 +186,8 @@ def _folder_groups(raw: epath.Path, tasks: epath.PathLike | None, known: Catalog
     """Each file and each table by itself, but for those that the catalogue `known` knows."""
     if raw.is_file():
         name = folders.table_name(raw)
-        return [_Group(name, None, ((raw, 0, None),), False, name, "")]
+        kind = kinds.read_tasks(tasks, None).get(name) if tasks is not None else None
+        return [_Group(name, kind, ((raw, 0, None),), False, name, epath.Path(tasks).name if kind and tasks is not None else "")]
     found = folders.find_sources(raw)
     if not found.paths:
         forms = ", ".join(f"*.{form}" for form in folders.LISTED)
