@@ -36,6 +36,7 @@ from f2llm_jax.objectives import LossFunction
 from f2llm_jax.preparation.selection import Recipe, SplitBy
 from f2llm_jax.release import hf_folder
 from f2llm_jax.reporting.run_record import RunRecord, read_record
+from f2llm_jax.storage.files import check_apart
 from f2llm_jax.text import find_tokenizer
 from f2llm_jax.training.loggers import Logger
 from f2llm_jax.training.run import run
@@ -280,5 +281,6 @@ def release(
     Raises:
       UserError: there is no such model, it was not trained for the width, or `out` may not be written.
     """
+    check_apart(os.fspath(out), {f"model {model}": os.fspath(model)})
     hf_folder.check_out(os.fspath(out), overwrite)
     hf_folder.export(find_model(str(model)), os.fspath(out), hf_folder.Form(dtype=dtype, truncate_dim=dim), overwrite=overwrite)

@@ -338,6 +338,10 @@ def test_a_release_from_python(folder, plain):
     assert api.load(folder / "released").encode("a").shape == (64,)
     with pytest.raises(UserError, match="not empty"):
         api.release(plain[0], folder / "released")
+    with pytest.raises(UserError, match="is read from there"):
+        api.release(folder / "released", folder / "released", overwrite=True)
+    (folder / "2026").symlink_to(plain[0])  # a workdir with a number for a name is no checkpoint
+    np.testing.assert_array_equal(api.load(folder / "2026").encode("a"), api.load(plain[0]).encode("a"))
 
 
 def test_fields_that_do_not_exist_are_named(base, data, folder):

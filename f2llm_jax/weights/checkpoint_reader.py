@@ -160,7 +160,8 @@ def find_checkpoint(path: epath.PathLike) -> SavedModel:
       UserError: there is no complete checkpoint at `path`.
     """
     path = absolute(path)
-    folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
+    is_step = path.name.isdigit() and not (path / "checkpoints").exists()  # a workdir may have a number for a name
+    folder, step = (path.parent, int(path.name)) if is_step else (path / "checkpoints", None)
     if not folder.exists():
         raise UserError(f"{path} is neither a workdir with checkpoints/ nor a checkpoint (WORKDIR/checkpoints/STEP)")
     check_descriptions(folder)
