@@ -221,11 +221,13 @@ def test_the_family_in_small_survives_sigkill_and_loads(tmp_path, small_dataset)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert (root / "stage2-1.7b").exists() and not (root / "stage2-330m").exists()
-    before = (root / "chain.json").read_text()
+    before = json.loads((root / "chain.json").read_text())
     second = run_family(root, small, stderr=subprocess.PIPE)
-    said = second.communicate(timeout=600)[1]
+    said = second.communicate(timeout=1800)[1]
     assert second.returncode == 0, said
-    assert (root / "chain.json").read_text().startswith(before.rstrip("}\n ")) and "stage1-14b: python" not in said
+    after = json.loads((root / "chain.json").read_text())
+    assert before.keys() <= after.keys() and {name for name in before if after[name] != before[name]} == {"checksum"}
+    assert "stage1-14b: python" not in said
     for size in common.LEARNING_RATE:
         model = sentence_transformers.SentenceTransformer(str(root / f"release-{size}"), device="cpu")
         shape = SIZES[f"toy-{size}"]
@@ -250,7 +252,7 @@ def test_a_sweep_in_small_ends_in_a_table(tmp_path, small_dataset):
     training = ("--config.batch.size=24", "--config.batch.microbatch_rows=16", "--config.optimizer.warmup_steps=2")
     flags += ["--config.seeds=(0,)", f"--config.train_flags={training}"]
     command = [sys.executable, "-m", "f2llm_jax.ablation", "--root", str(tmp_path / "runs"), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr + shlex.join(command)
     table = (tmp_path / "runs" / "starts.md").read_text()
     assert done.stdout.strip().endswith(table.strip()) and table.count("| pruned |") == 2 and (tmp_path / "runs" / "starts.png").exists()

@@ -106,6 +106,6 @@ def test_the_pages_do_what_they_say(tmp_path):
                 command = [sys.executable, "-c", code]
             else:
                 command = ["bash", "-euo", "pipefail", "-c", block["code"]]
-            done = subprocess.run(command, cwd=tmp_path, env=runs_in, capture_output=True, text=True, timeout=1200)
+            done = subprocess.run(command, cwd=tmp_path, env=runs_in, capture_output=True, text=True, timeout=3600)
             assert done.returncode == 0, f"{name}:\n{block['code']}\n{done.stdout}\n{done.stderr}"
     assert yaml.safe_load((tmp_path / "MODEL" / "config.json").read_text())["model_type"] == "qwen3"
