@@ -129,7 +129,8 @@ def load_arrays(
         part: {name: chunks.with_shape(leaf, shapes[part][name]) for name, leaf in target.items()} for part, target in targets.items()
     }
     loaded = checkpoints.load_checkpointables(step, as_stored)
-    return {part: chunks.reshaped(loaded[part], {name: leaf.shape for name, leaf in target.items()}) for part, target in targets.items()}
+    shapes = {part: {name: leaf.shape for name, leaf in target.items()} for part, target in targets.items()}
+    return {part: chunks.reshaped(loaded[part], shapes[part], donate=True) for part in targets}
 
 
 def array_spec(folder: epath.Path, entry: Entry) -> dict[str, Any]:

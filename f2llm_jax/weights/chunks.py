@@ -9,7 +9,6 @@ first axis in two, `[n, ...]` as `[n / rows, rows, ...]`, so the stored shape sa
 it is.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 
@@ -70,16 +69,19 @@ def with_shape(leaf: jax.ShapeDtypeStruct, shape: Shape) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-def reshaped(arrays: Mapping[str, jax.Array], shapes: Mapping[str, Shape]) -> dict[str, jax.Array]:
-    """The arrays with their first axes in two or whole again; no data moves between devices."""
-    return {name: array if array.shape == shapes[name] else _reshape(array, shapes[name]) for name, array in arrays.items()}
+def reshaped(arrays: Mapping[str, jax.Array], shapes: Mapping[str, Shape], donate: bool = False) -> dict[str, jax.Array]:
+    """The arrays with their first axes in two or whole again; no data moves between devices. Donated arrays are no more afterwards."""
+    return {name: array if array.shape == shapes[name] else _reshape(array, shapes[name], donate) for name, array in arrays.items()}
 
 
-def _reshape(array: jax.Array, shape: Shape) -> jax.Array:
+def _reshape(array: jax.Array, shape: Shape, donate: bool) -> jax.Array:
     like = with_shape(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), shape)
-    return _program(array, shape, like.sharding)
+    return (_donating_program if donate else _program)(array, shape, like.sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _program(array: jax.Array, shape: Shape, sharding: jax.sharding.Sharding) -> jax.Array:
+def _reshape_on_device(array: jax.Array, shape: Shape, sharding: jax.sharding.Sharding) -> jax.Array:
     return array.reshape(shape, out_sharding=sharding if isinstance(sharding, NamedSharding) else None)
+
+
+_program = jax.jit(_reshape_on_device, static_argnums=(1, 2))
+_donating_program = jax.jit(_reshape_on_device, static_argnums=(1, 2), donate_argnums=0)

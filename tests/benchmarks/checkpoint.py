@@ -67,6 +67,11 @@ def main():
     flags = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", flags.devices)
     mesh = sharding.make_mesh(1, -1, 1)
+    with jax.set_mesh(mesh):
+        measure(flags, mesh)
+
+
+def measure(flags, mesh):
     config = dataclasses.replace(SIZES[flags.size], vocab_size=flags.vocabulary or SIZES[flags.size].vocab_size)
     figures = {"size": flags.size, "vocabulary": config.vocab_size, "devices": flags.devices}
     if not flags.restore_only:
