@@ -25,12 +25,12 @@ from jaxtyping import Float
 from f2llm_jax.cli import configuration
 from f2llm_jax.cli.arguments import COMPUTE
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, StepData
-from f2llm_jax.data.records import Dataset, Kind, load_dataset
+from f2llm_jax.data.records import Dataset, TaskKind, load_dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, load_encoder, truncate_and_normalize
 from f2llm_jax.inference.given_texts import given_texts
 from f2llm_jax.inputs import folders
-from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.columns import ColumnChoice
 from f2llm_jax.inputs.rows import write_rows
 from f2llm_jax.objectives import LossFunction
 from f2llm_jax.preparation.selection import Recipe, SplitBy
@@ -169,7 +169,9 @@ def prepare(
     found = sources.find_sources(
         raw,
         stage=stage,
-        choice=Choice(dict(columns or {}), ignore_columns, use='columns={{"{role}": "{column}"}}', ignore='ignore_columns=["{column}"]'),
+        choice=ColumnChoice(
+            dict(columns or {}), ignore_columns, use='columns={{"{role}": "{column}"}}', ignore='ignore_columns=["{column}"]'
+        ),
         instructions=dict.fromkeys(names, instruction) if instruction else None,
     )
     recipe = Recipe(
@@ -193,7 +195,7 @@ def batches(
     epochs: int = 1,
     seed: int = 0,
     max_length: int | None = None,
-    negatives: Mapping[Kind, int] | None = None,
+    negatives: Mapping[TaskKind, int] | None = None,
     sources: str | Sequence[str] | None = None,
 ) -> Iterator[StepData]:
     """The batches of a prepared dataset as training draws them: each of one source, in random order, every row once an epoch.
@@ -283,4 +285,4 @@ def release(
     """
     check_apart(os.fspath(out), {f"model {model}": os.fspath(model)})
     hf_folder.check_out(os.fspath(out), overwrite)
-    hf_folder.export(find_model(str(model)), os.fspath(out), hf_folder.Form(dtype=dtype, truncate_dim=dim), overwrite=overwrite)
+    hf_folder.export(find_model(str(model)), os.fspath(out), hf_folder.ReleaseForm(dtype=dtype, truncate_dim=dim), overwrite=overwrite)

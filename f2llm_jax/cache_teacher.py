@@ -28,7 +28,7 @@ from f2llm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from f2llm_jax.data.records import Dataset
-    from f2llm_jax.teachers.fill import Teacher
+    from f2llm_jax.teachers.fill import VectorSource
     from f2llm_jax.teachers.texts import Prompts, TextDecoder
 
 
@@ -109,7 +109,7 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError("--vectors-of goes with --vectors alone; drop it")
 
 
-def _teacher(flags: argparse.Namespace, dataset: "Dataset") -> "Teacher":
+def _teacher(flags: argparse.Namespace, dataset: "Dataset") -> "VectorSource":
     """The teacher that the flags name."""
     from f2llm_jax.inference.devices import local_mesh
     from f2llm_jax.inference.shared_model import find_shared

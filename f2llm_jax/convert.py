@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING
 
 from f2llm_jax.cli.command import command
 from f2llm_jax.errors import UserError
-from f2llm_jax.release.flags import add_form_flags, form_of
+from f2llm_jax.release.flags import TOKEN_VARIABLE, add_form_flags, form_of
 from f2llm_jax.storage.files import check_apart, check_new_file, write_json
 
 if TYPE_CHECKING:
     import numpy as np
-
-TOKEN_VARIABLE = "HF_TOKEN"  # as huggingface_hub reads it
 
 
 @command("convert")

@@ -21,7 +21,7 @@ from f2llm_jax.evaluation.widths import FULL, parse_dims
 if TYPE_CHECKING:
     import jax
 
-    from f2llm_jax.evaluation.mteb_run import Score
+    from f2llm_jax.evaluation.mteb_run import TaskScore
     from f2llm_jax.weights.models import ModelSource
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _evaluate(flags: argparse.Namespace) -> "list[Score]":
+def _evaluate(flags: argparse.Namespace) -> "list[TaskScore]":
     import jax.numpy as jnp  # here and below after the flags are parsed: --help needs no JAX
 
     from f2llm_jax.evaluation import instructions
@@ -116,7 +116,7 @@ def _widths(dims: Sequence[str], origin: "ModelSource") -> list[int]:
     return sorted(widths, reverse=True)
 
 
-def _print(scores: "Sequence[Score]") -> None:
+def _print(scores: "Sequence[TaskScore]") -> None:
     dims = list(dict.fromkeys(score.dim for score in scores))
     kinds = list(dict.fromkeys(score.kind for score in scores))
     print(_line("main score by width", dims))

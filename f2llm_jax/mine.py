@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from f2llm_jax.cli.arguments import add_distributed, join_hosts
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.progress import Progress
-from f2llm_jax.inputs.columns import Choice, check_shared, plain
+from f2llm_jax.inputs.columns import ColumnChoice, check_shared, plain
 from f2llm_jax.inputs.fields import DOCUMENTS
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.inputs.judged import read_documents
@@ -46,7 +46,7 @@ def _mine(flags: argparse.Namespace) -> dict:
     read = {f"{flag} {path}": path for flag, path in named}
     rules = NegativeRules(**{name: getattr(flags, name) for name in NegativeRules.__dataclass_fields__})
     of_corpus = {role: column for role, column in flags.columns if flags.corpus and plain(role) in DOCUMENTS.roles}  # no roles of pairs
-    choice = Choice({role: column for role, column in flags.columns if role not in of_corpus}, flags.ignore_columns)
+    choice = ColumnChoice({role: column for role, column in flags.columns if role not in of_corpus}, flags.ignore_columns)
     if flags.build:
         built = [builders.build(flags.build, path, flags.instruction, rules.negatives, rules.seed, choice) for path in flags.queries]
         sources = [pairs for pairs, _ in built]
@@ -56,8 +56,8 @@ def _mine(flags: argparse.Namespace) -> dict:
     else:
         sources = [inputs.read_pairs(path, flags.instruction, choice, flags.qrels) for path in flags.queries]
         _describe(sources)
-    corpora = [read_documents(path, Choice(dict(flags.columns), flags.ignore_columns)) for path in flags.corpus or ()]
-    check_shared(Choice(of_corpus), [(DOCUMENTS, file.names) for documents in corpora for file in documents.files])
+    corpora = [read_documents(path, ColumnChoice(dict(flags.columns), flags.ignore_columns)) for path in flags.corpus or ()]
+    check_shared(ColumnChoice(of_corpus), [(DOCUMENTS, file.names) for documents in corpora for file in documents.files])
     for line in (line for documents in corpora for line in documents.describe()):
         print(f"documents: {line}")
     corpus = [text for documents in corpora for text in documents.joined()] if flags.corpus else None
@@ -71,7 +71,7 @@ def _mine(flags: argparse.Namespace) -> dict:
         return run.mine(find_shared(flags.model, flags.cache or f"{flags.out}.cache"), sources, corpus, flags.out, rules, **options)
 
 
-def _describe(sources: Sequence[inputs.Pairs]) -> None:
+def _describe(sources: Sequence[inputs.SourcePairs]) -> None:
     for source in sources:
         print("\n".join([f"{source.name}: {source.kind}, {len(source.queries):,} rows", *(f"  {line}" for line in source.described)]))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from f2llm_jax.cli.arguments import positive, share, share_or_path
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.progress import Progress
-from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.columns import ColumnChoice
 from f2llm_jax.inputs.flags import add_column_flags, pair
 from f2llm_jax.preparation.catalogue import CAP, COMPOSITE, load_catalogue
 from f2llm_jax.preparation.selection import VALIDATION_SHARE, Recipe
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tasks=flags.tasks,
         catalogue=load_catalogue(flags.catalogue) if flags.catalogue not in (None, NO_CATALOGUE) else None,
         recognise=flags.catalogue != NO_CATALOGUE,
-        choice=Choice(dict(flags.columns), flags.ignore_columns),
+        choice=ColumnChoice(dict(flags.columns), flags.ignore_columns),
         qrels=flags.qrels,
         instructions=dict(flags.instruction),
         validation=None if isinstance(flags.validation, float) else flags.validation,
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(progress: "writing.Progress", shown: Progress) -> None:
+def _show(progress: "writing.BuildProgress", shown: Progress) -> None:
     counted = f"[{progress.done}/{progress.sources}] {progress.source.name}: {sum(progress.source.rows.values()):,} rows"
     if progress.reused:
         shown.say(f"{counted}, complete from an earlier run")

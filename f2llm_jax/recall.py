@@ -16,14 +16,14 @@ from f2llm_jax.cli.arguments import COMPUTE, add_distributed, join_hosts
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.progress import Progress
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.columns import ColumnChoice
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.storage.files import check_apart, check_new_file, write_json
 
 if TYPE_CHECKING:
     from f2llm_jax.data.records import Dataset
     from f2llm_jax.evaluation.held_out import Correlation, Search
-    from f2llm_jax.evaluation.retrieval import Pairs, Recall
+    from f2llm_jax.evaluation.retrieval import Recall, RetrievalTask
     from f2llm_jax.inference.encode import TextEncoder
     from f2llm_jax.inference.vector_cache import CachedEncoder
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.json:
         check_new_file(flags.json)
         check_apart(flags.json, {f"--pairs {path}": path for path in flags.pairs} | {f"--model {name}": name for name in flags.model})
-    choice = Choice(dict(flags.columns), flags.ignore_columns)
+    choice = ColumnChoice(dict(flags.columns), flags.ignore_columns)
     files = [retrieval.read_pairs(path, choice, flags.qrels) for path in flags.pairs]
     sources = [(dataset, name) for dataset in map(load_dataset, flags.data) for name in held_out.sources(dataset)]
     labels = _labels(
@@ -124,7 +124,9 @@ def _plain_searches(searches: Measured) -> dict[str, object]:
     return {source: {dim: found.figures for dim, found in by_dim.items()} for source, by_dim in searches.items()}
 
 
-def _evaluate(encoder: "TextEncoder | CachedEncoder", files: Sequence["Pairs"], dims: Sequence[str]) -> dict[str, dict[str, "Recall"]]:
+def _evaluate(
+    encoder: "TextEncoder | CachedEncoder", files: Sequence["RetrievalTask"], dims: Sequence[str]
+) -> dict[str, dict[str, "Recall"]]:
     from f2llm_jax.evaluation import retrieval
 
     widths = {dim: encoder.width if dim == FULL else int(dim) for dim in dims}
@@ -136,7 +138,7 @@ def _evaluate(encoder: "TextEncoder | CachedEncoder", files: Sequence["Pairs"], 
     return results
 
 
-def _print(files: Sequence["Pairs"], results: Results, dims: Sequence[str]) -> None:
+def _print(files: Sequence["RetrievalTask"], results: Results, dims: Sequence[str]) -> None:
     columns = [f"[{i}]" for i in range(1, len(results) + 1)]
     for column, name in zip(columns, results, strict=True):
         print(f"{column} {name}")

@@ -6,7 +6,7 @@ import pytest
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import pairs
-from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.columns import ColumnChoice
 from f2llm_jax.mining.inputs import read_pairs
 
 
@@ -17,7 +17,7 @@ def lines(path, *rows):
 
 def refused(path, *parts, choice=None):
     """Every command refuses the file, with these parts in the message."""
-    for read in (lambda: pairs.open_pairs(path, choice or Choice()), lambda: read_pairs(path, None, choice or Choice())):
+    for read in (lambda: pairs.open_pairs(path, choice or ColumnChoice()), lambda: read_pairs(path, None, choice or ColumnChoice())):
         with pytest.raises(UserError) as error:
             read()
         for part in (path.name, *parts):
@@ -26,5 +26,5 @@ def refused(path, *parts, choice=None):
 
 def rows_of(path, **given):
     """Query, positive and negatives of each row, as `mine` reads them."""
-    found = read_pairs(path, None, Choice(given))
+    found = read_pairs(path, None, ColumnChoice(given))
     return [*zip(found.queries, found.passages, found.given, strict=True)]

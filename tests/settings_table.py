@@ -243,7 +243,7 @@ LEFT = {"direction": "Left", "max_length": 96, "strategy": "LongestFirst", "stri
 def base() -> pathlib.Path:
     """A release as this project writes it."""
     folder = pathlib.Path(tempfile.mkdtemp())
-    hf_folder.export(tiny.origin(folder / "tokenizer"), folder / "release", hf_folder.Form(golden=False))
+    hf_folder.export(tiny.origin(folder / "tokenizer"), folder / "release", hf_folder.ReleaseForm(golden=False))
     return folder / "release"
 
 

@@ -12,7 +12,7 @@ from f2llm_jax.text import query_prompt
 
 def export_model(folder):
     """A release of random weights; its folder."""
-    hf_folder.export(tiny.origin(folder / "tokenizer"), folder / "model", hf_folder.Form(golden=False))
+    hf_folder.export(tiny.origin(folder / "tokenizer"), folder / "model", hf_folder.ReleaseForm(golden=False))
     return folder / "model"
 
 

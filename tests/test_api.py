@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(folder):
-    hf_folder.export(tiny.origin(folder / "tiny"), folder / "base", hf_folder.Form())
+    hf_folder.export(tiny.origin(folder / "tiny"), folder / "base", hf_folder.ReleaseForm())
     return str(folder / "base")
 
 

@@ -18,7 +18,7 @@ from small_runs import environment
 from f2llm_jax.chain import links, sweep
 from f2llm_jax.chain.family import family_links
 from f2llm_jax.chain.links import ChainError, Link
-from f2llm_jax.chain.sweep import Arm, Score
+from f2llm_jax.chain.sweep import Arm, ArmScore
 from f2llm_jax.configs import ablation, common, family
 from f2llm_jax.model.sizes import SIZES
 
@@ -191,8 +191,8 @@ def test_arms_differ_in_start_teacher_and_seed_only(tmp_path):
 def test_the_table_is_means_and_deviations_over_seeds():
     config = ablation.get_config()
     rng = np.random.default_rng(0)
-    found = {arm.name: tuple(Score(*rng.random(2)) for _ in range(2)) for arm in sweep.arms(config)}
-    found |= {"source": (Score(0.1, 3.0), Score(0.5, 1.75)), "teacher": (Score(0.5, 1.75), Score(0.75, 1.25))}
+    found = {arm.name: tuple(ArmScore(*rng.random(2)) for _ in range(2)) for arm in sweep.arms(config)}
+    found |= {"source": (ArmScore(0.1, 3.0), ArmScore(0.5, 1.75)), "teacher": (ArmScore(0.5, 1.75), ArmScore(0.75, 1.25))}
     written = sweep.table(config, found)
     for start in ("random", "pruned"):
         for distilled in (False, True):

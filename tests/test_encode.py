@@ -33,7 +33,7 @@ def encoder(origin):
 @pytest.fixture(scope="module")
 def folder(origin, tmp_path_factory):
     out = tmp_path_factory.mktemp("release") / "model"
-    hf_folder.export(origin, out, hf_folder.Form(golden=False))
+    hf_folder.export(origin, out, hf_folder.ReleaseForm(golden=False))
     return out
 
 

@@ -31,7 +31,7 @@ QUESTIONS = 120
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
-    hf_folder.export(tiny.origin(folder / "tiny"), folder / "base", hf_folder.Form())
+    hf_folder.export(tiny.origin(folder / "tiny"), folder / "base", hf_folder.ReleaseForm())
     rows = [{"question": f"the cat {i % QUESTIONS}", "answer": f"die Katze {i % QUESTIONS} part {i // QUESTIONS}"} for i in range(150)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

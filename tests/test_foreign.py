@@ -137,7 +137,7 @@ def test_saved_again_by_sentence_transformers(embedding, tmp_path):
 
 def test_trained_by_sentence_transformers_and_released_again(tmp_path):
     """The widths, the limit and the prompts of a model that was truncated for good, five steps of their trainer later."""
-    hf_folder.export(tiny.origin(tmp_path / "t"), tmp_path / "out", hf_folder.Form(truncate_dim=32, query_instruction="Find it."))
+    hf_folder.export(tiny.origin(tmp_path / "t"), tmp_path / "out", hf_folder.ReleaseForm(truncate_dim=32, query_instruction="Find it."))
     model = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     model[2].requires_grad_(False)  # the layer that truncates
     pairs = [sentence_transformers.InputExample(texts=[f"the cat {i}", f"die Katze {i}"]) for i in range(20)]
@@ -259,7 +259,7 @@ def test_an_adapter_is_called_one(embedding, tmp_path):
 
 def test_transformers_4_does_not_take_the_tokenizer_for_a_broken_one(tmp_path):
     """transformers 4.57 asks config.json for a version before it warns of a regular expression that only Mistral has."""
-    hf_folder.export(tiny.origin(tmp_path / "t"), tmp_path / "out", hf_folder.Form(golden=False))
+    hf_folder.export(tiny.origin(tmp_path / "t"), tmp_path / "out", hf_folder.ReleaseForm(golden=False))
     version = json.loads((tmp_path / "out/config.json").read_text())["transformers_version"]
     assert tuple(map(int, version.split("."))) > (4, 57, 2)
 
@@ -317,8 +317,8 @@ def test_a_prompt_without_a_place_for_an_instruction_is_not_replaced_by_one(embe
 def test_every_command_serves_the_width_of_a_release(tmp_path):
     """The vectors of the encoder, their digest and what `embed` writes are those of the truncated model."""
     origin = tiny.origin(tmp_path / "t")
-    hf_folder.export(origin, tmp_path / "whole", hf_folder.Form(golden=False))
-    hf_folder.export(origin, tmp_path / "narrow", hf_folder.Form(truncate_dim=16, golden=False))
+    hf_folder.export(origin, tmp_path / "whole", hf_folder.ReleaseForm(golden=False))
+    hf_folder.export(origin, tmp_path / "narrow", hf_folder.ReleaseForm(truncate_dim=16, golden=False))
     whole, narrow = find_model(str(tmp_path / "whole")), find_model(str(tmp_path / "narrow"))
     assert (whole.width, narrow.width) == (64, 16) and model_digest(whole) != model_digest(narrow)
     np.testing.assert_array_equal(load_encoder(narrow).encode(TEXTS), load_encoder(whole).encode(TEXTS)[:, :16])

@@ -57,7 +57,7 @@ LINES = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("share")
-    hf_folder.export(tiny.origin(folder / "tokenizer", max_length=48), folder / "model", hf_folder.Form(golden=False))
+    hf_folder.export(tiny.origin(folder / "tokenizer", max_length=48), folder / "model", hf_folder.ReleaseForm(golden=False))
     (folder / "lines.txt").write_text("".join(f"{line}\n" for line in LINES))
     return folder
 

@@ -11,7 +11,7 @@ from input_files import lines, refused, rows_of
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import pairs
-from f2llm_jax.inputs.columns import Choice, meaning
+from f2llm_jax.inputs.columns import ColumnChoice, meaning
 from f2llm_jax.mining.inputs import read_pairs
 from f2llm_jax.text import query_prompt
 
@@ -35,19 +35,19 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("t
 def test_a_column_that_means_something_is_never_dropped(tmp_path, extra, what, offer):
     path = lines(tmp_path / "a.jsonl", {"query": "q", "passage": "p"}, {"query": "q", "passage": "p", extra: "x"})
     refused(path, f"column {extra!r} looks like {what} and is not used", offer)
-    (opened,) = pairs.open_pairs(path, Choice(ignored=(extra,)))
+    (opened,) = pairs.open_pairs(path, ColumnChoice(ignored=(extra,)))
     assert opened.columns.ignored == (extra,) and f"ignored: {extra}" in opened.describe()
 
 
 def test_a_column_is_left_out_by_the_name_that_finds_it(tmp_path):
     """Case and spaces tell no two columns apart, so they hide none from --ignore-columns; of two, the one of that very name is meant."""
     write_csv(tmp_path / "a.csv", {"sentence1": ["a"], "sentence2": ["b"], " Score ": ["0.1"], "Hard-Negative": ["c"]})
-    choice = Choice({"query": "sentence1", "passage": "sentence2"}, ("score", "hard_neg*"))
+    choice = ColumnChoice({"query": "sentence1", "passage": "sentence2"}, ("score", "hard_neg*"))
     (found,) = pairs.open_pairs(tmp_path / "a.csv", choice)
     assert not found.scored and not found.negatives
     write_csv(tmp_path / "b.csv", {"Query": ["a"], "query": ["b"], "passage": ["c"]})
     for ignored, query in (("Query", "b"), ("query", "a")):
-        assert read_pairs(tmp_path / "b.csv", choice=Choice(ignored=(ignored,))).queries == [query]
+        assert read_pairs(tmp_path / "b.csv", choice=ColumnChoice(ignored=(ignored,))).queries == [query]
 
 
 def test_columns_without_a_meaning_are_ignored_and_named(tmp_path):
@@ -71,7 +71,7 @@ def test_columns_without_a_meaning_are_ignored_and_named(tmp_path):
 def test_columns_that_cannot_be_meant(tmp_path, given, parts):
     path = lines(tmp_path / "a.jsonl", {"question": "q", "answer": "p"})
     with pytest.raises(UserError) as error:
-        pairs.open_pairs(path, Choice(given))
+        pairs.open_pairs(path, ColumnChoice(given))
     assert all(part in str(error.value) for part in parts)
 
 

@@ -25,7 +25,7 @@ name = lambda path: path.name  # noqa: E731
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    hf_folder.export(tiny.origin(folder / "tokenizer"), folder / "model", hf_folder.Form(golden=False))
+    hf_folder.export(tiny.origin(folder / "tokenizer"), folder / "model", hf_folder.ReleaseForm(golden=False))
     return folder / "model"
 
 

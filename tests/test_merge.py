@@ -15,7 +15,7 @@ from f2llm_jax.model.decoder import init_decoder
 from f2llm_jax.release import hf_folder, workdir
 from f2llm_jax.release.merge import merge
 
-FORM = hf_folder.Form(golden=False)
+FORM = hf_folder.ReleaseForm(golden=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_linear_is_numpys_average(origins, tmp_path, weights):
 def test_any_form_of_input_gives_the_same_merge(origins, tmp_path):
     """Sharded and whole folders and a workdir, named on the command line."""
     want = released(merge(origins[:2]), tmp_path / "want")
-    for i, form in enumerate((hf_folder.Form(max_shard_bytes=50_000, golden=False), FORM)):
+    for i, form in enumerate((hf_folder.ReleaseForm(max_shard_bytes=50_000, golden=False), FORM)):
         hf_folder.export(origins[i], tmp_path / f"folder{i}", form)
         workdir.write_workdir(origins[i], tmp_path / f"run{i}", overwrite=False)
     for kinds in (("folder0", "folder1"), ("run0", "folder1"), ("folder0", "run1"), ("run0/checkpoints/0", "run1")):
@@ -73,7 +73,7 @@ def test_any_form_of_input_gives_the_same_merge(origins, tmp_path):
 
 def test_half_precision_inputs_merge_in_float32(origins, tmp_path):
     for i in (0, 1):
-        hf_folder.export(origins[i], tmp_path / str(i), hf_folder.Form(dtype="bfloat16", golden=False))
+        hf_folder.export(origins[i], tmp_path / str(i), hf_folder.ReleaseForm(dtype="bfloat16", golden=False))
     assert command.main(["--out", str(tmp_path / "out"), str(tmp_path / "0"), str(tmp_path / "1"), "--no-golden"]) == 0
     parts = [tensors(tmp_path / name) for name in "01"]
     for name, tensor in tensors(tmp_path / "out").items():

@@ -20,7 +20,7 @@ STEPS = 12
 @pytest.mark.filterwarnings("default")
 @pytest.mark.slow
 def test_an_objective_and_a_metric_of_ones_own_in_a_notebook(tmp_path, monkeypatch):
-    hf_folder.export(tiny.origin(tmp_path / "tiny"), tmp_path / "base", hf_folder.Form())
+    hf_folder.export(tiny.origin(tmp_path / "tiny"), tmp_path / "base", hf_folder.ReleaseForm())
     settings = {"BASE": str(tmp_path / "base"), "STEPS": str(STEPS), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     for name, value in (settings | {"IPYTHONDIR": str(tmp_path / "ipython"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}).items():
         monkeypatch.setenv(name, value)

@@ -293,7 +293,7 @@ def test_a_run_with_two_teachers_resumes_to_the_bit_and_releases_its_decoder(tmp
 @pytest.mark.parametrize("kind", ["mse", "scores"])
 def test_a_live_teacher_of_another_width(tmp_path, small_dataset, kind):
     """Half as wide as the student, with its tokenizer."""
-    hf_folder.export(tiny.origin(tmp_path / "tokenizer"), tmp_path / "teacher", hf_folder.Form(golden=False))
+    hf_folder.export(tiny.origin(tmp_path / "tokenizer"), tmp_path / "teacher", hf_folder.ReleaseForm(golden=False))
     settings = {"teacher": str(tmp_path / "teacher"), "objective.distillation": kind, "steps": 2}
     if kind == "mse":
         with pytest.raises(StartError, match=r"has width 64, less than the student's 128.*objective\.projection=True"):

@@ -82,7 +82,7 @@ def activations(source, texts):
 def folder(source, tmp_path_factory):
     """The unpruned model as a release."""
     out = tmp_path_factory.mktemp("release") / "model"
-    hf_folder.export(source, out, hf_folder.Form(golden=False))
+    hf_folder.export(source, out, hf_folder.ReleaseForm(golden=False))
     return out
 
 
@@ -181,7 +181,7 @@ def test_permuted_channels_change_the_choice_and_not_the_model(arrays, source, t
         assert set(ffn[theirs]) == set(mine)
     outputs = {}
     for name, model, chosen in (("one", source, choice), ("other", other, moved)):
-        hf_folder.export(cut(model, target, chosen), tmp_path / name, hf_folder.Form(golden=False))
+        hf_folder.export(cut(model, target, chosen), tmp_path / name, hf_folder.ReleaseForm(golden=False))
         outputs[name] = hidden_states(torch_model(tmp_path / name), texts[0][None])
     orders = {"one": np.argsort(choice.hidden), "other": np.argsort(hidden[moved.hidden])}
     one, other = (outputs[name][..., order] for name, order in orders.items())

@@ -48,7 +48,7 @@ def sentences(folder):
 
 
 def export(origin, out, dtype="float32", overwrite=False):
-    hf_folder.export(origin, out, hf_folder.Form(dtype=dtype), overwrite=overwrite)
+    hf_folder.export(origin, out, hf_folder.ReleaseForm(dtype=dtype), overwrite=overwrite)
     return out
 
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_whose_description_was_changed_is_refused(folder, tmp_path,
 
 def test_a_width_that_was_not_trained_is_refused(origin, tmp_path):
     with pytest.raises(UserError, match="not trained for 24 dimensions, only for 16, 32, 64"):
-        hf_folder.export(origin, tmp_path / "out", hf_folder.Form(truncate_dim=24))
+        hf_folder.export(origin, tmp_path / "out", hf_folder.ReleaseForm(truncate_dim=24))
 
 
 def test_push_sends_nothing_unless_told(folder, capsys, monkeypatch):

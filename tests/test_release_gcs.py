@@ -31,7 +31,7 @@ def bucket():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("release") / "model"
-    hf_folder.export(tiny.origin(tmp_path_factory.mktemp("tokenizer")), out, hf_folder.Form(max_shard_bytes=100_000, golden=False))
+    hf_folder.export(tiny.origin(tmp_path_factory.mktemp("tokenizer")), out, hf_folder.ReleaseForm(max_shard_bytes=100_000, golden=False))
     return out
 
 

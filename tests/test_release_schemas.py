@@ -122,7 +122,9 @@ def read(path):
 def folder(request, tmp_path_factory):
     origin = tiny.origin(tmp_path_factory.mktemp("tokenizer"))
     source = merge([origin, origin]) if request.param == "merged" else origin
-    form = {"cut": hf_folder.Form(truncate_dim=32), "bfloat16": hf_folder.Form(dtype="bfloat16")}.get(request.param, hf_folder.Form())
+    form = {"cut": hf_folder.ReleaseForm(truncate_dim=32), "bfloat16": hf_folder.ReleaseForm(dtype="bfloat16")}.get(
+        request.param, hf_folder.ReleaseForm()
+    )
     out = tmp_path_factory.mktemp("release") / request.param
     hf_folder.export(source, out, form)
     return out

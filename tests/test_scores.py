@@ -22,7 +22,7 @@ from f2llm_jax.data.records import load_dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation import retrieval
 from f2llm_jax.inputs.cells import number_lists, numbers
-from f2llm_jax.inputs.columns import Choice
+from f2llm_jax.inputs.columns import ColumnChoice
 from f2llm_jax.mining import inputs as mining_inputs
 from f2llm_jax.objectives import Embeddings, Objective, candidates, matryoshka_weights, total
 from f2llm_jax.objectives.config import ContrastiveConfig
@@ -336,7 +336,7 @@ def test_a_pair_of_a_low_score_is_no_positive(read, more, tmp_path):
     path.write_text(json.dumps({"query": "cat", **more}) + "\n")
     with pytest.raises(UserError, match=rf"has a score \({column}\) and no negatives.*--ignore-columns {column}"):
         read(path)
-    assert len(read(path, choice=Choice(ignored=(column,))).queries) == len(np.atleast_1d(more["pos"]))
+    assert len(read(path, choice=ColumnChoice(ignored=(column,))).queries) == len(np.atleast_1d(more["pos"]))
     path.write_text(json.dumps({"query": "cat", "pos": "mat", "neg": ["dog"], "scores": [5, 0]}) + "\n")
     assert read(path).queries == ["cat"]
 

@@ -121,7 +121,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, origin, dataset):
 
 
 def test_the_command_ends_in_a_cache_that_opens(tmp_path, origin, dataset, capsys):
-    hf_folder.export(origin, tmp_path / "model", hf_folder.Form(golden=False))
+    hf_folder.export(origin, tmp_path / "model", hf_folder.ReleaseForm(golden=False))
     flags = ["--model", str(tmp_path / "model"), "--data", str(dataset.folder), "--out", str(tmp_path / "cache"), "--max-length", "12"]
     assert command.main([*flags, "--dims", "99"]) == 1
     assert "cache_teacher: error: --dims 99" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.records import load_dataset
 from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCacheError
 from f2llm_jax.errors import UserError
-from f2llm_jax.preparation.encoding import Encoder
+from f2llm_jax.preparation.encoding import TextEncoding
 from f2llm_jax.release import hf_folder
 from f2llm_jax.storage.vectors import VectorStore, VectorStoreError
 from f2llm_jax.teachers.texts import Prompts, TextDecoder, stored_texts
@@ -76,7 +76,7 @@ def test_a_text_that_just_fits_is_not_taken_for_a_truncated_one(tokenizer):
 
 def test_a_special_token_in_a_text_comes_back_as_its_letters(tokenizer):
     texts = [f"a {tiny.EOS} b", tiny.PAD, f"{tiny.EOS}{tiny.EOS}"]
-    assert TextDecoder(tokenizer.backend, 99).decode(Encoder(tokenizer).encode(texts, 99).ids) == texts
+    assert TextDecoder(tokenizer.backend, 99).decode(TextEncoding(tokenizer).encode(texts, 99).ids) == texts
 
 
 def test_a_tokenizer_that_loses_characters_is_refused():
@@ -170,7 +170,7 @@ def test_prompts_and_models_are_part_of_a_cache(tmp_path, foreign, dataset, caps
 
 def test_a_model_of_this_project_with_another_tokenizer(tmp_path, dataset, capsys):
     origin = tiny.origin(tmp_path, tokenizer=load_tokenizer(tiny.write_tokenizer(tmp_path / "t", "qwen")))
-    hf_folder.export(origin, tmp_path / "model", hf_folder.Form(golden=False))
+    hf_folder.export(origin, tmp_path / "model", hf_folder.ReleaseForm(golden=False))
     words = flags(dataset, tmp_path / "c", "--model", tmp_path / "model")
     assert cache_teacher.main(words) == 1
     assert "pass --retokenize" in capsys.readouterr().err

@@ -230,6 +230,6 @@ def test_evaluate_repeats_the_benchmark(trained, tmp_path, capsys):
     printed = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines())
     logged = {name: value for name, value in found[9].items() if name.startswith("validation/accuracy")}
     assert {name: float(value) for name, value in printed.items()} == pytest.approx(logged, abs=5e-5)
-    hf_folder.export(find_model(str(workdir)), tmp_path / "model", hf_folder.Form(golden=False))
+    hf_folder.export(find_model(str(workdir)), tmp_path / "model", hf_folder.ReleaseForm(golden=False))
     assert evaluate.main(["--model", str(tmp_path / "model"), "--held-out"]) == 1
     assert "is no workdir and no checkpoint" in capsys.readouterr().err

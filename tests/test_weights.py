@@ -69,8 +69,8 @@ def test_hf_to_ours_to_hf_is_exact(tmp_path, model_class, dtype, shard_size):
     assert len(list((tmp_path / "in").glob("*.safetensors"))) == 1 or shard_size != "1GB"
     origin = find_model(str(tmp_path / "in"))
     assert origin.config.rope_theta == 10_000
-    hf_folder.export(origin, tmp_path / "one", hf_folder.Form(dtype=dtype, max_shard_bytes=EVERYTHING), overwrite=False)
-    hf_folder.export(origin, tmp_path / "many", hf_folder.Form(dtype=dtype, max_shard_bytes=50_000), overwrite=False)
+    hf_folder.export(origin, tmp_path / "one", hf_folder.ReleaseForm(dtype=dtype, max_shard_bytes=EVERYTHING), overwrite=False)
+    hf_folder.export(origin, tmp_path / "many", hf_folder.ReleaseForm(dtype=dtype, max_shard_bytes=50_000), overwrite=False)
     assert_same_bits(tensors(tmp_path / "one"), want)
     assert_same_bits(tensors(tmp_path / "many"), want)
     assert_same_bits(dict(transformers.AutoModel.from_pretrained(tmp_path / "many").state_dict()), want)
@@ -81,7 +81,10 @@ def test_causal_names_without_prefix_are_read(tmp_path):
     want = write_peer(tmp_path / "in", transformers.Qwen3ForCausalLM, torch.float32)
     save_file({name: tensor.clone() for name, tensor in want.items()}, tmp_path / "in/model.safetensors", {"format": "pt"})
     hf_folder.export(
-        find_model(str(tmp_path / "in")), tmp_path / "out", hf_folder.Form(dtype="float32", max_shard_bytes=EVERYTHING), overwrite=False
+        find_model(str(tmp_path / "in")),
+        tmp_path / "out",
+        hf_folder.ReleaseForm(dtype="float32", max_shard_bytes=EVERYTHING),
+        overwrite=False,
     )
     assert_same_bits(tensors(tmp_path / "out"), want)
 
@@ -92,13 +95,15 @@ def test_a_workdir_between_changes_nothing(tmp_path):
     for name in ("run", "run/checkpoints/0"):
         origin = find_model(str(tmp_path / name))
         assert (origin.embedding.matryoshka_dims, origin.embedding.max_length) == ((), 512)
-        hf_folder.export(origin, tmp_path / "out", hf_folder.Form(dtype="bfloat16", max_shard_bytes=EVERYTHING), overwrite=True)
+        hf_folder.export(origin, tmp_path / "out", hf_folder.ReleaseForm(dtype="bfloat16", max_shard_bytes=EVERYTHING), overwrite=True)
         assert_same_bits(tensors(tmp_path / "out"), want)
 
 
 def test_shards_respect_their_limit_and_the_index(tmp_path):
     limit = 50_000
-    hf_folder.export(tiny.origin(tmp_path / "t"), tmp_path / "out", hf_folder.Form(dtype="float32", max_shard_bytes=limit), overwrite=False)
+    hf_folder.export(
+        tiny.origin(tmp_path / "t"), tmp_path / "out", hf_folder.ReleaseForm(dtype="float32", max_shard_bytes=limit), overwrite=False
+    )
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert [file.name for file in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())

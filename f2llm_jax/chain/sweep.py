@@ -42,7 +42,7 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class ArmScore:
     """Of one model on held-out rows.
 
     Attributes:
@@ -129,9 +129,9 @@ def run_sweep(config: ml_collections.ConfigDict, root: epath.PathLike, report: C
 
 def _scores(
     config: ml_collections.ConfigDict, root: epath.Path, dataset: Dataset, report: Callable[[str], None]
-) -> dict[str, tuple[Score, Score]]:
+) -> dict[str, tuple[ArmScore, ArmScore]]:
     """Before and after training, by the name of source, teacher or arm."""
-    found: dict[str, tuple[Score, Score]] = {}
+    found: dict[str, tuple[ArmScore, ArmScore]] = {}
     lasts = {SOURCE: config.source_steps, TEACHER: config.teacher_steps} | {arm.name: config.steps for arm in arms(config)}
     for name, steps in lasts.items():
         found[name] = _score(root / name, 0, dataset), _score(root / name, steps, dataset)
@@ -139,7 +139,7 @@ def _scores(
     return found
 
 
-def _score(workdir: epath.Path, step: int, dataset: Dataset) -> Score:
+def _score(workdir: epath.Path, step: int, dataset: Dataset) -> ArmScore:
     """Of one checkpoint; kept next to the run's metrics, so that it is computed once."""
     file = workdir / f"held_out-{step}.json"
     if not file.exists():
@@ -149,10 +149,10 @@ def _score(workdir: epath.Path, step: int, dataset: Dataset) -> Score:
         content = {"accuracy": float(np.mean(list(by_source.values()))), "loss": loss, "sources": by_source}
         write_json(file, content, sealed=True)
     content = read_json(file, sealed=True)
-    return Score(content["accuracy"], content["loss"])
+    return ArmScore(content["accuracy"], content["loss"])
 
 
-def table(config: ml_collections.ConfigDict, found: dict[str, tuple[Score, Score]]) -> str:
+def table(config: ml_collections.ConfigDict, found: dict[str, tuple[ArmScore, ArmScore]]) -> str:
     """Markdown: a row a start, before training and after it without and with the teacher; mean and standard deviation over seeds."""
     lines = []
     for measure, scale, title in (("accuracy", 100, "held-out accuracy, %"), ("loss", 1, "held-out loss")):
@@ -170,7 +170,7 @@ def _cell(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
-def picture(config: ml_collections.ConfigDict, found: dict[str, tuple[Score, Score]]) -> bytes:
+def picture(config: ml_collections.ConfigDict, found: dict[str, tuple[ArmScore, ArmScore]]) -> bytes:
     """A PNG of the held-out accuracy: a group a start, a mark a seed, the teacher as a line."""
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()

@@ -23,7 +23,7 @@ from typing import ParamSpec
 
 from f2llm_jax.errors import Preempted, UserError
 
-Arguments = ParamSpec("Arguments")
+CommandArguments = ParamSpec("CommandArguments")
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _SPACE = "; free space there or choose another folder, and run the same command again"
@@ -47,12 +47,12 @@ EXTRAS = {
 }
 
 
-def command(name: str) -> Callable[[Callable[Arguments, int | None]], Callable[Arguments, int]]:
+def command(name: str) -> Callable[[Callable[CommandArguments, int | None]], Callable[CommandArguments, int]]:
     """Decorates the `main` of the command `name`; the decorated function returns the exit code."""
 
-    def decorate(main: Callable[Arguments, int | None]) -> Callable[Arguments, int]:
+    def decorate(main: Callable[CommandArguments, int | None]) -> Callable[CommandArguments, int]:
         @functools.wraps(main)
-        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+        def run(*args: CommandArguments.args, **kwargs: CommandArguments.kwargs) -> int:
             global _running
             _running = name
             try:

@@ -17,12 +17,12 @@ from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.training import program
 from f2llm_jax.training.step import TrainState
 
-Arguments = tuple[TrainState, Any, Batch]  # of the step: shapes and shardings of state, teacher's parameters and batch
+StepArguments = tuple[TrainState, Any, Batch]  # of the step: shapes and shardings of state, teacher's parameters and batch
 
 
 def abstract_arguments(
     config: ml_collections.ConfigDict, model: DecoderConfig, steps: program.Program, teacher: DecoderConfig | None, mesh: jax.sharding.Mesh
-) -> Arguments:
+) -> StepArguments:
     """What the step of `config` is called with on `mesh`.
 
     Raises:

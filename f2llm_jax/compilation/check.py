@@ -15,7 +15,7 @@ import numpy as np
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch
-from f2llm_jax.compilation.arguments import Arguments, abstract_arguments
+from f2llm_jax.compilation.arguments import StepArguments, abstract_arguments
 from f2llm_jax.compilation.collectives import Collective, collectives
 from f2llm_jax.compilation.cost import Cost, trace
 from f2llm_jax.compilation.estimate import estimated_cycles
@@ -109,7 +109,7 @@ def check(request: Request) -> CompiledStepReport:
     )
 
 
-def _compile(steps: program.Program, arguments: Arguments) -> jax.stages.Compiled:
+def _compile(steps: program.Program, arguments: StepArguments) -> jax.stages.Compiled:
     try:
         return cast(Any, steps.train_step).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -126,7 +126,7 @@ def costs(
     config: ml_collections.ConfigDict,
     model: DecoderConfig,
     steps: program.Program,
-    arguments: Arguments,
+    arguments: StepArguments,
     chunks: int,
     groups: int,
     teacher: DecoderConfig | None,
@@ -153,7 +153,7 @@ def costs(
     return alone, of(steps, arguments[1]) + alone * -1.0
 
 
-def _memory(compiled: jax.stages.Compiled, arguments: Arguments) -> dict[str, int]:
+def _memory(compiled: jax.stages.Compiled, arguments: StepArguments) -> dict[str, int]:
     """Bytes of one device by kind. Gradients are float32 and as large as the parameters; they are among XLA's temporaries."""
     found = compiled.memory_analysis()
     if found is None:

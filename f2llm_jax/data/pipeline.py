@@ -14,7 +14,7 @@ from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import EVERY_ROW_ONCE, NegativesPer, Plan, PlanSource, SingleNegative, StepPlan, Tail
-from f2llm_jax.data.records import QUERY_SPLITS, Dataset, Kind, allow_open_files
+from f2llm_jax.data.records import QUERY_SPLITS, Dataset, TaskKind, allow_open_files
 from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCaches
 from f2llm_jax.errors import UserError
 from f2llm_jax.text import truncate
@@ -31,7 +31,7 @@ class BatchConfig:
     row_texts: int = 64  # X, the most texts of a row
     chunk_rows: int = 0  # M, rows at once when fewer than `microbatch_rows` are left, about; 0 for as many
     row_parts: int = 1  # that rows are split into for texts that fit a part
-    negatives: Mapping[Kind, int] | None = None  # hard negatives drawn by task kind; None for the published 7, 9 and 1
+    negatives: Mapping[TaskKind, int] | None = None  # hard negatives drawn by task kind; None for the published 7, 9 and 1
     negatives_per_sample: NegativesPer = "batch"  # these and the next two: see `Plan`
     single_negative: SingleNegative = "random"
     tail: Tail = "masked"

@@ -16,7 +16,7 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int
 
 from f2llm_jax.data.order import EpochOrder, Sampling
-from f2llm_jax.data.records import Kind
+from f2llm_jax.data.records import TaskKind
 from f2llm_jax.errors import UserError
 
 NegativesPer = Literal["batch", "row"]
@@ -24,7 +24,7 @@ SingleNegative = Literal["random", "first"]
 Tail = Literal["masked", "repeated"]
 
 # Hard negatives drawn a sample; graded pairs have none (F2LLM `configs/config.json` and `utils.py`).
-NEGATIVES: dict[Kind, int] = {"retrieval": 7, "clustering": 9, "classification": 1, "graded": 0}
+NEGATIVES: dict[TaskKind, int] = {"retrieval": 7, "clustering": 9, "classification": 1, "graded": 0}
 EVERY_ROW_ONCE = Sampling()
 SHUFFLE_ROUNDS = 4  # as in Grain
 PASS_SEED = 0x9E3779B1  # between the shuffles of two passes of one epoch
@@ -36,7 +36,7 @@ class PlanSource:
 
     rows: int  # in the split
     negatives: int  # stored a row
-    kind: Kind
+    kind: TaskKind
     unit: str = ""
 
 
@@ -46,7 +46,7 @@ class StepPlan:
 
     epoch: int  # 0-based
     source: str  # the one source of this step
-    kind: Kind
+    kind: TaskKind
     rows: Int[np.ndarray, " b"]  # row numbers within the source's split, 1 <= b <= B
     columns: Int[np.ndarray, "b n"]  # which stored negatives (0-based) each sample uses; a row that has fewer uses others of its own
 
@@ -59,7 +59,7 @@ class Plan:
         sources: Mapping[str, PlanSource],
         batch_size: int,
         seed: int,
-        negatives: Mapping[Kind, int] | None = None,
+        negatives: Mapping[TaskKind, int] | None = None,
         negatives_per_sample: NegativesPer = "batch",
         single_negative: SingleNegative = "random",
         tail: Tail = "masked",

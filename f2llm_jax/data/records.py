@@ -38,7 +38,7 @@ from f2llm_jax.storage import arrays, files
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 2
-Kind = Literal["retrieval", "clustering", "classification", "graded"]  # the last: pairs of texts with a score of their likeness
+TaskKind = Literal["retrieval", "clustering", "classification", "graded"]  # the last: pairs of texts with a score of their likeness
 BUILDER = "f2llm"
 VERSION = "1.0.0"
 CORPUS = "corpus"
@@ -84,7 +84,7 @@ class SourceInfo:
     """One source of a dataset, as dataset.json has it."""
 
     name: str
-    kind: Kind
+    kind: TaskKind
     unit: str  # what the cap was applied to: this source alone, or several
     languages: dict[str, int]  # rows of each, without those where it is unknown
     rows: dict[str, int]  # of each of `QUERY_SPLITS`

@@ -55,7 +55,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(CachedVec
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class CacheShard:
     """One file of vectors: texts `start` to `stop` of a source's split."""
 
     source: str
@@ -68,13 +68,13 @@ class Shard:
         return f"{self.source}/{self.split}/{self.start}"
 
 
-def shards(dataset: Dataset) -> list[Shard]:
+def shards(dataset: Dataset) -> list[CacheShard]:
     """All shards of a dataset's cache, in order."""
     found = []
     for source in dataset.sources.values():
         for split in SPLITS:
             texts = source.documents if split == "corpus" else source.rows[split]
-            found += [Shard(source.name, split, a, min(a + SHARD_TEXTS, texts)) for a in range(0, texts, SHARD_TEXTS)]
+            found += [CacheShard(source.name, split, a, min(a + SHARD_TEXTS, texts)) for a in range(0, texts, SHARD_TEXTS)]
     return found
 
 
@@ -191,7 +191,7 @@ class TeacherCache:
             vectors[mine] = self._open(self._shards[source, split, int(first)])[texts[mine] - first]
         return vectors
 
-    def _open(self, shard: Shard) -> np.ndarray:
+    def _open(self, shard: CacheShard) -> np.ndarray:
         return self._store.read(shard.name, shard.stop - shard.start)
 
 

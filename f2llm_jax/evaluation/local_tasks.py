@@ -29,8 +29,8 @@ from etils import epath
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.instructions import near
-from f2llm_jax.inputs.columns import Choice, Form
-from f2llm_jax.inputs.fields import Fields, Kind, read_fields
+from f2llm_jax.inputs.columns import ColumnChoice, FileLayout
+from f2llm_jax.inputs.fields import CellKind, Fields, read_fields
 from f2llm_jax.inputs.folders import table_paths
 from f2llm_jax.inputs.judged import Judged, beir_paths, read_judged
 from f2llm_jax.storage.files import is_remote, read_json
@@ -49,7 +49,7 @@ class _Form:
     base: str
     main_score: str
     files: Sequence[str]
-    read: Callable[[Mapping[str, epath.Path], Choice], tuple[Any, Sequence[Fields | Judged]]]
+    read: Callable[[Mapping[str, epath.Path], ColumnChoice], tuple[Any, Sequence[Fields | Judged]]]
     settings: Callable[[Any], dict[str, Any]] = lambda dataset: {}
 
 
@@ -80,7 +80,7 @@ def _task(manifest: epath.Path, entry: Mapping[str, Any]) -> Any:
     folder = manifest.parent
     paths = {field: _place(folder, entry[field]) for field in form.files if field in entry}
     use, ignore = '"columns": {{"{role}": "{column}"}} in the task', '"ignore_columns": ["{column}"] in the task'
-    choice = Choice(entry.get("columns", {}), entry.get("ignore_columns", ()), use, ignore)
+    choice = ColumnChoice(entry.get("columns", {}), entry.get("ignore_columns", ()), use, ignore)
     if missing := [field for field in form.files if field not in entry and "beir" not in entry]:
         raise UserError(f"{manifest}: task {name!r} lacks {', '.join(missing)}")
     if "beir" in entry:
@@ -147,8 +147,8 @@ def _dataset(columns: Mapping[str, Sequence[Any]]) -> Any:
     return datasets.Dataset.from_dict(dict(columns))
 
 
-def _fields(path: epath.Path, roles: Mapping[str, Sequence[str]], kinds: Mapping[str, Kind], choice: Choice) -> Fields:
-    return read_fields(path, Form(roles), {role: kinds.get(role, "text") for role in roles}, choice)
+def _fields(path: epath.Path, roles: Mapping[str, Sequence[str]], kinds: Mapping[str, CellKind], choice: ColumnChoice) -> Fields:
+    return read_fields(path, FileLayout(roles), {role: kinds.get(role, "text") for role in roles}, choice)
 
 
 def _numbered(rows: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -157,12 +157,12 @@ def _numbered(rows: Sequence[Sequence[str]]) -> list[list[int]]:
     return [[number[label] for label in labels] for labels in rows]
 
 
-def _read_bitext(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
+def _read_bitext(paths: Mapping[str, epath.Path], choice: ColumnChoice) -> tuple[Any, Sequence[Fields | Judged]]:
     found = _fields(paths["file"], TWO_TEXTS, {}, choice)
     return {"test": _dataset(found.values)}, [found]
 
 
-def _read_clusters(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
+def _read_clusters(paths: Mapping[str, epath.Path], choice: ColumnChoice) -> tuple[Any, Sequence[Fields | Judged]]:
     roles = {"sentences": ("sentences", "sentence", "text"), "labels": ("labels", "label")}
     found = _fields(paths["file"], roles, {"labels": "label"}, choice)
     if len(set(found.values["labels"])) < 2:
@@ -171,7 +171,7 @@ def _read_clusters(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any
     return {"test": _dataset(found.values | {"labels": labels})}, [found]
 
 
-def _read_sts(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
+def _read_sts(paths: Mapping[str, epath.Path], choice: ColumnChoice) -> tuple[Any, Sequence[Fields | Judged]]:
     found = _fields(paths["file"], TWO_TEXTS | {"score": ("score",)}, {"score": "number"}, choice)
     if len(set(found.values["score"])) < 2:
         raise UserError(f"{paths['file']}: all scores are equal, so nothing correlates with them; give other rows")
@@ -183,7 +183,7 @@ def _score_range(dataset: Any) -> dict[str, Any]:
     return {"min_score": min(scores), "max_score": max(scores)}
 
 
-def _read_labelled_pairs(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
+def _read_labelled_pairs(paths: Mapping[str, epath.Path], choice: ColumnChoice) -> tuple[Any, Sequence[Fields | Judged]]:
     found = _fields(paths["file"], TWO_TEXTS | {"labels": ("labels", "label")}, {"labels": "label"}, choice)
     labels = [TRUTH.get(label.casefold()) for label in found.values["labels"]]
     if None in labels:
@@ -194,7 +194,7 @@ def _read_labelled_pairs(paths: Mapping[str, epath.Path], choice: Choice) -> tup
     return {"test": _dataset(found.values | {"labels": labels})}, [found]
 
 
-def _read_classification(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
+def _read_classification(paths: Mapping[str, epath.Path], choice: ColumnChoice) -> tuple[Any, Sequence[Fields | Judged]]:
     import datasets
 
     splits = ("train", "test")
@@ -215,7 +215,7 @@ def _all_texts(dataset: Any) -> dict[str, Any]:
     return {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": min(16_384, len(dataset["test"]))}
 
 
-def _read_retrieval(paths: Mapping[str, epath.Path], choice: Choice) -> tuple[Any, Sequence[Fields | Judged]]:
+def _read_retrieval(paths: Mapping[str, epath.Path], choice: ColumnChoice) -> tuple[Any, Sequence[Fields | Judged]]:
     judged = read_judged([paths[name] for name in ("corpus", "queries", "qrels")], choice)
     split = {
         "corpus": _dataset({"id": list(judged.documents), "text": list(judged.documents.values())}),

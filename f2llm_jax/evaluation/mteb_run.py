@@ -31,7 +31,7 @@ class TaskNameError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class TaskScore:
     """A task's main score at one width."""
 
     task: str
@@ -71,7 +71,7 @@ def run_tasks(
     table: Mapping[str, str],
     meta,
     conditions: Conditions,
-) -> list[Score]:
+) -> list[TaskScore]:
     """The main score of each task at each width; the mean over splits and subsets is mteb's.
 
     Args:
@@ -94,7 +94,7 @@ def run_tasks(
             for dim in dims:
                 experiment = conditions.experiment(dim if dim < encoder.width else None)
                 at_dim = MtebEncoder(encoder, table, meta.model_copy(update={"experiment_kwargs": experiment}), dim)
-                scores.append(Score(task.metadata.name, task.metadata.type, dim, _evaluate(at_dim, task, results)))
+                scores.append(TaskScore(task.metadata.name, task.metadata.type, dim, _evaluate(at_dim, task, results)))
                 progress.show("evaluating", len(scores), total, "tasks", f"{task.metadata.name} at {dim}")
     return scores
 

@@ -12,13 +12,13 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, truncate_and_normalize
 from f2llm_jax.inference.vector_cache import CachedEncoder
 from f2llm_jax.inputs import folders, judged, pairs
-from f2llm_jax.inputs.columns import BY_NAME, Choice
+from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice
 
 QUERIES_AT_ONCE = 1024  # bounds the score matrix
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class RetrievalTask:
     """Q queries and the U documents that they search in."""
 
     name: str  # of the file, without its suffix
@@ -42,7 +42,7 @@ class Recall:
         return float(np.mean(list(self.languages.values())))
 
 
-def read_pairs(path: epath.PathLike, choice: Choice = BY_NAME, qrels: str = "test") -> Pairs:
+def read_pairs(path: epath.PathLike, choice: ColumnChoice = BY_NAME, qrels: str = "test") -> RetrievalTask:
     """Reads a file of pairs or a folder that is one (`inputs.pairs`), whose positives are the pool, or a BEIR folder with its corpus.
 
     Negatives of a row are in the pool too.
@@ -65,11 +65,13 @@ def read_pairs(path: epath.PathLike, choice: Choice = BY_NAME, qrels: str = "tes
             pool |= dict.fromkeys(text for name, texts in columns.items() if name not in ("query", "lang") for text in texts if text)
     number = {text: i for i, text in enumerate(pool)}
     target = np.array([number[passage] for passage in passages])
-    return Pairs(folders.table_name(path), queries, list(pool), target, np.array(languages), [described.describe() for described in files])
+    return RetrievalTask(
+        folders.table_name(path), queries, list(pool), target, np.array(languages), [described.describe() for described in files]
+    )
 
 
 def evaluate(
-    encoder: TextEncoder | CachedEncoder, pairs: Pairs, dims: Sequence[int], report: ProgressCallback | None = None
+    encoder: TextEncoder | CachedEncoder, pairs: RetrievalTask, dims: Sequence[int], report: ProgressCallback | None = None
 ) -> dict[int, Recall]:
     """Recall@1 by width.
 
@@ -84,7 +86,7 @@ def evaluate(
     return {dim: _recall(hit, pairs.language) for dim, hit in hits.items()}
 
 
-def _other_positives(pairs: Pairs) -> list[Int[np.ndarray, " _"]]:
+def _other_positives(pairs: RetrievalTask) -> list[Int[np.ndarray, " _"]]:
     """By query, the right documents of the same query in other rows, which may be nearer without being wrong."""
     of_query: dict[str, set[int]] = {}
     for query, target in zip(pairs.queries, pairs.target.tolist(), strict=True):

@@ -32,7 +32,7 @@ MAX_NEGATIVES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ColumnChoice:
     """What a user says about columns."""
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # from a role to a column, or to several with `+` between
@@ -43,7 +43,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class FileLayout:
     """What a file is read for: the names of each role, the first being that of the role itself."""
 
     roles: Mapping[str, Sequence[str]]
@@ -69,10 +69,10 @@ class Columns:
         return ", ".join(noted) + (f"; ignored: {', '.join(self.ignored)}" if self.ignored else "")
 
 
-BY_NAME = Choice()
+BY_NAME = ColumnChoice()
 
 
-def match(path: str, names: Sequence[str], form: Form, choice: Choice = BY_NAME) -> Columns:
+def match(path: str, names: Sequence[str], form: FileLayout, choice: ColumnChoice = BY_NAME) -> Columns:
     """The columns of a file for one use of it.
 
     Raises:
@@ -105,7 +105,7 @@ def match(path: str, names: Sequence[str], form: Form, choice: Choice = BY_NAME)
     return Columns(ordered, negatives, ignored, plural)
 
 
-def check_shared(choice: Choice, files: Sequence[tuple[Form, Sequence[str]]]) -> None:
+def check_shared(choice: ColumnChoice, files: Sequence[tuple[FileLayout, Sequence[str]]]) -> None:
     """Raises a UserError if a role or column of a shared choice is in none of the files, given by form and names."""
     for key, value in choice.columns.items():
         of_role = [names for form, names in files if any(plain(key) in map(plain, aliases) for aliases in form.roles.values())]
@@ -146,7 +146,7 @@ def negative_number(name: str) -> tuple[bool, int | None] | None:
     return (bool(found[1]), int(found[2]) if found[2] else None) if found else None
 
 
-def _given(path: str, names: Sequence[str], form: Form, choice: Choice) -> dict[str, tuple[str, ...]]:
+def _given(path: str, names: Sequence[str], form: FileLayout, choice: ColumnChoice) -> dict[str, tuple[str, ...]]:
     """The user's columns by role; those of negatives by the name that they were given."""
     found: dict[str, tuple[str, ...]] = {}
     known = [alias for aliases in form.roles.values() for alias in aliases] + ["negative", "negative_1", "negatives"] * form.negatives
@@ -192,14 +192,14 @@ def _negatives(path: str, free: Sequence[str], given: Mapping[str, tuple[str, ..
     return (*alone, *sorted(numbered, key=lambda name: numbered[name]), *lists), tuple(lists)
 
 
-def _is_ignored(name: str, names: Sequence[str], choice: Choice) -> bool:
+def _is_ignored(name: str, names: Sequence[str], choice: ColumnChoice) -> bool:
     """By its name as it is or, where no column has just the pattern's, as roles are found."""
     match = fnmatch.fnmatchcase
     return any(match(name, pattern) or (pattern not in names and match(plain(name), plain(pattern))) for pattern in choice.ignored)
 
 
 def _refuse_unused(
-    path: str, ignored: Sequence[str], names: Sequence[str], form: Form, choice: Choice, roles: Mapping[str, tuple[str, ...]]
+    path: str, ignored: Sequence[str], names: Sequence[str], form: FileLayout, choice: ColumnChoice, roles: Mapping[str, tuple[str, ...]]
 ) -> None:
     problems = []
     for name in ignored:

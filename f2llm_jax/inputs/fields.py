@@ -11,15 +11,17 @@ from etils import epath
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import cells
-from f2llm_jax.inputs.columns import BY_NAME, Choice, Columns, Form, match
+from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice, Columns, FileLayout, match
 from f2llm_jax.inputs.folders import open_table
 from f2llm_jax.inputs.tables import Block, File, read_blocks
 
-Kind = Literal["text", "optional text", "any text", "label", "number"]  # "any text" may be empty; an optional one also null
+CellKind = Literal["text", "optional text", "any text", "label", "number"]  # "any text" may be empty; an optional one also null
 TEXT_NAMES = ("text", "passage", "positive", "pos", "document")
 # A file of texts to embed, one of documents to search in, and the three of a retrieval task.
-TEXTS = Form({"text": (*TEXT_NAMES, "sentence", "query"), "title": ("title",)}, ("title",), ("an id", "a score"))
-DOCUMENTS = Form({"text": TEXT_NAMES, "title": ("title",)}, ("title",), ("a query", "a negative", "an id", "a score", "an instruction"))
+TEXTS = FileLayout({"text": (*TEXT_NAMES, "sentence", "query"), "title": ("title",)}, ("title",), ("an id", "a score"))
+DOCUMENTS = FileLayout(
+    {"text": TEXT_NAMES, "title": ("title",)}, ("title",), ("a query", "a negative", "an id", "a score", "an instruction")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Fields:
         return join([titles, self.values["text"]]) if titles else self.values["text"]
 
 
-def read_fields(path: epath.PathLike, form: Form, kinds: Mapping[str, Kind], choice: Choice = BY_NAME) -> Fields:
+def read_fields(path: epath.PathLike, form: FileLayout, kinds: Mapping[str, CellKind], choice: ColumnChoice = BY_NAME) -> Fields:
     """Reads a table whole.
 
     Args:
@@ -98,7 +100,7 @@ def check_types(file: File, names: Sequence[str]) -> None:
             raise UserError(f"{file.path}: column {name!r} is {file.types[name]}, not string; cast it to string")
 
 
-def _read(file: File, block: Block, names: Sequence[str], kind: Kind) -> list[Any]:
+def _read(file: File, block: Block, names: Sequence[str], kind: CellKind) -> list[Any]:
     if kind == "number":
         numbers, broken = cells.numbers(block.cells[names[0]])
         _refuse(file, block, names, broken)

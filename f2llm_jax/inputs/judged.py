@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.inputs.columns import BY_NAME, Choice, Form, check_shared
+from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice, FileLayout, check_shared
 from f2llm_jax.inputs.fields import DOCUMENTS, TEXT_NAMES, Fields, read_fields
 from f2llm_jax.inputs.folders import find_member, is_beir
 
-CORPUS = Form({"_id": ("_id", "id"), "text": TEXT_NAMES, "title": ("title",)}, ("title",))
-QUERIES = Form({"_id": ("_id", "id"), "text": ("text", "query")})
-QRELS = Form(
+CORPUS = FileLayout({"_id": ("_id", "id"), "text": TEXT_NAMES, "title": ("title",)}, ("title",))
+QUERIES = FileLayout({"_id": ("_id", "id"), "text": ("text", "query")})
+QRELS = FileLayout(
     {
         "query-id": ("query-id", "qid"),
         "corpus-id": ("corpus-id", "document-id", "doc-id", "docid", "passage-id", "pid"),
@@ -40,7 +40,7 @@ class Judged:
         return self.described
 
 
-def read_judged(paths: Sequence[epath.PathLike], choice: Choice = BY_NAME) -> Judged:
+def read_judged(paths: Sequence[epath.PathLike], choice: ColumnChoice = BY_NAME) -> Judged:
     """Reads the tables of documents, queries and judgements, in this order.
 
     Raises:
@@ -88,7 +88,7 @@ def beir_paths(folder: epath.PathLike, split: str) -> tuple[epath.Path, epath.Pa
     return corpus, queries, qrels
 
 
-def read_documents(path: epath.PathLike, choice: Choice = BY_NAME) -> Fields:
+def read_documents(path: epath.PathLike, choice: ColumnChoice = BY_NAME) -> Fields:
     """The documents of a table, of a BEIR folder or of its corpus named as a file: their texts are `joined()`.
 
     Of the user's columns those count that the table has: a choice for the queries' file is none for that of the documents.

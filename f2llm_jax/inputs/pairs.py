@@ -24,7 +24,7 @@ from jaxtyping import Int
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import cells, scores
 from f2llm_jax.inputs.cells import Texts
-from f2llm_jax.inputs.columns import BY_NAME, MAX_NEGATIVES, Choice, Columns, Form, match, plain
+from f2llm_jax.inputs.columns import BY_NAME, MAX_NEGATIVES, ColumnChoice, Columns, FileLayout, match, plain
 from f2llm_jax.inputs.fields import check_types, joined_texts
 from f2llm_jax.inputs.folders import is_beir, open_table
 from f2llm_jax.inputs.judged import beir_paths, read_judged
@@ -32,7 +32,7 @@ from f2llm_jax.inputs.scores import Scores
 from f2llm_jax.inputs.tables import Block, File, read_blocks
 from f2llm_jax.text import DEFAULT_QUERY_INSTRUCTION, leading_prompt, query_prompt
 
-PAIRS = Form(
+PAIRS = FileLayout(
     {
         "query": ("query", "anchor", "question"),
         "passage": ("passage", "positive", "pos", "document", "answer", "positives", "passages", "positive_passage", "positive_passages"),
@@ -117,7 +117,7 @@ class PairBlock:
         return [value or "" for value in values]
 
 
-def open_pairs(path: epath.PathLike, choice: Choice = BY_NAME, split: str = "train") -> list[PairFile]:
+def open_pairs(path: epath.PathLike, choice: ColumnChoice = BY_NAME, split: str = "train") -> list[PairFile]:
     """The files of one source, in order.
 
     Args:
@@ -129,7 +129,7 @@ def open_pairs(path: epath.PathLike, choice: Choice = BY_NAME, split: str = "tra
       UserError: a file is missing, unreadable or empty, or its columns are not those of pairs; all such files in one message.
     """
     if is_beir(path):
-        judged = read_judged(beir_paths(path, split), Choice(ignored=choice.ignored))
+        judged = read_judged(beir_paths(path, split), ColumnChoice(ignored=choice.ignored))
         rows = len(judged.positives)
         columns = Columns({"query": ("queries",), "passage": ("corpus",)}, (), tuple(choice.ignored))
         return [PairFile(File(str(path), ("queries", "corpus"), rows, (rows,)), columns, rows, {}, split, tuple(judged.described))]
@@ -157,7 +157,7 @@ def check_positives(files: Sequence[PairFile]) -> None:
             )
 
 
-def open_pair_file(file: File, choice: Choice = BY_NAME) -> PairFile:
+def open_pair_file(file: File, choice: ColumnChoice = BY_NAME) -> PairFile:
     """A file of pairs whose schema has been read; see `open_pairs`."""
     if not file.rows:
         raise UserError(f"{file.path}: no rows; fill the file or remove it")
@@ -292,7 +292,7 @@ def _instructed(queries: Texts, instructions: Texts | None, default: str) -> Tex
 
 
 def _read_beir(pairs: PairFile, start: int, stop: int | None, instruction: str) -> Iterator[PairBlock]:
-    judged = read_judged(beir_paths(pairs.file.path, pairs.split), Choice(ignored=pairs.columns.ignored))
+    judged = read_judged(beir_paths(pairs.file.path, pairs.split), ColumnChoice(ignored=pairs.columns.ignored))
     found = judged.positives[start:stop]
     queries = instructed([judged.queries[query] for query, _ in found], instruction)
     texts = {"query": queries, "passage": [judged.documents[document] for _, document in found]}

@@ -19,11 +19,11 @@ import numpy as np
 from etils import epath
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.inputs.columns import BY_NAME, Choice, Form
-from f2llm_jax.inputs.fields import Fields, Kind, read_fields
+from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice, FileLayout
+from f2llm_jax.inputs.fields import CellKind, Fields, read_fields
 from f2llm_jax.inputs.folders import table_name
 from f2llm_jax.inputs.pairs import instructed
-from f2llm_jax.mining.inputs import Pairs
+from f2llm_jax.mining.inputs import SourcePairs
 from f2llm_jax.mining.selection import generator
 
 ENTAILED, NEUTRAL, CONTRADICTED = range(3)
@@ -31,10 +31,10 @@ NLI_LABELS = {
     spelling: number for number, word in enumerate(("entailment", "neutral", "contradiction")) for spelling in (word, word[0], str(number))
 }
 STS_MINIMUM, STS_MAXIMUM = 4.0, 5.0
-LABELLED = Form({"text": ("text", "sentence"), "label": ("label",)})
+LABELLED = FileLayout({"text": ("text", "sentence"), "label": ("label",)})
 FORMS = {
-    "nli": Form({"premise": ("premise",), "hypothesis": ("hypothesis",), "label": ("label", "gold_label")}),
-    "sts": Form({"sentence1": ("sentence1",), "sentence2": ("sentence2",), "score": ("score",)}),
+    "nli": FileLayout({"premise": ("premise",), "hypothesis": ("hypothesis",), "label": ("label", "gold_label")}),
+    "sts": FileLayout({"sentence1": ("sentence1",), "sentence2": ("sentence2",), "score": ("score",)}),
     "classification": LABELLED,
     "clustering": LABELLED,
 }
@@ -48,8 +48,8 @@ MINED = ("nli", "sts")  # forms whose negatives are mined
 
 
 def build(
-    form: str, path: epath.PathLike, instruction: str | None, negatives: int, seed: int, choice: Choice = BY_NAME
-) -> tuple[Pairs, Counter[str]]:
+    form: str, path: epath.PathLike, instruction: str | None, negatives: int, seed: int, choice: ColumnChoice = BY_NAME
+) -> tuple[SourcePairs, Counter[str]]:
     """Reads a labelled file as rows of one of the forms above, and counts what makes no row.
 
     Args:
@@ -63,7 +63,7 @@ def build(
     Raises:
       UserError: the file is missing, unreadable or empty, lacks a column, or has a value that the form does not know.
     """
-    kinds: dict[str, Kind] = {role: {"label": "label", "score": "number"}.get(role, "text") for role in FORMS[form].roles}  # type: ignore[misc]
+    kinds: dict[str, CellKind] = {role: {"label": "label", "score": "number"}.get(role, "text") for role in FORMS[form].roles}  # type: ignore[misc]
     rows = read_fields(path, FORMS[form], kinds, choice)
     make = {"nli": _nli, "sts": _sts, "classification": _classification, "clustering": _clustering}[form]
     built, counters = make(rows, INSTRUCTIONS[form] if instruction is None else instruction, negatives, seed)
@@ -72,7 +72,7 @@ def build(
     return dataclasses.replace(built, name=table_name(path), described=rows.describe()), counters
 
 
-def _nli(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
+def _nli(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[SourcePairs, Counter[str]]:
     by_premise: dict[str, tuple[list[str], list[str], list[str]]] = {}
     for row, (premise, hypothesis, label) in enumerate(zip(*(rows.values[role] for role in FORMS["nli"].roles), strict=True)):
         number = NLI_LABELS.get(label.lower())
@@ -90,7 +90,7 @@ def _nli(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pai
     return _pairs(instructed(queries, instruction), passages, "retrieval", given), counters
 
 
-def _sts(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
+def _sts(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[SourcePairs, Counter[str]]:
     found, counters = [], Counter[str]()
     for row, (first, second, score) in enumerate(zip(*(rows.values[role] for role in FORMS["sts"].roles), strict=True)):
         if not 0 <= score <= STS_MAXIMUM:
@@ -104,7 +104,7 @@ def _sts(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pai
     return _pairs(instructed([query for query, _ in found], instruction), [passage for _, passage in found], "retrieval"), counters
 
 
-def _classification(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
+def _classification(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[SourcePairs, Counter[str]]:
     texts, labels = rows.values["text"], rows.values["label"]
     names = sorted(set(labels))
     if len(names) != 2:
@@ -113,7 +113,7 @@ def _classification(rows: Fields, instruction: str, negatives: int, seed: int) -
     return _pairs(instructed(texts, instruction), labels, "classification", [[opposite[name]] for name in labels]), Counter()
 
 
-def _clustering(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[Pairs, Counter[str]]:
+def _clustering(rows: Fields, instruction: str, negatives: int, seed: int) -> tuple[SourcePairs, Counter[str]]:
     found = list(dict.fromkeys(zip(rows.values["text"], rows.values["label"], strict=True)))
     texts = [text for text, _ in found]
     _, label = np.unique([name for _, name in found], return_inverse=True)
@@ -141,5 +141,5 @@ def _clustering(rows: Fields, instruction: str, negatives: int, seed: int) -> tu
     return _pairs(instructed(queries, instruction), passages, "clustering", given), counters
 
 
-def _pairs(queries: list[str], passages: list[str], kind: str, given: list[list[str]] | None = None) -> Pairs:
-    return Pairs("", queries, passages, [""] * len(queries), kind, given or [])
+def _pairs(queries: list[str], passages: list[str], kind: str, given: list[list[str]] | None = None) -> SourcePairs:
+    return SourcePairs("", queries, passages, [""] * len(queries), kind, given or [])

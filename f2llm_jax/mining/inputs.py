@@ -10,12 +10,12 @@ from etils import epath
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import folders, pairs
-from f2llm_jax.inputs.columns import BY_NAME, Choice
+from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice
 from f2llm_jax.storage.files import check_name
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class SourcePairs:
     """The rows of one source."""
 
     name: str
@@ -27,7 +27,7 @@ class Pairs:
     described: list[str] = dataclasses.field(default_factory=list)  # what was understood of its files
 
 
-def read_pairs(path: epath.PathLike, instruction: str | None = None, choice: Choice = BY_NAME, qrels: str = "train") -> Pairs:
+def read_pairs(path: epath.PathLike, instruction: str | None = None, choice: ColumnChoice = BY_NAME, qrels: str = "train") -> SourcePairs:
     """Reads a file, a folder that is a table, or a BEIR folder.
 
     Args:
@@ -41,7 +41,7 @@ def read_pairs(path: epath.PathLike, instruction: str | None = None, choice: Cho
     """
     files = pairs.open_pairs(path, choice, qrels)
     pairs.check_positives(files)
-    found = Pairs(folders.table_name(path), [], [], [], described=[one.describe() for one in files])
+    found = SourcePairs(folders.table_name(path), [], [], [], described=[one.describe() for one in files])
     for file, block in ((one, block) for one in files for block in pairs.read_pairs(one, instruction=instruction)):
         columns = {name: block.required(file, name) for name in block.texts}
         rows = len(block.rows)
@@ -53,7 +53,7 @@ def read_pairs(path: epath.PathLike, instruction: str | None = None, choice: Cho
     return found
 
 
-def check_names(sources: Sequence[Pairs]) -> None:
+def check_names(sources: Sequence[SourcePairs]) -> None:
     """Raises a UserError if two sources have one name, hence one file to be written to, or one has a name that no file can have."""
     for source in sources:
         check_name(source.name, "source")

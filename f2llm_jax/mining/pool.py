@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from f2llm_jax.mining.inputs import Pairs, distinct
+from f2llm_jax.mining.inputs import SourcePairs, distinct
 from f2llm_jax.text import strip_instruction
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class PoolRows:
     """The R rows of one source, by numbers of texts."""
 
     name: str
@@ -32,12 +32,12 @@ class Pool:
     # a document excludes its copies.
     documents: pa.LargeStringArray
     queries: pa.LargeStringArray  # distinct
-    sources: list[Rows]
+    sources: list[PoolRows]
     positives: list[Int[np.ndarray, " _"]]  # by query: its known positives over all sources, in order of appearance
     excluded: list[Int[np.ndarray, " _"]]  # by query: these, its given negatives, and what says the same (see `_same_texts`)
 
 
-def make_pool(sources: Sequence[Pairs], corpus: Sequence[str]) -> Pool:
+def make_pool(sources: Sequence[SourcePairs], corpus: Sequence[str]) -> Pool:
     """Numbers the texts of sources that search in one corpus; rows of one query share their positives, in all sources."""
     given = [[negative for negatives in source.given for negative in negatives] for source in sources]
     passages = [passage for source in sources for passage in source.passages]
@@ -49,7 +49,7 @@ def make_pool(sources: Sequence[Pairs], corpus: Sequence[str]) -> Pool:
         matrix = np.full((size, max(counts, default=0)), -1, np.int64)
         matrix[np.arange(matrix.shape[1]) < counts[:, None]] = number[at_given : at_given + counts.sum()]
         positive = number[len(corpus) + at : len(corpus) + at + size]
-        rows.append(Rows(source.name, source.kind, query_number[at : at + size], positive, source.languages, matrix))
+        rows.append(PoolRows(source.name, source.kind, query_number[at : at + size], positive, source.languages, matrix))
         at, at_given = at + size, at_given + int(counts.sum())
     query = np.concatenate([source.query for source in rows])
     positive = np.concatenate([source.positive for source in rows])

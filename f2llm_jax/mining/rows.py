@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from f2llm_jax.mining import selection
-from f2llm_jax.mining.pool import Rows
+from f2llm_jax.mining.pool import PoolRows
 from f2llm_jax.mining.search import Searched
 from f2llm_jax.mining.selection import NegativeRules
 
@@ -29,7 +29,7 @@ class MinedRows:
 
 
 def mined(
-    found: Searched, source: Rows, rules: NegativeRules, ids: Callable[[str], bytes], report: Callable[[int], None]
+    found: Searched, source: PoolRows, rules: NegativeRules, ids: Callable[[str], bytes], report: Callable[[int], None]
 ) -> Iterator[MinedRows]:
     """The rows of a source, in order, with negatives by the rules, given negatives first.
 

@@ -17,10 +17,10 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inference.devices import all_here, local_mesh
 from f2llm_jax.inference.encode import load_encoder
 from f2llm_jax.mining import writing
-from f2llm_jax.mining.inputs import Pairs, check_names
+from f2llm_jax.mining.inputs import SourcePairs, check_names
 from f2llm_jax.mining.pool import Pool, make_pool
 from f2llm_jax.mining.rows import mined
-from f2llm_jax.mining.search import ProgressCallback, Searched, search
+from f2llm_jax.mining.search import Searched, StageCallback, search
 from f2llm_jax.mining.selection import NegativeRules
 from f2llm_jax.mining.vectors import ShardedVectors, made_by
 from f2llm_jax.storage.files import check_apart, read_json
@@ -46,7 +46,7 @@ class Encoding:
 
 def mine(
     origin: LoadableModel,
-    sources: Sequence[Pairs],
+    sources: Sequence[SourcePairs],
     corpus: Sequence[str] | None,
     out: epath.PathLike,
     rules: NegativeRules,
@@ -55,7 +55,7 @@ def mine(
     cache: epath.PathLike | None = None,
     overwrite: bool = False,
     inputs: Mapping[str, epath.PathLike] | None = None,
-    report: ProgressCallback = lambda what, done, total: None,
+    report: StageCallback = lambda what, done, total: None,
 ) -> dict:
     """Writes the sources with mined negatives to `out` (see `writing`), or finds them there; returns `summary.json`.
 
@@ -114,7 +114,7 @@ def _write(
     rules: NegativeRules,
     settings: dict[str, Any],
     ids: Callable[[str], bytes],
-    report: ProgressCallback,
+    report: StageCallback,
 ) -> None:
     seen = writing.Seen()
     counters: dict[str, Counter[str]] = {}

@@ -17,12 +17,12 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inference.devices import all_here
 from f2llm_jax.mining.nearest import BLOCK_DOCUMENTS, NONE, nearest
 from f2llm_jax.mining.pool import Pool
-from f2llm_jax.mining.vectors import SHARD_TEXTS, Shard, ShardedVectors
+from f2llm_jax.mining.vectors import SHARD_TEXTS, ShardedVectors, VectorShard
 from f2llm_jax.storage.arrays import read_arrays, write_arrays
 
 QUERY_SHARDS = 2  # of vectors, searched with at once: what a killed search loses, and how seldom the documents are read again
 
-ProgressCallback = Callable[[str, int, int], None]  # (what is done, how much of it, of how much in all)
+StageCallback = Callable[[str, int, int], None]  # (what is done, how much of it, of how much in all)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Searched:
 
     pool: Pool
     store: ShardedVectors
-    documents: list[Shard]
-    queries: list[Shard]
+    documents: list[VectorShard]
+    queries: list[VectorShard]
     neighbours: Neighbours
 
 
-def search(pool: Pool, store: ShardedVectors, folder: epath.Path, k: int, mesh: jax.sharding.Mesh, report: ProgressCallback) -> Searched:
+def search(pool: Pool, store: ShardedVectors, folder: epath.Path, k: int, mesh: jax.sharding.Mesh, report: StageCallback) -> Searched:
     """Fills the store with a pool's vectors and `folder` with the neighbours of its queries, as far as they are missing.
 
     Args:
@@ -90,7 +90,7 @@ def search(pool: Pool, store: ShardedVectors, folder: epath.Path, k: int, mesh: 
     return found
 
 
-def _names(pool: Pool, folder: epath.Path, documents: Sequence[Shard], queries: Sequence[Shard], k: int) -> Neighbours:
+def _names(pool: Pool, folder: epath.Path, documents: Sequence[VectorShard], queries: Sequence[VectorShard], k: int) -> Neighbours:
     keys = []
     for start in range(0, len(queries), QUERY_SHARDS):
         mine = queries[start : start + QUERY_SHARDS]
@@ -101,7 +101,7 @@ def _names(pool: Pool, folder: epath.Path, documents: Sequence[Shard], queries: 
     return Neighbours(folder, keys, QUERY_SHARDS * SHARD_TEXTS)
 
 
-def _search(found: Searched, k: int, mesh: jax.sharding.Mesh, report: ProgressCallback) -> None:
+def _search(found: Searched, k: int, mesh: jax.sharding.Mesh, report: StageCallback) -> None:
     """This process's files of neighbours."""
     mine = range(jax.process_index(), len(found.neighbours.keys), jax.process_count())
     total = len(mine) * len(found.pool.documents)
@@ -117,7 +117,7 @@ def _search(found: Searched, k: int, mesh: jax.sharding.Mesh, report: ProgressCa
         report("search", (turn + 1) * len(found.pool.documents), total)
 
 
-def _counted(blocks: Iterator[np.ndarray], done: int, total: int, report: ProgressCallback) -> Iterator[np.ndarray]:
+def _counted(blocks: Iterator[np.ndarray], done: int, total: int, report: StageCallback) -> Iterator[np.ndarray]:
     for block in blocks:
         yield block
         done += len(block)

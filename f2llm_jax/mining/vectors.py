@@ -21,7 +21,7 @@ SHARD_TEXTS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class VectorShard:
     """Texts `start <= text < stop` of a list."""
 
     key: str  # of everything that its vectors depend on
@@ -47,18 +47,19 @@ class ShardedVectors:
         self._load = load
         self._encoder: TextEncoder | None = None
 
-    def shards(self, texts: pa.LargeStringArray) -> list[Shard]:
+    def shards(self, texts: pa.LargeStringArray) -> list[VectorShard]:
         """The shards of a list of texts, in order, whether they exist or not."""
         starts = range(0, len(texts), SHARD_TEXTS)
         names = [texts_digest(texts[a : a + SHARD_TEXTS].to_pylist()) for a in starts]
         return [
-            Shard(f"{self._store.digest}/{name}", name, a, min(a + SHARD_TEXTS, len(texts))) for a, name in zip(starts, names, strict=True)
+            VectorShard(f"{self._store.digest}/{name}", name, a, min(a + SHARD_TEXTS, len(texts)))
+            for a, name in zip(starts, names, strict=True)
         ]
 
-    def exists(self, shard: Shard) -> bool:
+    def exists(self, shard: VectorShard) -> bool:
         return self._store.exists(shard.name)
 
-    def encode(self, shard: Shard, texts: pa.LargeStringArray) -> None:
+    def encode(self, shard: VectorShard, texts: pa.LargeStringArray) -> None:
         """Encodes and writes a shard of `texts`.
 
         Raises:
@@ -68,19 +69,19 @@ class ShardedVectors:
         raw = self._encoder.encode(texts[shard.start : shard.stop].to_pylist())
         self._store.write(shard.name, truncate_and_normalize(raw, raw.shape[1]))
 
-    def read(self, shards: Sequence[Shard]) -> Float[np.ndarray, "N D"]:
+    def read(self, shards: Sequence[VectorShard]) -> Float[np.ndarray, "N D"]:
         """The vectors of consecutive shards, as stored."""
         vectors = np.empty((shards[-1].stop - shards[0].start, self._store.width), self._store.dtype)
         for shard in shards:
             vectors[shard.start - shards[0].start : shard.stop - shards[0].start] = self._open(shard)
         return vectors
 
-    def blocks(self, shards: Sequence[Shard], texts: int) -> Iterator[Float[np.ndarray, "N D"]]:
+    def blocks(self, shards: Sequence[VectorShard], texts: int) -> Iterator[Float[np.ndarray, "N D"]]:
         """All vectors in order, about `texts` at a time."""
         step = max(1, texts // SHARD_TEXTS)
         return (self.read(shards[i : i + step]) for i in range(0, len(shards), step))
 
-    def take(self, shards: Sequence[Shard], numbers: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N D"]:
+    def take(self, shards: Sequence[VectorShard], numbers: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N D"]:
         """The vectors of single texts, float32; `shards` are all shards of their list."""
         vectors = np.empty((len(numbers), self._store.width), np.float32)
         owners = numbers // SHARD_TEXTS
@@ -89,7 +90,7 @@ class ShardedVectors:
             vectors[mine] = self._open(shards[owner])[numbers[mine] - owner * SHARD_TEXTS]
         return vectors
 
-    def _open(self, shard: Shard) -> Float[np.ndarray, "N D"]:
+    def _open(self, shard: VectorShard) -> Float[np.ndarray, "N D"]:
         return self._store.read(shard.name, shard.stop - shard.start)
 
 

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from etils import epath
 from matplotlib.figure import Figure
 
-from f2llm_jax.mining.inputs import Pairs, check_names
-from f2llm_jax.mining.pool import Pool, Rows
+from f2llm_jax.mining.inputs import SourcePairs, check_names
+from f2llm_jax.mining.pool import Pool, PoolRows
 from f2llm_jax.mining.rows import MinedRows
 from f2llm_jax.storage.files import write_json, write_text
 from f2llm_jax.storage.folders import new_folder
@@ -49,7 +49,7 @@ class Seen:
         self.hardest += np.histogram(clipped[:, 1:].max(axis=1), BINS)[0]
 
 
-def write_source(folder: epath.Path, pool: Pool, source: Rows, parts: Iterable[MinedRows], negatives: int, seen: Seen) -> Counter:
+def write_source(folder: epath.Path, pool: Pool, source: PoolRows, parts: Iterable[MinedRows], negatives: int, seen: Seen) -> Counter:
     """Writes the file of a source; returns its counters."""
     languages = any(source.languages)
     names = ["query", "passage", *(f"negative_{i}" for i in range(1, negatives + 1))]
@@ -82,7 +82,7 @@ def write_summary(folder: epath.Path, kinds: dict[str, str], seen: Seen, setting
 
 
 def write_built(
-    sources: Sequence[Pairs],
+    sources: Sequence[SourcePairs],
     counters: Mapping[str, Counter],
     out: epath.PathLike,
     overwrite: bool,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.batch import Samples
-from f2llm_jax.objectives.config import Pool
+from f2llm_jax.objectives.config import NegativePool
 
 BLOCK = 1024  # candidates whose similarities with all queries exist at once
 
@@ -42,7 +42,7 @@ class Candidates(NamedTuple):
     query: Int[Array, " G"]  # id of its sample's query; of the sample where the data does not tell
 
 
-def candidate_blocks(embeddings: Embeddings, samples: Samples, pool: Pool) -> Candidates:
+def candidate_blocks(embeddings: Embeddings, samples: Samples, pool: NegativePool) -> Candidates:
     """The documents of the whole batch, gathered on every device, in equal blocks on a new leading axis."""
     candidates = _of_samples(embeddings.passage, samples)
     if pool == "positives_and_negatives":

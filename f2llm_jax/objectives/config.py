@@ -8,7 +8,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.objectives.matryoshka import check_dims, matryoshka_weights
 
 PassageGrad = Literal["full", "none"]
-Pool = Literal["positives", "positives_and_negatives"]
+NegativePool = Literal["positives", "positives_and_negatives"]
 LossDtype = Literal["float32", "bfloat16"]
 Positives = Literal["own", "masked", "joint"]
 GuideMargin = Literal["", "absolute", "relative"]
@@ -52,7 +52,7 @@ class ContrastiveConfig:
     temperature: float = 0.05
     dims: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
-    in_batch_pool: Pool = "positives"
+    in_batch_pool: NegativePool = "positives"
     in_batch_passage_grad: PassageGrad = "full"
     positives: Positives = "own"
     mask_false_negatives: bool = False

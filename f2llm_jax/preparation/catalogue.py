@@ -21,10 +21,10 @@ from typing import Any, cast, get_args
 
 from etils import epath
 
-from f2llm_jax.data.records import Kind
+from f2llm_jax.data.records import TaskKind
 from f2llm_jax.errors import UserError
 
-KINDS = get_args(Kind)
+KINDS = get_args(TaskKind)
 CAP = 80_000  # queries a unit in stage 2 (paper, section 3.2)
 COMPOSITE = "f2llm_v2"  # the catalogue of the released files
 BATCHES = ("file", "unit")
@@ -64,7 +64,7 @@ class CatalogueSource:
     """One row of the paper's data table."""
 
     name: str
-    kind: Kind
+    kind: TaskKind
     units: tuple[Unit, ...]  # at least one
     rows: int | None  # over all its units; None where the catalogue does not say
     stage1: bool  # trained on in stage 1
@@ -179,7 +179,7 @@ def _read_sources(content: object, problems: list[str]) -> list[CatalogueSource]
             rows = None
         symmetric = kind == "clustering" or entry.get("category") in SYMMETRIC_CATEGORIES
         units = _read_units(entry.get("units"), place, problems)
-        sources.append(CatalogueSource(entry["source"], cast(Kind, kind), units, rows, entry.get("stage1") is True, symmetric))
+        sources.append(CatalogueSource(entry["source"], cast(TaskKind, kind), units, rows, entry.get("stage1") is True, symmetric))
     return sources
 
 

@@ -40,7 +40,7 @@ POSITIVE = "is the positive"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class CleanRows:
     """B rows that can be trained on, each with its positive and N negatives."""
 
     path: str
@@ -63,7 +63,7 @@ def clean(
     wanted: Bool[np.ndarray, " B"],
     repeated: bool = False,
     needs_scores: bool = False,
-) -> Rows:
+) -> CleanRows:
     """Applies the rules above.
 
     Args:
@@ -110,7 +110,7 @@ def clean(
     echoes = _echoes([bare[i] for i in index], texts, documents[index])
     judge.counters["warning: rows whose query is their passage"] += int(echoes[:, 0].sum())
     judge.counters["warning: rows with a negative that is their query"] += int(echoes[:, 1:].any(axis=1).sum())
-    return Rows(
+    return CleanRows(
         path=path,
         index=index,
         row=block.rows[index],

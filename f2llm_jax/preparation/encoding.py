@@ -11,11 +11,11 @@ import tokenizers
 from jaxtyping import Bool, Int
 
 from f2llm_jax.errors import UserError
-from f2llm_jax.preparation.cleaning import Rows, close_up
+from f2llm_jax.preparation.cleaning import CleanRows, close_up
 from f2llm_jax.text import Tokenizer, load_tokenizer, truncate
 
 
-class Encoder:
+class TextEncoding:
     """A tokenizer for texts of users, in which a token that the tokenizer keeps for itself is a word like any other.
 
     A text with `<|im_end|>` in it would otherwise hold the token that ends a text, before its end or twice at its end. Users' texts do not
@@ -53,10 +53,10 @@ class Encoded:
     spelled: Bool[np.ndarray, " S"]  # spells a special token
 
 
-_loaded: dict[str, Encoder] = {}  # of this process, by folder
+_loaded: dict[str, TextEncoding] = {}  # of this process, by folder
 
 
-def load(folder: str) -> Encoder:
+def load(folder: str) -> TextEncoding:
     """One tokenizer a process: a vocabulary of 150,000 takes longer to load than a small source to encode."""
     if folder not in _loaded:
         remember(folder, load_tokenizer(folder))
@@ -66,10 +66,12 @@ def load(folder: str) -> Encoder:
 def remember(folder: str, tokenizer: Tokenizer) -> None:
     """Spares this process to load the tokenizer that it has saved to `folder`."""
     _loaded.clear()
-    _loaded[folder] = Encoder(tokenizer)
+    _loaded[folder] = TextEncoding(tokenizer)
 
 
-def drop_same_ids(rows: Rows, same: Int[np.ndarray, "B 1+N"], needs_negatives: bool, strict: bool) -> tuple[Rows, Int[np.ndarray, " B"]]:
+def drop_same_ids(
+    rows: CleanRows, same: Int[np.ndarray, "B 1+N"], needs_negatives: bool, strict: bool
+) -> tuple[CleanRows, Int[np.ndarray, " B"]]:
     """The rows without negatives whose token ids are those of their positive: to the model they are one text.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pyarrow.compute as pc
 from etils import epath
 
-from f2llm_jax.data.records import Kind
+from f2llm_jax.data.records import TaskKind
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs.folders import TASKS_FILE, table_name
 from f2llm_jax.inputs.pairs import PairFile, read_pairs
@@ -18,7 +18,7 @@ FEW_LABELS = 32  # distinct passages and negatives of a source that is taken for
 ROWS_A_LABEL = 4  # and rows for each of them, at least
 
 
-def read_tasks(path: epath.PathLike, names: set[str] | None) -> dict[str, Kind]:
+def read_tasks(path: epath.PathLike, names: set[str] | None) -> dict[str, TaskKind]:
     """The kinds that a tasks file gives; `names` are the sources that exist, None where only one of them is read.
 
     Raises:
@@ -51,7 +51,7 @@ def find_tasks(raw: epath.Path) -> epath.Path | None:
     return path if isinstance(content, dict) and table_name(raw) in content else None
 
 
-def guess(name: str, files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
+def guess(name: str, files: Sequence[PairFile], rows: int) -> tuple[TaskKind, str]:
     """The kind of the source `name`, which nothing tells, and why: its texts must look like labels to be taken for them.
 
     Triplets of a query, a positive and one negative are retrieval; they are classification only if their passages and negatives are
@@ -71,11 +71,11 @@ def guess(name: str, files: Sequence[PairFile], rows: int) -> tuple[Kind, str]:
         if len(texts) > FEW_LABELS:
             break
     counted = f"{'more than ' if len(texts) > FEW_LABELS else ''}{min(len(texts), FEW_LABELS)} distinct passages and negatives"
-    kind: Kind = "classification" if len(texts) <= FEW_LABELS and rows >= ROWS_A_LABEL * len(texts) else "retrieval"
+    kind: TaskKind = "classification" if len(texts) <= FEW_LABELS and rows >= ROWS_A_LABEL * len(texts) else "retrieval"
     return kind, f"guessed: {rows:,} rows have {counted}; tasks.json can say otherwise"
 
 
-def _guess_scored(name: str, pairs: PairFile) -> tuple[Kind, str]:
+def _guess_scored(name: str, pairs: PairFile) -> tuple[TaskKind, str]:
     """Two numbered sentences with a score are graded pairs; a query and a positive with one may be either."""
     path, query, scores = pairs.file.path, pairs.columns.roles["query"][0], ",".join(pairs.score_columns)
     if SENTENCE.fullmatch(query):
@@ -87,7 +87,7 @@ def _guess_scored(name: str, pairs: PairFile) -> tuple[Kind, str]:
     )
 
 
-def check_graded(name: str, kind: Kind, files: Sequence[PairFile]) -> None:
+def check_graded(name: str, kind: TaskKind, files: Sequence[PairFile]) -> None:
     """Raises a UserError for a source of graded pairs whose files do not hold such."""
     if kind != "graded":
         return

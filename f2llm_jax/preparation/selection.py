@@ -13,7 +13,7 @@ import numpy as np
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs.pairs import read_pairs
-from f2llm_jax.preparation.cleaning import Policy, Rows, clean
+from f2llm_jax.preparation.cleaning import CleanRows, Policy, clean
 from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.text import leading_prompt, strip_instruction
 
@@ -50,7 +50,7 @@ class Recipe:
                 raise UserError(f"{name}={getattr(self, name)!r} must be {allowed}")
 
 
-def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
+def read_rows(source: Source, part: Part, recipe: Recipe, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, CleanRows]]:
     """The rows of a part that are taken, cleaned, in order, with their numbers in the source, int64 `[B]`.
 
     Args:

@@ -24,8 +24,8 @@ from array_record.python import array_record_module
 from etils import epath
 
 from f2llm_jax.data import records
-from f2llm_jax.preparation.cleaning import Rows
-from f2llm_jax.preparation.encoding import Encoder, drop_same_ids, load
+from f2llm_jax.preparation.cleaning import CleanRows
+from f2llm_jax.preparation.encoding import TextEncoding, drop_same_ids, load
 from f2llm_jax.preparation.selection import NEED_NEGATIVES, SplitRules, choose_rows, document_key, read_rows
 from f2llm_jax.preparation.sources import Part, Source
 from f2llm_jax.storage.arrays import read_arrays, write_arrays
@@ -78,7 +78,9 @@ class WriteRows(beam.DoFn):
         content = {"rows": rows_by_split, "languages": languages, "counters": counts, "digests": digests}
         write_json(self.work / f"part-{index:05d}.json", content, sealed=True)
 
-    def _documents(self, rows: Rows, numbers: np.ndarray, encoder: Encoder, spill: "_Spill") -> tuple[Rows, np.ndarray, np.ndarray]:
+    def _documents(
+        self, rows: CleanRows, numbers: np.ndarray, encoder: TextEncoding, spill: "_Spill"
+    ) -> tuple[CleanRows, np.ndarray, np.ndarray]:
         """Spills the documents not met yet; the rows that remain, their numbers, and keys int64 `[B, 1 + N]` of all, -1 for none."""
         used = np.unique(rows.documents)
         used = used[used >= 0].tolist()
@@ -97,11 +99,11 @@ class WriteRows(beam.DoFn):
 
     def _queries(
         self,
-        rows: Rows,
+        rows: CleanRows,
         numbers: np.ndarray,
         keys: np.ndarray,
         split: str,
-        encoder: Encoder,
+        encoder: TextEncoding,
         sinks: dict[str, "_RowSink"],
         rows_by_split: Counter[str],
         counts: Counter[str],

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from f2llm_jax.data.records import Kind
+from f2llm_jax.data.records import TaskKind
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import folders
-from f2llm_jax.inputs.columns import BY_NAME, Choice
+from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice
 from f2llm_jax.inputs.pairs import PairFile, open_pairs
 from f2llm_jax.preparation import kinds
 from f2llm_jax.preparation.catalogue import COMPOSITE, Catalogue, FileRange, load_catalogue
@@ -38,7 +38,7 @@ class Source:
     """What batches are drawn from; its files exist and their schemas have been checked."""
 
     name: str  # of the file without its suffix, or as the catalogue says; the source's name everywhere
-    kind: Kind
+    kind: TaskKind
     reason: str  # of the kind
     parts: tuple[Part, ...]  # its rows, in order; parts of held-out files come last
     rows: int  # pairs in them, at least 1, those of held-out files left out
@@ -74,7 +74,7 @@ def find_sources(
     tasks: epath.PathLike | None = None,
     catalogue: Catalogue | None = None,
     recognise: bool = True,
-    choice: Choice = BY_NAME,
+    choice: ColumnChoice = BY_NAME,
     qrels: str = "train",
     instructions: Mapping[str, str] | None = None,
     validation: epath.PathLike | None = None,
@@ -154,7 +154,7 @@ class _Group:
     """A source whose files have not been opened; `kind` is None where its rows decide."""
 
     name: str
-    kind: Kind | None
+    kind: TaskKind | None
     files: tuple[tuple[epath.Path, int, int | None], ...]  # with first row, and row after the last (None for all)
     symmetric: bool
     unit: str
@@ -216,7 +216,9 @@ def _held_out(validation: epath.PathLike, names: Sequence[str]) -> dict[str, epa
     return found
 
 
-def _open_source(group: _Group, held_out: epath.Path | None, choice: Choice, qrels: str, instruction: str | None, strict: bool) -> Source:
+def _open_source(
+    group: _Group, held_out: epath.Path | None, choice: ColumnChoice, qrels: str, instruction: str | None, strict: bool
+) -> Source:
     """Checks the schema of each file; a UserError names everything that is wrong with them."""
     parts: list[Part] = []
     problems: list[str] = []

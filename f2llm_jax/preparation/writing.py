@@ -36,7 +36,7 @@ BEGUN = ("settings.json", "summary.json", "summary.png", "tokenizer", "tables", 
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class BuildProgress:
     """The state after a source: what was found, and totals over the sources built by this run.
 
     Attributes:
@@ -84,7 +84,7 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
     beam_flags: Sequence[str] = (),
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[BuildProgress], None] = lambda progress: None,
 ) -> records.Dataset:
     """Writes the dataset `out`, or returns it if it is there with the same settings and raw files.
 
@@ -124,7 +124,7 @@ def _prepare(
     workers: int,
     overwrite: bool,
     beam_flags: Sequence[str],
-    report: Callable[[Progress], None],
+    report: Callable[[BuildProgress], None],
 ) -> records.Dataset:
     _check_replaceable(out)
     if records.read_settings(out) and not overwrite and (same := _existing(out, settings)):
@@ -201,14 +201,14 @@ def check_installed() -> None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
-def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[Progress], None]) -> dict[str, records.SourceInfo]:
+def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[BuildProgress], None]) -> dict[str, records.SourceInfo]:
     """Builds what is not finished yet, the largest sources first so that no worker is left alone with one at the end."""
     finished: dict[str, records.SourceInfo] = {}
     pending = []
     for job in jobs:
         if info := records.finished_source(job.folder, job.source.name):
             finished[info.name] = info
-            report(Progress(info, True, len(finished), len(jobs), 0, 0, 0, 0.0))
+            report(BuildProgress(info, True, len(finished), len(jobs), 0, 0, 0, 0.0))
         else:
             pending.append(job)
     pending.sort(key=lambda job: job.rows * (2 + job.source.negatives), reverse=True)
@@ -217,7 +217,7 @@ def _build_all(jobs: Sequence[_Job], workers: int, report: Callable[[Progress], 
         finished[info.name] = info
         built = sum(info.rows.values())
         rows, texts = rows + built, texts + built * (2 + info.negatives)
-        report(Progress(info, False, len(finished), len(jobs), rows, total, texts, time.monotonic() - start))
+        report(BuildProgress(info, False, len(finished), len(jobs), rows, total, texts, time.monotonic() - start))
     return finished
 
 

@@ -41,7 +41,7 @@ class Method:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class KeptParts:
     """What stays, and the scores that decided.
 
     Attributes:
@@ -61,14 +61,14 @@ class Choice:
     influence: np.ndarray
 
 
-def choose_kept(activations: "Activations", target: DecoderConfig, method: Method) -> Choice:
+def choose_kept(activations: "Activations", target: DecoderConfig, method: Method) -> KeptParts:
     """What stays of the model that was measured; equal scores go to the lower index."""
     influence = activations.influence
     layers = _largest(_rank(len(influence)) if method.layers_by == "first" else influence, target.num_hidden_layers)
     hidden_scores, ffn_scores = _hidden_scores(activations, layers, method.hidden_by), _ffn_scores(activations, layers, method.ffn_by)
     ffn = np.stack([_largest(scores, target.intermediate_size) for scores in ffn_scores])
     hidden = _in_place(_largest(hidden_scores, target.hidden_size))
-    return Choice(layers, hidden, ffn, hidden_scores, ffn_scores, influence)
+    return KeptParts(layers, hidden, ffn, hidden_scores, ffn_scores, influence)
 
 
 def _hidden_scores(activations: "Activations", layers: np.ndarray, by: ChannelsBy) -> np.ndarray:

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from f2llm_jax.model.sizes import DecoderConfig
-from f2llm_jax.pruning.choice import Choice
+from f2llm_jax.pruning.choice import KeptParts
 from f2llm_jax.weights.hf_mapping import Entry
 from f2llm_jax.weights.models import ModelSource
 from f2llm_jax.weights.parameters import Parameters, parameter_dims
 
 
-def cut(source: ModelSource, target: DecoderConfig, choice: Choice) -> ModelSource:
+def cut(source: ModelSource, target: DecoderConfig, choice: KeptParts) -> ModelSource:
     """The model of shape `target` that `choice` leaves of `source`; reads nothing yet.
 
     Of the widths that the model was trained for stay those whose channels all stay in place: the first d of the pruned model
@@ -44,7 +44,7 @@ def cut(source: ModelSource, target: DecoderConfig, choice: Choice) -> ModelSour
 class _Cut:
     """Parameters of the pruned model, for `parameters.blocks`."""
 
-    def __init__(self, parameters: Parameters, config: DecoderConfig, choice: Choice):
+    def __init__(self, parameters: Parameters, config: DecoderConfig, choice: KeptParts):
         self._parameters, self._config, self._choice = parameters, config, choice
         self._dims = parameter_dims(config)
 

@@ -9,7 +9,7 @@ from f2llm_jax.data.records import Dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.model.decoder import count_parameters
 from f2llm_jax.pruning.calibration import Activations, draw_texts, measure
-from f2llm_jax.pruning.choice import Choice, Method, choose_kept
+from f2llm_jax.pruning.choice import KeptParts, Method, choose_kept
 from f2llm_jax.pruning.cut import cut
 from f2llm_jax.pruning.target import parse_target
 from f2llm_jax.weights.models import ModelSource
@@ -31,7 +31,7 @@ class Pruned:
     source: ModelSource
     model: ModelSource
     method: Method
-    choice: Choice
+    choice: KeptParts
     activations: Activations
     rows: int
 

@@ -5,8 +5,9 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from f2llm_jax.release.hf_folder import Form
+    from f2llm_jax.release.hf_folder import ReleaseForm
 
+TOKEN_VARIABLE = "HF_TOKEN"  # as huggingface_hub reads it
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers' save_pretrained counts
 
 
@@ -37,12 +38,12 @@ def add_form_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the release at OUT")
 
 
-def form_of(flags: argparse.Namespace) -> "Form":
+def form_of(flags: argparse.Namespace) -> "ReleaseForm":
     """What the flags of `add_form_flags` say."""
     from f2llm_jax.release.card import Labels
-    from f2llm_jax.release.hf_folder import Form
+    from f2llm_jax.release.hf_folder import ReleaseForm
 
-    return Form(
+    return ReleaseForm(
         dtype=flags.dtype,
         max_shard_bytes=flags.max_shard_size,
         truncate_dim=flags.truncate_dim,

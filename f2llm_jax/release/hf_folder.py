@@ -33,7 +33,7 @@ FORMAT_VERSION = "4.57.3"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Form:
+class ReleaseForm:
     """How a release is written.
 
     With `truncate_dim` sentence-transformers, text-embeddings-inference and vLLM give that width. The decoder itself keeps its own, so
@@ -65,7 +65,7 @@ class Form:
 def export(
     source: ModelSource,
     out: epath.PathLike,
-    form: Form,
+    form: ReleaseForm,
     *,
     overwrite: bool = False,
     factored: ModelSource | None = None,

@@ -28,7 +28,7 @@ def check_out(out: epath.PathLike, overwrite: bool) -> None:
     check_new_folder(out, overwrite)
 
 
-def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.Form, *, overwrite: bool) -> None:
+def write_pruned(pruned: Pruned, out: epath.PathLike, form: hf_folder.ReleaseForm, *, overwrite: bool) -> None:
     """Writes all of the above; `out` is complete or absent.
 
     Raises:

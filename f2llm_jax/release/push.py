@@ -6,11 +6,10 @@ import pathlib
 import huggingface_hub
 
 from f2llm_jax.errors import UserError
+from f2llm_jax.release.flags import TOKEN_VARIABLE
 from f2llm_jax.release.sentence_transformers import MODULES_FILE
 from f2llm_jax.storage.files import holds
 from f2llm_jax.storage.folders import INCOMPLETE
-
-TOKEN_VARIABLE = "HF_TOKEN"
 
 
 def files_to_push(folder: str) -> list[tuple[str, int]]:

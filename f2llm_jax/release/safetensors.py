@@ -25,7 +25,7 @@ DTYPES = {
     "float16": (np.dtype(np.float16), "F16"),
 }
 
-ProgressCallback = Callable[[int], None]  # bytes written since the last call
+WriteCallback = Callable[[int], None]  # bytes written since the last call
 
 
 def stored_bytes(config: DecoderConfig, dtype: str) -> int:
@@ -34,7 +34,7 @@ def stored_bytes(config: DecoderConfig, dtype: str) -> int:
 
 
 def write_weights(
-    folder: epath.Path, config: DecoderConfig, parameters: Parameters, dtype: str, max_shard_bytes: int, report: ProgressCallback
+    folder: epath.Path, config: DecoderConfig, parameters: Parameters, dtype: str, max_shard_bytes: int, report: WriteCallback
 ) -> None:
     """One file, or numbered shards and their index.
 
@@ -125,7 +125,7 @@ def _check_finite(name: str, ours: np.ndarray, dtype: str) -> None:
         raise UserError(f"{name} holds values that are not finite in {dtype}; export as float32 to look")
 
 
-def _write_file(path: epath.Path, shapes: Mapping[str, Shape], dtype: str, pieces: Iterator[np.ndarray], report: ProgressCallback) -> None:
+def _write_file(path: epath.Path, shapes: Mapping[str, Shape], dtype: str, pieces: Iterator[np.ndarray], report: WriteCallback) -> None:
     """A file of the next pieces, as many as `shapes` has bytes; the iterator continues in the next shard."""
     left = sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype][0].itemsize
     with path.open("wb") as file:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from f2llm_jax.cli.progress import ProgressCallback, silent
 from f2llm_jax.data import teacher_cache
 from f2llm_jax.data.records import CORPUS, Dataset
-from f2llm_jax.data.teacher_cache import CachedVectors, Shard, TeacherCacheError
+from f2llm_jax.data.teacher_cache import CachedVectors, CacheShard, TeacherCacheError
 from f2llm_jax.inference.devices import all_here, is_first
 from f2llm_jax.storage.locks import lock
 from f2llm_jax.storage.vectors import VectorStore
@@ -21,7 +21,7 @@ from f2llm_jax.text import TokenIds, truncate
 SAME = 0.99  # least cosine of two vectors of one text by one model, whatever the batch and the precision
 
 
-class Teacher(Protocol):
+class VectorSource(Protocol):
     """What turns stored texts into vectors."""
 
     name: str  # as given, for people
@@ -42,7 +42,7 @@ class Teacher(Protocol):
 
 
 def fill_cache(
-    teacher: Teacher,
+    teacher: VectorSource,
     dataset: Dataset,
     out: epath.Path,
     *,
@@ -100,24 +100,24 @@ def fill_cache(
     return content
 
 
-def check_complete(teacher: Teacher, dataset: Dataset, max_length: int) -> None:
+def check_complete(teacher: VectorSource, dataset: Dataset, max_length: int) -> None:
     """Asks a teacher whose vectors cost nothing for all of them, and writes none. Raises what it raises for a text."""
     for shard in teacher_cache.shards(dataset):
         teacher.encode(read_ids(dataset, shard, max_length), role_of(shard))
 
 
-def read_ids(dataset: Dataset, shard: Shard, max_length: int) -> list[TokenIds]:
+def read_ids(dataset: Dataset, shard: CacheShard, max_length: int) -> list[TokenIds]:
     """The token ids of a shard's texts, as a run with this `max_length` reads them."""
     stored = dataset.reader(shard.source, shard.split).read(range(shard.start, shard.stop))
     return [truncate(ids, max_length, dataset.eos_id) for ids in stored]
 
 
-def role_of(shard: Shard) -> Role:
+def role_of(shard: CacheShard) -> Role:
     """Rows are queries, whatever their kind; everything that they are compared with is a document."""
     return "document" if shard.split == CORPUS else "query"
 
 
-def _check_unchanged(teacher: Teacher, dataset: Dataset, store: VectorStore, shards: list[Shard], max_length: int) -> None:
+def _check_unchanged(teacher: VectorSource, dataset: Dataset, store: VectorStore, shards: list[CacheShard], max_length: int) -> None:
     """Asks again for a vector that an interrupted run has stored: an endpoint's model may be another one under the same name."""
     if not (written := next((shard for shard in shards if store.exists(shard.name)), None)):
         return

@@ -28,7 +28,7 @@ RETRY = 0.2  # seconds between two attempts to reach process 0
 LONGEST_LINE = 2**20  # bytes of an answer
 MOST_CONNECTIONS = 4096  # open at once; the longest silent is closed for a new one
 NAMED = 5  # differences named of a host
-TOKEN_VARIABLE = "F2LLM_JAX_TOKEN"  # a secret of the user's instead of one that follows from the workdir
+SECRET_VARIABLE = "F2LLM_JAX_TOKEN"  # a secret of the user's instead of one that follows from the workdir
 
 
 class StartupError(UserError):
@@ -61,7 +61,7 @@ class _Answer:
 
 def run_token(workdir: str) -> str:
     """What the processes of a run know and strangers do not: the user's secret if there is one, else a digest of the workdir's path."""
-    return hashlib.sha256(f"f2llm_jax {os.environ.get(TOKEN_VARIABLE) or workdir}".encode()).hexdigest()
+    return hashlib.sha256(f"f2llm_jax {os.environ.get(SECRET_VARIABLE) or workdir}".encode()).hexdigest()
 
 
 def startup_check(processes: Processes, index: int, settings: Mapping[str, str], limit: float, token: str = "", failed: str = "") -> None:

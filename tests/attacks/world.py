@@ -115,7 +115,7 @@ def build(root):
     words = world.words("prepare", world.other)
     words[1] = str(turned)
     expect(world, "prepare", words)
-    hf_folder.export(tiny.origin(root / "model_tokenizer"), world.model, hf_folder.Form(golden=False))
+    hf_folder.export(tiny.origin(root / "model_tokenizer"), world.model, hf_folder.ReleaseForm(golden=False))
     done = subprocess.run(
         train_command(world.data, world.run, steps=STEPS, checkpoint__every=2, eval__every=2),
         env=environment(1, root / "compiled"),

@@ -75,7 +75,7 @@ def random_model(shape: str, tokenizer: str, max_length: int, out: str) -> str:
         tokenizer=load_tokenizer(tokenizer),
         max_length=max_length,
     )
-    hf_folder.export(origin, out, hf_folder.Form(golden=False))
+    hf_folder.export(origin, out, hf_folder.ReleaseForm(golden=False))
     return out
 
 

@@ -43,11 +43,11 @@ def ours(folder: pathlib.Path, flags: argparse.Namespace) -> tuple[float, np.nda
     from f2llm_jax import sharding
     from f2llm_jax.mining.nearest import BLOCK_DOCUMENTS, nearest
     from f2llm_jax.mining.search import QUERY_SHARDS
-    from f2llm_jax.mining.vectors import SHARD_TEXTS, Shard, VectorStore
+    from f2llm_jax.mining.vectors import SHARD_TEXTS, VectorShard, VectorStore
 
     store = VectorStore(folder, [], flags.dim, "float32", load=lambda: None)
     shards = {
-        name: [Shard(f"{name}-{a:08d}", a, min(a + SHARD_TEXTS, count)) for a in range(0, count, SHARD_TEXTS)]
+        name: [VectorShard(f"{name}-{a:08d}", a, min(a + SHARD_TEXTS, count)) for a in range(0, count, SHARD_TEXTS)]
         for name, count in (("documents", flags.documents), ("queries", flags.queries))
     }
     mesh = sharding.make_mesh(devices=jax.local_devices())

@@ -59,7 +59,7 @@ def write_random_folder(folder, size, scratch):
         tokenizer=load_tokenizer(tiny.write_tokenizer(scratch / "tokenizer")),
         embedding=EmbeddingConfig(max_length=1024),
     )
-    hf_folder.export(source, folder, hf_folder.Form(dtype="bfloat16", golden=False))
+    hf_folder.export(source, folder, hf_folder.ReleaseForm(dtype="bfloat16", golden=False))
     return source
 
 

@@ -195,7 +195,7 @@ def small_release(folder: pathlib.Path) -> str:
     from f2llm_jax.text import load_tokenizer
 
     tokenizer = load_tokenizer(tiny.write_tokenizer(folder / "tokenizer", form="qwen"))
-    hf_folder.export(tiny.origin(folder / "unused", tokenizer=tokenizer, max_length=256), folder / "release", hf_folder.Form())
+    hf_folder.export(tiny.origin(folder / "unused", tokenizer=tokenizer, max_length=256), folder / "release", hf_folder.ReleaseForm())
     return str(folder / "release")
 
 
