@@ -25,7 +25,8 @@ from jaxtyping import Float
 from f2llm_jax.cli import configuration
 from f2llm_jax.cli.arguments import COMPUTE
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, StepData
-from f2llm_jax.data.records import Dataset, TaskKind, load_dataset
+from f2llm_jax.data.records import Dataset, load_dataset
+from f2llm_jax.data.task_kind import TaskKind
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import TextEncoder, load_encoder, truncate_and_normalize
 from f2llm_jax.inference.given_texts import given_texts

@@ -14,7 +14,8 @@ from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.data.order import Sampling
 from f2llm_jax.data.packing import Packing, RowShape, lay_out
 from f2llm_jax.data.plan import EVERY_ROW_ONCE, NegativesPer, Plan, PlanSource, SingleNegative, StepPlan, Tail
-from f2llm_jax.data.records import QUERY_SPLITS, Dataset, TaskKind, allow_open_files
+from f2llm_jax.data.records import QUERY_SPLITS, Dataset, allow_open_files
+from f2llm_jax.data.task_kind import TaskKind
 from f2llm_jax.data.teacher_cache import TeacherCache, TeacherCaches
 from f2llm_jax.errors import UserError
 from f2llm_jax.text import truncate

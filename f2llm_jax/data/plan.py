@@ -16,7 +16,7 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int
 
 from f2llm_jax.data.order import EpochOrder, Sampling
-from f2llm_jax.data.records import TaskKind
+from f2llm_jax.data.task_kind import TaskKind
 from f2llm_jax.errors import UserError
 
 NegativesPer = Literal["batch", "row"]

@@ -24,7 +24,7 @@ import hashlib
 import json
 import resource
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -33,12 +33,12 @@ from google.protobuf.message import DecodeError
 from jaxtyping import Float, Int
 from tensorflow_datasets.proto import tf_example_pb2
 
+from f2llm_jax.data.task_kind import TaskKind
 from f2llm_jax.errors import UserError
 from f2llm_jax.storage import arrays, files
 from f2llm_jax.text import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 2
-TaskKind = Literal["retrieval", "clustering", "classification", "graded"]  # the last: pairs of texts with a score of their likeness
 BUILDER = "f2llm"
 VERSION = "1.0.0"
 CORPUS = "corpus"

@@ -21,7 +21,7 @@ from typing import Any, cast, get_args
 
 from etils import epath
 
-from f2llm_jax.data.records import TaskKind
+from f2llm_jax.data.task_kind import TaskKind
 from f2llm_jax.errors import UserError
 
 KINDS = get_args(TaskKind)

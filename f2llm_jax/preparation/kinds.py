@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pyarrow.compute as pc
 from etils import epath
 
-from f2llm_jax.data.records import TaskKind
+from f2llm_jax.data.task_kind import TaskKind
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs.folders import TASKS_FILE, table_name
 from f2llm_jax.inputs.pairs import PairFile, read_pairs

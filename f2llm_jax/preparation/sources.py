@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from f2llm_jax.data.records import TaskKind
+from f2llm_jax.data.task_kind import TaskKind
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import folders
 from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice
