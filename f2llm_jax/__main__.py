@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from f2llm_jax.cli.command import command
+
 COMMANDS = {  # in the order of the work
     "finetune": "a model on data of your own: prepare, train, release, evaluate, verify",
     "main": "train",
@@ -27,13 +29,17 @@ def main() -> int:
     """Runs the command that the first argument names; returns its exit code."""
     name = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else "help"
     if name in ("help", "__help", "_h"):
-        print(f"{__doc__}\n")
-        print("\n".join(f"  {command:<15}{what}" for command, what in COMMANDS.items()))
-        return 0
+        return _help()
     if name not in COMMANDS:
         print(f"f2llm-jax: error: unknown command {sys.argv[1]!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return importlib.import_module(f"f2llm_jax.{name}").main(sys.argv[2:]) or 0
+
+
+@command("f2llm-jax")
+def _help() -> None:
+    print(f"{__doc__}\n")
+    print("\n".join(f"  {name:<15}{what}" for name, what in COMMANDS.items()))
 
 
 if __name__ == "__main__":

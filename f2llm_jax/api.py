@@ -212,12 +212,14 @@ def batches(
       sources: names of the sources to draw from; None for all.
 
     Raises:
-      UserError: there is no such dataset, split, source or task kind.
+      UserError: there is no such dataset, split, source or task kind, or an argument is not of its kind.
 
     Yields:
       `StepData`, whose `batch` has the packed token rows and the masks (see `f2llm_jax.batch.Batch`) and whose `plan` says which rows of
       which source they are.
     """
+    if not (_is_count(epochs) and epochs >= 1):
+        raise UserError(f"epochs={epochs!r} must be a whole number of at least 1")
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
     length = dataset.max_length if max_length is None else max_length
     config = BatchConfig(size=size, row_tokens=length, microbatch_rows=1, max_length=length, negatives=negatives)
@@ -260,6 +262,10 @@ def train(
       UserError: configuration, data and model do not fit together, or the run diverged.
       Preempted: SIGTERM came; the state is saved, and the same call resumes.
     """
+    if callable(callbacks) or not all(map(callable, callbacks)):
+        raise UserError(f"callbacks={callbacks!r} must be a list of functions, such as callbacks=[print]")
+    if not isinstance(config, ml_collections.ConfigDict | Mapping | str):
+        raise UserError(f"config={config!r} must be a configuration, a dictionary of its fields or the name of a file")
     logging.getLogger("absl").setLevel(logging.WARNING)
     if isinstance(config, str):
         config = configuration.load(config)

@@ -210,6 +210,8 @@ def test_a_script_without_a_guard_runs_once(base, tmp_path):
         ({"sources": ["pairz"]}, "no source 'pairz'; there are: labels, pairs, topics"),
         ({"negatives": {"retrival": 3}}, "the task kind 'retrival'; there are: retrieval"),
         ({"max_length": 0}, "max_length=0 must be"),
+        ({"epochs": 1.5}, "epochs=1.5 must be a whole number"),
+        ({"epochs": 0}, "epochs=0 must be a whole number"),
     ],
 )
 def test_batches_of_what_is_not_there_are_refused(data, options, message):
@@ -303,9 +305,6 @@ def test_what_is_no_result_of_an_objective_is_refused(result, message):
 
 
 def test_a_metric_that_would_be_dropped_is_refused_before_the_first_step(base, data, tmp_path):
-    def named_loss(embeddings, samples, teacher):
-        return jnp.sum(embeddings.query), {"loss": mean_of(samples.sample_mask, samples.sample_mask)}
-
     with pytest.raises(UserError, match="metric 'loss' has the name"):
         api.train(
             settings(base, data),
@@ -342,6 +341,20 @@ def test_a_release_from_python(folder, plain):
         api.release(folder / "released", folder / "released", overwrite=True)
     (folder / "2026").symlink_to(plain[0])  # a workdir with a number for a name is no checkpoint
     np.testing.assert_array_equal(api.load(folder / "2026").encode("a"), api.load(plain[0]).encode("a"))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({}, {"callbacks": print}, "callbacks=<built-in function print> must be a list of functions"),
+        ({}, {"callbacks": ["wandb"]}, "must be a list of functions"),
+        (None, {}, "config=None must be a configuration"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(tmp_path, config, options, message):
+    with pytest.raises(UserError, match=message):
+        api.train(config, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_fields_that_do_not_exist_are_named(base, data, folder):

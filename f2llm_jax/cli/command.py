@@ -5,6 +5,7 @@
     75    stopped on SIGTERM with everything saved; the same command resumes (`EX_TEMPFAIL`)
     76    training hung, and its watchdog ended it; the same command resumes
     130   Ctrl-C
+    141   whoever read the output, such as `head`, has closed it
 
 Anything else is a bug, here or in a library, and keeps its traceback.
 """
@@ -14,6 +15,7 @@ import errno
 import functools
 import os
 import pathlib
+import select
 import signal
 import sys
 import threading
@@ -26,6 +28,7 @@ from f2llm_jax.errors import Preempted, UserError
 CommandArguments = ParamSpec("CommandArguments")
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+UNREAD = 141  # 128 + SIGPIPE
 _SPACE = "; free space there or choose another folder, and run the same command again"
 _RIGHTS = "; choose a folder that you may write to, or change its permissions"
 # What a system refuses with, and the remedy.
@@ -57,11 +60,17 @@ def command(name: str) -> Callable[[Callable[CommandArguments, int | None]], Cal
             _running = name
             try:
                 with _ctrl_c(name) as interrupted:
-                    return main(*args, **kwargs) or 0
+                    try:
+                        return main(*args, **kwargs) or 0
+                    finally:
+                        print(end="", flush=True)
             except Preempted as notice:
                 print(f"{name}: {notice}", file=sys.stderr)
                 return STOPPED
             except BaseException as error:
+                if isinstance(error, BrokenPipeError) and _unread():
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+                    return UNREAD
                 if isinstance(error, KeyboardInterrupt) or (interrupted and isinstance(error, Exception)):
                     print(f"{name}: interrupted; the same command starts again or resumes", file=sys.stderr)
                     return INTERRUPTED
@@ -106,6 +115,13 @@ def _ctrl_c(name: str) -> Iterator[list[int]]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _imports(frame: FrameType | None) -> bool:
