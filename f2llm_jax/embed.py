@@ -15,7 +15,7 @@ from f2llm_jax.cli.arguments import COMPUTE, add_distributed, join_hosts, positi
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.progress import Progress
 from f2llm_jax.errors import UserError
-from f2llm_jax.inputs.columns import ColumnChoice
+from f2llm_jax.inputs.columns import ColumnChoice, check_ignored
 from f2llm_jax.inputs.fields import TEXTS, read_fields
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.storage.files import check_apart, check_new_file, new_file
@@ -44,9 +44,9 @@ def _embed(flags: argparse.Namespace) -> str:
 
     check_apart(flags.output, {f"--input {flags.input}": flags.input, f"--model {flags.model}": flags.model})
     check_new_file(flags.output)
-    fields = read_fields(
-        flags.input, TEXTS, {"text": "any text", "title": "optional text"}, ColumnChoice(dict(flags.columns), flags.ignore_columns)
-    )
+    choice = ColumnChoice(dict(flags.columns), flags.ignore_columns)
+    fields = read_fields(flags.input, TEXTS, {"text": "any text", "title": "optional text"}, choice)
+    check_ignored(choice)
     texts = fields.joined()
     for line in fields.describe():
         print(line)

@@ -7,6 +7,7 @@ files (see f2llm_jax/mining/builders.py).
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from f2llm_jax.cli.arguments import add_distributed, join_hosts
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.progress import Progress
-from f2llm_jax.inputs.columns import ColumnChoice, check_shared, plain
+from f2llm_jax.inputs.columns import ColumnChoice, check_ignored, check_shared, plain
 from f2llm_jax.inputs.fields import DOCUMENTS
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.inputs.judged import read_documents
@@ -52,12 +53,14 @@ def _mine(flags: argparse.Namespace) -> dict:
         sources = [pairs for pairs, _ in built]
         _describe(sources)
         if flags.build not in builders.MINED:
+            check_ignored(choice)
             return write_built(sources, {pairs.name: counters for pairs, counters in built}, flags.out, flags.overwrite, read)
     else:
         sources = [inputs.read_pairs(path, flags.instruction, choice, flags.qrels) for path in flags.queries]
         _describe(sources)
-    corpora = [read_documents(path, ColumnChoice(dict(flags.columns), flags.ignore_columns)) for path in flags.corpus or ()]
+    corpora = [read_documents(path, dataclasses.replace(choice, columns=dict(flags.columns))) for path in flags.corpus or ()]
     check_shared(ColumnChoice(of_corpus), [(DOCUMENTS, file.names) for documents in corpora for file in documents.files])
+    check_ignored(choice)
     for line in (line for documents in corpora for line in documents.describe()):
         print(f"documents: {line}")
     corpus = [text for documents in corpora for text in documents.joined()] if flags.corpus else None

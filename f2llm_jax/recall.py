@@ -16,7 +16,7 @@ from f2llm_jax.cli.arguments import COMPUTE, add_distributed, join_hosts
 from f2llm_jax.cli.command import command
 from f2llm_jax.cli.progress import Progress
 from f2llm_jax.evaluation.widths import FULL, parse_dims
-from f2llm_jax.inputs.columns import ColumnChoice
+from f2llm_jax.inputs.columns import ColumnChoice, check_ignored
 from f2llm_jax.inputs.flags import add_column_flags
 from f2llm_jax.storage.files import check_apart, check_new_file, write_json
 
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_apart(flags.json, {f"--pairs {path}": path for path in flags.pairs} | {f"--model {name}": name for name in flags.model})
     choice = ColumnChoice(dict(flags.columns), flags.ignore_columns)
     files = [retrieval.read_pairs(path, choice, flags.qrels) for path in flags.pairs]
+    check_ignored(choice)
     sources = [(dataset, name) for dataset in map(load_dataset, flags.data) for name in held_out.sources(dataset)]
     labels = _labels(
         [*((file.name, path) for file, path in zip(files, flags.pairs, strict=True)), *((n, f"{d.folder}/{n}") for d, n in sources)]

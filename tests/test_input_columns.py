@@ -13,6 +13,7 @@ from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import pairs
 from f2llm_jax.inputs.columns import ColumnChoice, meaning
 from f2llm_jax.mining.inputs import read_pairs
+from f2llm_jax.preparation.sources import find_sources
 from f2llm_jax.text import query_prompt
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:::{module}") for module in ("tensorflow_datasets", "apache_beam")]
@@ -48,6 +49,15 @@ def test_a_column_is_left_out_by_the_name_that_finds_it(tmp_path):
     write_csv(tmp_path / "b.csv", {"Query": ["a"], "query": ["b"], "passage": ["c"]})
     for ignored, query in (("Query", "b"), ("query", "a")):
         assert read_pairs(tmp_path / "b.csv", choice=ColumnChoice(ignored=(ignored,))).queries == [query]
+
+
+def test_a_column_to_leave_out_is_in_one_of_the_files_at_least(tmp_path):
+    (tmp_path / "raw").mkdir()
+    lines(tmp_path / "raw" / "a.jsonl", {"query": "q", "passage": "p", "score": 1.0, "old_id": 1})
+    lines(tmp_path / "raw" / "b.jsonl", {"query": "q", "passage": "p"})
+    assert len(find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("Score", "old_*")))) == 2
+    with pytest.raises(UserError, match="--ignore-columns scroe: no file has such a column; did you mean 'score'?"):
+        find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("scroe", "old_id")))
 
 
 def test_columns_without_a_meaning_are_ignored_and_named(tmp_path):

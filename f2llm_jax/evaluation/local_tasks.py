@@ -29,7 +29,7 @@ from etils import epath
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation.instructions import near
-from f2llm_jax.inputs.columns import ColumnChoice, FileLayout
+from f2llm_jax.inputs.columns import ColumnChoice, FileLayout, check_ignored
 from f2llm_jax.inputs.fields import CellKind, Fields, read_fields
 from f2llm_jax.inputs.folders import table_paths
 from f2llm_jax.inputs.judged import Judged, beir_paths, read_judged
@@ -86,6 +86,7 @@ def _task(manifest: epath.Path, entry: Mapping[str, Any]) -> Any:
     if "beir" in entry:
         paths = dict(zip(form.files, beir_paths(_place(folder, entry["beir"]), entry.get("split", "test")), strict=True))
     dataset, read = form.read(paths, choice)
+    check_ignored(choice)
     languages = list(entry.get("languages", DEFAULT_LANGUAGES))
     metadata = {
         "name": name,

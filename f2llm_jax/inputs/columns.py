@@ -40,6 +40,7 @@ class ColumnChoice:
     use: str = "--columns {role}={column}"  # how a user says so
     ignore: str = "--ignore-columns {column}"
     shared: bool = False  # by files of several forms: each takes what it has, see `check_shared`
+    met: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)  # columns of all files it was asked about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ def match(path: str, names: Sequence[str], form: FileLayout, choice: ColumnChoic
     Raises:
       UserError: a role has no column or two, a name that the user gave is none, or a column that means something is not used.
     """
+    choice.met.update(names)
     given = _given(path, names, form, choice)
     taken = {name for columns in given.values() for name in columns}
     free = [name for name in names if name not in taken and not _is_ignored(name, names, choice)]
@@ -116,6 +118,14 @@ def check_shared(choice: ColumnChoice, files: Sequence[tuple[FileLayout, Sequenc
         if not any(value in names or {part.strip() for part in value.split("+")} <= set(names) for names in of_role):
             known = [name for names in of_role for name in names]
             raise UserError(f"{choice.use.format(role=key, column=value)}: no file has the column {value!r}{suggestion(value, known)}")
+
+
+def check_ignored(choice: ColumnChoice) -> None:
+    """Raises a UserError if a column to leave out is in none of the files that the choice was asked about."""
+    met = sorted(choice.met)
+    for pattern in choice.ignored:
+        if not any(_is_ignored(name, met, dataclasses.replace(choice, ignored=(pattern,))) for name in met):
+            raise UserError(f"{choice.ignore.format(column=pattern)}: no file has such a column{suggestion(pattern, met)}")
 
 
 def plain(name: str) -> str:

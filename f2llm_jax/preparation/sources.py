@@ -13,7 +13,7 @@ from etils import epath
 from f2llm_jax.data.task_kind import TaskKind
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import folders
-from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice
+from f2llm_jax.inputs.columns import BY_NAME, ColumnChoice, check_ignored
 from f2llm_jax.inputs.pairs import PairFile, open_pairs
 from f2llm_jax.preparation import kinds
 from f2llm_jax.preparation.catalogue import COMPOSITE, Catalogue, FileRange, load_catalogue
@@ -122,6 +122,7 @@ def find_sources(
     problems += [f"{raw}: --instruction names the source {name!r}, which is not there; drop it or add its file" for name in unknown]
     if problems:
         raise UserError("\n".join(problems))
+    check_ignored(choice)
     chosen = [source for source in sources if catalogue or source.released or stage == 2 or source.kind == "retrieval"]
     if not chosen:
         raise UserError(f"{raw}: stage 1 trains on retrieval sources and there is none; add one or prepare stage 2")
