@@ -53,11 +53,11 @@ def test_a_column_is_left_out_by_the_name_that_finds_it(tmp_path):
 
 def test_a_column_to_leave_out_is_in_one_of_the_files_at_least(tmp_path):
     (tmp_path / "raw").mkdir()
-    lines(tmp_path / "raw" / "a.jsonl", {"query": "q", "passage": "p", "score": 1.0, "old_id": 1})
+    lines(tmp_path / "raw" / "a.jsonl", {"query": "q", "passage": "p", "negative": "n", "old_id": 1})
     lines(tmp_path / "raw" / "b.jsonl", {"query": "q", "passage": "p"})
-    assert len(find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("Score", "old_*")))) == 2
-    with pytest.raises(UserError, match="--ignore-columns scroe: no file has such a column; did you mean 'score'?"):
-        find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("scroe", "old_id")))
+    assert len(find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("Negative", "old_*")))) == 2
+    with pytest.raises(UserError, match="--ignore-columns negativ: no file has such a column; did you mean 'negative'?"):
+        find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("negativ", "old_id")))
 
 
 def test_columns_without_a_meaning_are_ignored_and_named(tmp_path):
