@@ -56,7 +56,7 @@ def test_a_column_to_leave_out_is_in_one_of_the_files_at_least(tmp_path):
     lines(tmp_path / "raw" / "a.jsonl", {"query": "q", "passage": "p", "negative": "n", "old_id": 1})
     lines(tmp_path / "raw" / "b.jsonl", {"query": "q", "passage": "p"})
     assert len(find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("Negative", "old_*")))) == 2
-    with pytest.raises(UserError, match="--ignore-columns negativ: no file has such a column; did you mean 'negative'?"):
+    with pytest.raises(UserError, match=r"--ignore-columns negativ: no file has such a column; did you mean 'negative'\?"):
         find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("negativ", "old_id")))
 
 
