@@ -32,7 +32,7 @@ def contrastive(
     `in_batch` exists for retrieval only (`in_batch_weight`), `hard` for every kind. They stay two separate softmaxes.
     Diagnostics, at the largest width: `positive_cosine`, `hard_negative_cosine` and `in_batch_negative_cosine` (each query's
     hardest), `in_batch_accuracy`, `masked_negatives` (share of the pool masked as false negatives), `embedding_norm`; with a guide also
-    `masked_hard_negatives` (share of the samples' own).
+    `masked_hard_negatives` (share of the samples' own). In the two of `in_batch` a document with the positive's text is no rival.
 
     Args:
       embeddings: raw, of the model that is trained.
@@ -150,7 +150,7 @@ def _streamed(
             false = false & ~siblings if joint else false | siblings
         allowed = other & ~false
         logits = jnp.where(allowed, logits, -jnp.inf)
-        rivals = allowed & ~siblings if config.positives == "joint" else allowed
+        rivals = (allowed & ~siblings if config.positives == "joint" else allowed) & ~same
         hardest = jnp.maximum(state.hardest, jnp.max(jnp.where(rivals, cosines[-1], -jnp.inf), axis=-1))
         return _Running(_added(state.total, logits), right, hardest, state.masked + false.sum(-1), state.pool + other.sum(-1)), None
 
