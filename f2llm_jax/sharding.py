@@ -97,7 +97,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     if sizes[0] % slices:
         raise MeshError(f"the devices are in {slices} slices, over which mesh size data={data} cannot be split; set it to {slices}")
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)  # 4 x 16 ways of 8 x 8 chips, say
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)  # a mesh of 4 x 16 on 8 x 8 chips, say
     else:
         inside, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)

@@ -69,7 +69,7 @@ def step_collectives():
     mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices()[:8])
     for one in collectives(compiled_step(mesh).as_text(), lambda scope: CHUNKS - ("teacher" not in scope)):
         shapes = " ".join(sorted(one.shapes)).replace("f32[] ", "f32[]")
-        yield f"{one.phase.split('/')[0].strip('('):<12}{one.kind:<20}ways={one.ways} times={one.times:<3}{shapes}"
+        yield f"{one.phase.split('/')[0].strip('('):<12}{one.kind:<20}devices={one.devices} times={one.times:<3}{shapes}"
 
 
 def test_a_step_has_the_collectives_that_the_design_names_and_no_others():
@@ -102,7 +102,7 @@ def test_collectives_are_counted_as_often_as_they_run(ring):
     found = {one.kind: one for one in collectives(text, lambda scope: 7)}
     gather, total = found["all-gather"], found["all-reduce"]
     assert len(found) == 2
-    assert (gather.times, gather.ways, gather.phase.split("/")[0]) == (35, 8, "inside")
+    assert (gather.times, gather.devices, gather.phase.split("/")[0]) == (35, 8, "inside")
     assert gather.received == 64 * 64 * 4 * 7 / 8
     assert (total.times, total.phase.split("/")[0]) == (1, "outside")
     assert total.received == 2 * 4 * 7 / 8

@@ -55,7 +55,7 @@ class Collective:
     received: float
 
     @property
-    def ways(self) -> int:
+    def devices(self) -> int:
         """How many devices take part together."""
         return len(self.group)
 
@@ -141,10 +141,10 @@ def _transfer(match: re.Match, line: str, times: float, scope: str) -> Collectiv
 
 def _counted(kind: str, arrays: list[tuple[str, str]], group: tuple[int, ...], times: float, scope: str, scattered: bool) -> Collective:
     size = sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
-    ways = len(group)
-    received = {"all-reduce": 2 * (ways - 1) / ways, "collective-permute": 1.0}.get(kind, (ways - 1) / ways)
+    devices = len(group)
+    received = {"all-reduce": 2 * (devices - 1) / devices, "collective-permute": 1.0}.get(kind, (devices - 1) / devices)
     shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in arrays)
-    return Collective(kind, shapes, group, scope, times, received * size * (ways if scattered else 1))
+    return Collective(kind, shapes, group, scope, times, received * size * (devices if scattered else 1))
 
 
 def _group(line: str) -> tuple[int, ...]:

@@ -164,12 +164,12 @@ def _default_chunk_tokens() -> int:
     return CHUNK_TOKENS.get(jax.default_backend(), CHUNK_TOKENS_ACCELERATOR)
 
 
-def _row_shapes(max_length: int, chunk_tokens: int, ways: int) -> list[RowShape]:
-    """Rows of each length, of which a chunk holds about `chunk_tokens` tokens and a multiple of `ways`."""
+def _row_shapes(max_length: int, chunk_tokens: int, shards: int) -> list[RowShape]:
+    """Rows of each length, of which a chunk holds about `chunk_tokens` tokens and a multiple of `shards`."""
     shapes, shorter = [], 0
     longest = max(max_length, ROW_TOKENS[0])
     for tokens in [*(t for t in ROW_TOKENS if t < longest), longest]:
-        rows = -(-max(1, chunk_tokens // tokens) // ways) * ways
+        rows = -(-max(1, chunk_tokens // tokens) // shards) * shards
         # Texts that fit a shorter row are never here, which bounds how many fit this one.
         shapes.append(RowShape(rows, tokens, tokens // (shorter + 1) if shorter else ROW_TEXTS))
         shorter = tokens

@@ -185,13 +185,13 @@ def hard_loss(
     losses = jnp.einsum("j,jb->b", jnp.asarray(weights), _focal(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0], config))
     hardest = jnp.max(jnp.where(allowed, others[-1], -jnp.inf), axis=-1, initial=-jnp.inf)
     some = samples.sample_mask * (hardest > -jnp.inf)
-    facts = {
+    diagnostics = {
         "positive_cosine": mean_of(own[-1, :, 0], samples.sample_mask),
         "hard_negative_cosine": mean_of(jnp.where(hardest > -jnp.inf, hardest, 0.0), some),
     }
     if guide:
-        facts["masked_hard_negatives"] = mean_of(jnp.where(there, false, False), samples.negative_mask)
-    return mean_of(losses, samples.sample_mask), facts
+        diagnostics["masked_hard_negatives"] = mean_of(jnp.where(there, false, False), samples.negative_mask)
+    return mean_of(losses, samples.sample_mask), diagnostics
 
 
 def _logits(cosines: Float[Array, "..."], config: ContrastiveConfig) -> Float[Array, "..."]:

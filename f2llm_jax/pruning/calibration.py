@@ -105,10 +105,10 @@ def measure(
     return _means(sums, sum(map(len, texts)))
 
 
-def _pack(texts: Sequence[np.ndarray], ways: int) -> PackedTexts:
+def _pack(texts: Sequence[np.ndarray], shards: int) -> PackedTexts:
     lengths = np.array([len(ids) for ids in texts])
     tokens = int(lengths.max())
-    shape = RowShape(-(-max(1, CHUNK_TOKENS // tokens) // ways) * ways, tokens, ROW_TEXTS)
+    shape = RowShape(-(-max(1, CHUNK_TOKENS // tokens) // shards) * shards, tokens, ROW_TEXTS)
     return lay_out(shape.pack(lengths), shape, lambda which: [texts[i] for i in which])
 
 

@@ -10,7 +10,7 @@ the process holds; pages of mapped files are the files' own cache, which the ker
 import argparse
 import contextlib
 import dataclasses
-import filecmp
+import hashlib
 import json
 import pathlib
 import shutil
@@ -94,9 +94,13 @@ def folder_bytes(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def equal(one, two):
-    files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors*"))
-    return bool(files) and all(filecmp.cmp(one / file, two / file, shallow=False) for file in files)
+def digests(folder):
+    """By file of weights."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors*")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def report(what, seconds, anonymous, resident, size, tensors):
@@ -116,8 +120,10 @@ def main():
         tensors = folder_bytes(first)
         print(json.dumps(dataclasses.asdict(source.config)), flush=True)
         report("from-hf", *measured("f2llm_jax.convert", "from-hf", first, run), flags.size, tensors)
+        wanted = digests(first)
+        shutil.rmtree(first)  # the disk need not hold both folders
         report("to-hf", *measured("f2llm_jax.convert", "to-hf", run, second, "--dtype", "bfloat16", "--no-golden"), flags.size, tensors)
-        print(json.dumps({"checkpoint GB": folder_bytes(run) / 1e9, "release GB": tensors / 1e9, "equal bits": equal(first, second)}))
+        print(json.dumps({"checkpoint GB": folder_bytes(run) / 1e9, "release GB": tensors / 1e9, "equal bits": digests(second) == wanted}))
     finally:
         shutil.rmtree(flags.scratch)
 
