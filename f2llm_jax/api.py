@@ -262,7 +262,7 @@ def train(
       UserError: configuration, data and model do not fit together, or the run diverged.
       Preempted: SIGTERM came; the state is saved, and the same call resumes.
     """
-    if callable(callbacks) or not all(map(callable, callbacks)):
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise UserError(f"callbacks={callbacks!r} must be a list of functions, such as callbacks=[print]")
     if not isinstance(config, ml_collections.ConfigDict | Mapping | str):
         raise UserError(f"config={config!r} must be a configuration, a dictionary of its fields or the name of a file")
