@@ -19,7 +19,7 @@ from f2llm_jax.compilation.arguments import StepArguments, abstract_arguments
 from f2llm_jax.compilation.collectives import Collective, collectives
 from f2llm_jax.compilation.cost import Cost, trace
 from f2llm_jax.compilation.estimate import estimated_cycles
-from f2llm_jax.compilation.lengths import loop_trips, steps_of
+from f2llm_jax.compilation.lengths import loop_trips, steps_of, takes_branch
 from f2llm_jax.compilation.report import CompiledStepReport, Moved
 from f2llm_jax.compilation.topology import CHIPS, GIB, Chip, slice_devices
 from f2llm_jax.data.pipeline import BatchConfig
@@ -78,10 +78,13 @@ def check(request: Request) -> CompiledStepReport:
     def trips(scope: str) -> float:
         return float(np.mean([loop_trips(step, shape.at_once, scope) for step in drawn]))
 
-    moved = _summary(collectives(text, trips), len(devices) // request.slices)
+    def taken(scope: str) -> float:
+        return float(np.mean([takes_branch(step, scope) for step in drawn]))
+
+    moved = _summary(collectives(text, trips, taken), len(devices) // request.slices)
     needed = float(np.mean([training_flops(model, step.work) for step in drawn]))
     seconds = _bounds(cost + teacher_cost, moved, chip, len(devices))
-    estimated = estimated_cycles(text, trips) / chip.clock
+    estimated = estimated_cycles(text, trips, taken) / chip.clock
     return CompiledStepReport(
         size=config.size,
         teacher=request.teacher,

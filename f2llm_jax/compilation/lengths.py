@@ -51,3 +51,8 @@ def loop_trips(step: StepRows, at_once: int, scope: str) -> int:
     if "tail" in scope:
         return step.chunks - step.groups * at_once
     return step.groups if "teacher" in scope else max(0, step.groups - 1)
+
+
+def takes_branch(step: StepRows, scope: str) -> bool:
+    """Whether a step does what is conditional in a named scope: there is a last group only where a group is filled."""
+    return step.groups > 0 or "last_group" not in scope
