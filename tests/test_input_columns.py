@@ -1,6 +1,7 @@
 """What the columns of a user's file mean, and which are refused."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from input_files import lines, refused, rows_of
 
 from f2llm_jax.errors import UserError
 from f2llm_jax.inputs import pairs
-from f2llm_jax.inputs.columns import ColumnChoice, meaning
+from f2llm_jax.inputs.columns import ColumnChoice, check_ignored, meaning
 from f2llm_jax.mining.inputs import read_pairs
 from f2llm_jax.preparation.sources import find_sources
 from f2llm_jax.text import query_prompt
@@ -58,6 +59,19 @@ def test_a_column_to_leave_out_is_in_one_of_the_files_at_least(tmp_path):
     assert len(find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("Negative", "old_*")))) == 2
     with pytest.raises(UserError, match=r"--ignore-columns negativ: no file has such a column; did you mean 'negative'\?"):
         find_sources(tmp_path / "raw", stage=2, choice=ColumnChoice(ignored=("negativ", "old_id")))
+
+
+def test_a_column_to_leave_out_may_be_in_any_file_of_a_beir_folder(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    lines(tmp_path / "corpus.jsonl", {"_id": "d", "text": "t", "title": "", "old_score": 1.0})
+    lines(tmp_path / "queries.jsonl", {"_id": "q", "text": "t"})
+    (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    for read in (pairs.open_pairs, lambda path, choice: read_pairs(path, choice=choice)):
+        choice = ColumnChoice(ignored=("old_score",))
+        read(tmp_path, choice)
+        check_ignored(choice)
+    with pytest.raises(UserError, match="no file has such a column"):
+        check_ignored(dataclasses.replace(choice, ignored=("older_score",)))
 
 
 def test_columns_without_a_meaning_are_ignored_and_named(tmp_path):

@@ -129,7 +129,7 @@ def open_pairs(path: epath.PathLike, choice: ColumnChoice = BY_NAME, split: str 
       UserError: a file is missing, unreadable or empty, or its columns are not those of pairs; all such files in one message.
     """
     if is_beir(path):
-        judged = read_judged(beir_paths(path, split), ColumnChoice(ignored=choice.ignored))
+        judged = read_judged(beir_paths(path, split), dataclasses.replace(choice, columns={}))
         rows = len(judged.positives)
         columns = Columns({"query": ("queries",), "passage": ("corpus",)}, (), tuple(choice.ignored))
         return [PairFile(File(str(path), ("queries", "corpus"), rows, (rows,)), columns, rows, {}, split, tuple(judged.described))]
