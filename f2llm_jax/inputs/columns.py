@@ -40,7 +40,7 @@ class ColumnChoice:
     use: str = "--columns {role}={column}"  # how a user says so
     ignore: str = "--ignore-columns {column}"
     shared: bool = False  # by files of several forms: each takes what it has, see `check_shared`
-    met: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)  # columns of all files asked about; one set for all copies
+    met: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)  # columns of all files; one set for all copies
 
 
 @dataclasses.dataclass(frozen=True)
