@@ -76,7 +76,7 @@ def test_rows_that_come_of_joining_or_of_a_stray_quote(tmp_path):
         ("a.csv", "query,passage\rq,p\rr,s\r", "ends its lines in carriage returns alone"),  # Excel, for the old Macintosh
         ("a.csv", "query,passage\nq,p\n".encode("utf-32"), "is UTF-32 and not UTF-8"),
         ("a.csv", b"PK\3\4...", "is a zip \\(or Excel\\) file"),
-        ("a.jsonl", gzip.compress(b"{}"), "is a gzip file"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "is a gzip file"),
         ("a.xlsx", b"", "is of no form that is read by its suffix"),
     ],
 )
