@@ -1,5 +1,6 @@
 """Each term against float64 torch written from the paper, and against sentence-transformers; masks, gradients, weights."""
 
+import dataclasses
 import math
 
 import jax
@@ -127,6 +128,28 @@ class Given(torch.nn.Module):
         return D
 
 
+@pytest.mark.parametrize("hard_weight", [0.0, 0.3])
+def test_a_pool_with_all_negatives_and_no_softmax_of_their_own_is_the_ranking_loss_with_negatives(hard_weight):
+    """Of retrieval. Kinds without in-batch negatives keep the hard softmax, whole, as all that they learn from."""
+    embeddings, (samples, negatives) = random_embeddings(6), masks(full=True)
+    config = ContrastiveConfig(dims=(D,), in_batch_pool="positives_and_negatives", hard_weight=hard_weight)
+    e = in_torch(embeddings)
+    columns = [e.query, e.passage, *e.negatives.unbind(1)]
+    want = MultipleNegativesRankingLoss(Given(), scale=20.0)([{"embedding": column} for column in columns], torch.empty(0))
+    for b in range(B):
+        own = torch.stack([e.passage[b], *e.negatives[b]])
+        logits = 20.0 * torch.nn.functional.cosine_similarity(e.query[b][None], own)
+        want = want + hard_weight / B * torch.nn.functional.cross_entropy(logits, torch.tensor(0))
+    want.backward()
+
+    (total, _), gradients = contrastive_and_gradients(embeddings, of(samples, negatives), config)
+    np.testing.assert_allclose(total, want.item(), rtol=2e-6)
+    assert_same_gradients(gradients, e)
+    others = dataclasses.replace(of(samples, negatives), in_batch_weight=jnp.float32(0))
+    total, parts = contrastive(embeddings, others, config)
+    assert total == parts["hard"].value > 0
+
+
 @pytest.mark.parametrize("dims", [(D,), DIMS])
 def test_terms_are_those_of_sentence_transformers(dims):
     """The in-batch term is its ranking loss at scale 20; the hard one is the same loss on one sample and its negatives."""
@@ -220,6 +243,8 @@ def test_matryoshka_widths_have_edges():
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"in_batch_passage_grad": "half"}, "'half' must be one of 'full', 'none'"),
         ({"in_batch_pool": "all"}, "'all' must be one of 'positives'"),
+        ({"hard_weight": -1.0}, "hard_weight=-1.0 must be a number from 0"),
+        ({"hard_weight": 0.0}, "hard_weight=0 leaves the hard negatives of retrieval out of every loss; set in_batch_pool"),
         ({"dims": (8, 16), "weights": (1.0,)}, "1 matryoshka weights for 2 dims"),
     ],
 )

@@ -41,6 +41,14 @@ def test_the_schedule_is_the_published_one(warmup):
 
 
 @pytest.mark.parametrize("warmup", [0, 4])
+def test_a_linear_decay_is_that_of_transformers(warmup):
+    config = OptimizerConfig(learning_rate=0.02, warmup_steps=warmup, total_steps=10, min_learning_rate=1e-3, schedule="linear")
+    got = [float(learning_rate(config, jnp.int32(step))) for step in range(STEPS)]
+    np.testing.assert_allclose(got, published_rates(config, STEPS), rtol=2e-6, atol=1e-9)
+    assert got[-1] == np.float32(1e-3) < got[9]
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
 def test_a_constant_rate_after_the_warm_up_is_that_of_transformers(warmup):
     config = OptimizerConfig(
         learning_rate=0.02, warmup_steps=warmup, total_steps=10, min_learning_rate=7e-3, schedule="constant_with_warmup"
@@ -89,7 +97,7 @@ def test_the_defaults_are_published():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"schedule": "linear"}, "schedule='linear' must be one of 'cosine', 'constant_with_warmup'"),
+        ({"schedule": "step"}, "schedule='step' must be one of 'cosine', 'linear', 'constant_with_warmup'"),
         ({"warmup_share": 1.5}, "warmup_share=1.5 from 0 to 1"),
         ({"total_steps": 0}, "total_steps=0 must be at least 1"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),

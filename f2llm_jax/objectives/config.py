@@ -40,6 +40,8 @@ class ContrastiveConfig:
       guide: leave out candidates that the teacher finds nearer to the query than the positive, less a margin of the given kind (see
         false_negatives.py); "" for none.
       guide_margin: a cosine ("absolute") or a share of the positive's ("relative"); negative ones leave out less.
+      hard_weight: of the softmax over own negatives where there is one over the batch too, in retrieval; other kinds have it alone, and
+        whole. 0 where the pool has all negatives anyway is MultipleNegativesRankingLoss of sentence-transformers.
       query_negatives: other queries are negatives of a query too (GTE, arXiv 2308.03281, section 3.3; Qwen3-Embedding, arXiv 2506.05176).
       document_negatives: other documents of the pool are negatives of the positive too (the same).
       hardness: a query's own hard negatives weigh `exp(hardness * cosine)` in the sum, without gradient through the weight
@@ -59,6 +61,7 @@ class ContrastiveConfig:
     false_negative_margin: float = float("inf")
     guide: GuideMargin = ""
     guide_margin: float = 0.0
+    hard_weight: float = 1.0
     query_negatives: bool = False
     document_negatives: bool = False
     hardness: float = 0.0
@@ -73,9 +76,14 @@ class ContrastiveConfig:
         _one_of("in_batch_pool", self.in_batch_pool, ("positives", "positives_and_negatives"))
         _one_of("positives", self.positives, ("own", "masked", "joint"))
         _one_of("guide", self.guide, ("", "absolute", "relative"))
-        for name in ("hardness", "focal"):
+        for name in ("hard_weight", "hardness", "focal"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name}={getattr(self, name)} must be a number from 0")
+        if not self.hard_weight and self.in_batch_pool == "positives":
+            raise UserError(
+                "hard_weight=0 leaves the hard negatives of retrieval out of every loss; set in_batch_pool='positives_and_negatives', "
+                "which takes them into the softmax over the batch, or a weight above 0"
+            )
         if not math.isfinite(self.guide_margin):
             raise UserError(f"guide_margin={self.guide_margin} must be finite; guide='' leaves nothing out")
         if self.guide_margin and not self.guide:

@@ -1,4 +1,4 @@
-"""The published optimizer: AdamW on every parameter, linear warm-up, cosine or constant rate with a floor, global-norm clipping."""
+"""The published optimizer: AdamW on every parameter, linear warm-up, a decaying or constant rate with a floor, global-norm clipping."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax.errors import UserError
 
-Schedule = Literal["cosine", "constant_with_warmup"]  # the names of transformers' `get_scheduler`
+Schedule = Literal["cosine", "linear", "constant_with_warmup"]  # the names of transformers' `get_scheduler`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class OptimizerConfig:
 
     learning_rate: float  # peak
     warmup_steps: int  # updates of linear warm-up from 0, unless they exceed `warmup_share`
-    total_steps: int  # updates after which the cosine reaches 0 (and the floor takes over)
+    total_steps: int  # updates after which a decaying rate reaches 0 (and the floor takes over)
     schedule: Schedule = "cosine"  # after the warm-up
     min_learning_rate: float = 1e-7  # floor from update 1 on; update 0 really has rate 0, as in the published trainer
     beta1: float = 0.9
@@ -47,9 +47,8 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     """The rate of update `step` (0-based), fp32."""
     warmup = step / max(1, config.warmup)
-    progress = (step - config.warmup) / max(1, config.total_steps - config.warmup)
-    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-    after = cosine if config.schedule == "cosine" else 1.0
+    progress = jnp.clip((step - config.warmup) / max(1, config.total_steps - config.warmup), 0.0, 1.0)
+    after = {"cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)), "linear": 1.0 - progress, "constant_with_warmup": 1.0}[config.schedule]
     rate = config.learning_rate * jnp.where(step < config.warmup, warmup, after)
     return jnp.where(step > 0, jnp.maximum(rate, config.min_learning_rate), rate)
 

@@ -36,9 +36,13 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 ONE_THREAD |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
 
 # Arms of this trainer: fields of configs/finetune.py. Arms of the peer: a name of `peer_loss`, and the arm whose seconds it gets.
+_ONE_SOFTMAX = {"objective.in_batch_pool": "positives_and_negatives", "objective.hard_weight": 0.0}  # the peer's loss, and its optimizer
+_ONE_SOFTMAX |= {"optimizer.schedule": "linear", "optimizer.beta2": 0.999, "optimizer.weight_decay": 0.0}
 OURS: dict[str, dict[str, Any]] = {
     "contrastive": {"objective.matryoshka": False},
+    "contrastive, one softmax": {"objective.matryoshka": False} | _ONE_SOFTMAX,
     "+ matryoshka": {},
+    "+ matryoshka, one softmax": _ONE_SOFTMAX,
 }
 # Weights of distillation were chosen on seed 3, of 10, 30, 100, 300 and 1,000.
 _PROJECTED = {"objective.distillation": "cosine", "objective.projection": True}
