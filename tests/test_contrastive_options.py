@@ -20,6 +20,7 @@ from f2llm_jax.objectives import ContrastiveConfig, Embeddings, Objective, candi
 from f2llm_jax.objectives.contrastive import contrastive
 from f2llm_jax.training import program
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TAU = 0.05
 OPTIONS = {
     "guide": {"guide": "absolute"},

@@ -18,6 +18,7 @@ from f2llm_jax.model.encoder import chunk_encoder, last_token
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
 from f2llm_jax.weights import hf_config, hf_reader
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS, TOKENS = 4, 24
 LENGTHS = (24, 1, 9, 13, 2, 17, 5)
 

@@ -23,7 +23,10 @@ from f2llm_jax.training.run import run
 from f2llm_jax.training.step import TrainState, make_train_step
 from f2llm_jax.weights.checkpoint_reader import find_checkpoint, steps_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning"),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from f2llm_jax.training import program
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import Teacher, TrainState, by_depth, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DEPTHS = (1, 2, 3)
 
 
@@ -72,7 +73,6 @@ def torch_losses(student, teacher, there, weight):
     return in_batch + hard + weight * followed
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_each_depth_follows_the_teachers_of_its_place(params):
     """Against float64 torch: a teacher of five layers, half as wide again, has depths 1, 2, 4, 5; the last three are followed."""
     large = dataclasses.replace(tiny.CONFIG, hidden_size=96, num_hidden_layers=5)

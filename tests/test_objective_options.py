@@ -15,6 +15,7 @@ from f2llm_jax.objectives.contrastive import contrastive as contrastive_loss
 from f2llm_jax.objectives.distillation import distillation
 from f2llm_jax.objectives.spread_out import spread_out
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TAU = 0.05
 
 

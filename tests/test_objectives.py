@@ -18,6 +18,8 @@ from f2llm_jax.objectives.contrastive import contrastive
 from f2llm_jax.objectives.distillation import distillation
 from f2llm_jax.objectives.matryoshka import check_dims
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def mse(student, teacher, *masks):
     return distillation(student, teacher, of(*masks), "mse", 0.05)

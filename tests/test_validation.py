@@ -25,6 +25,7 @@ from f2llm_jax.training.run import run
 from f2llm_jax.training.source_means import SourceMeans
 from f2llm_jax.weights.models import find_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, N, D = 8, 3, 8
 DIMS = (2, 8)
 
