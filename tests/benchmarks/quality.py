@@ -52,7 +52,6 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "+ matryoshka, projection, weight 30": _PROJECTED | {"objective.distillation_weight": 30.0},
     "+ matryoshka, projection, weight 1000": _PROJECTED | {"objective.distillation_weight": 1000.0},
     "the same, beta2 0.999": _PROJECTED | {"objective.distillation_weight": 1000.0, "optimizer.beta2": 0.999},  # the peer's
-    "the same, one softmax": _PROJECTED | {"objective.distillation_weight": 1000.0} | _ONE_SOFTMAX,
 }
 EQUAL = ", equal seconds"
 PEER = {"MNRL": "contrastive", "MNRL + matryoshka": "+ matryoshka"}
