@@ -48,7 +48,11 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array,
     """The rate of update `step` (0-based), fp32."""
     warmup = step / max(1, config.warmup)
     progress = jnp.clip((step - config.warmup) / max(1, config.total_steps - config.warmup), 0.0, 1.0)
-    after = {"cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)), "linear": 1.0 - progress, "constant_with_warmup": 1.0}[config.schedule]
+    after = jnp.ones_like(progress)
+    if config.schedule == "linear":
+        after = 1.0 - progress
+    elif config.schedule == "cosine":
+        after = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     rate = config.learning_rate * jnp.where(step < config.warmup, warmup, after)
     return jnp.where(step > 0, jnp.maximum(rate, config.min_learning_rate), rate)
 
