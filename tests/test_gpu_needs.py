@@ -20,6 +20,7 @@ PARTS = {
     "the step": (["tests/benchmarks/step.py", *SMALL, "--microbatch-rows", "8"], "useful_tokens_per_s"),
     "the kernels": (["-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests/test_attention.py"], "test_attention.py"),
 }
+SLOW = ("the parity kit", "the step")
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_the_packages_are_really_out_of_reach(lacking):
     assert json.loads(done.stdout.replace("None", "null")) == [None] * len(LACKING)
 
 
-@pytest.mark.parametrize("part", [pytest.param(part, marks=pytest.mark.slow) if part == "the parity kit" else part for part in PARTS])
+@pytest.mark.parametrize("part", [pytest.param(part, marks=pytest.mark.slow) if part in SLOW else part for part in PARTS])
 def test_a_gpu_image_has_all_it_needs(part, lacking):
     command, expected = PARTS[part]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=lacking, capture_output=True, text=True, timeout=600)

@@ -32,8 +32,8 @@ def test_the_kit_has_the_trajectories_that_are_replayed(parity_kit):
 
 
 def in_make_test(name):
-    """Of four trajectories two; the slow matrix below has them all."""
-    return name if name.startswith("mrl=True") and name.endswith("full") else pytest.param(name, marks=pytest.mark.slow)
+    """Of four trajectories the one with every term; the slow matrix below has them all."""
+    return name if name == DISTILLED else pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [in_make_test(name) for name in REPLAYS])
