@@ -40,8 +40,8 @@ class ContrastiveConfig:
       guide: leave out candidates that the teacher finds nearer to the query than the positive, less a margin of the given kind (see
         false_negatives.py); "" for none.
       guide_margin: a cosine ("absolute") or a share of the positive's ("relative"); negative ones leave out less.
-      hard_weight: of the softmax over own negatives where there is one over the batch too, in retrieval; other kinds have it alone, and
-        whole. 0 where the pool has all negatives anyway is MultipleNegativesRankingLoss of sentence-transformers.
+      hard_weight: weight of the softmax over own negatives in retrieval, where there is one over the batch too; for other kinds it is
+        always 1. With 0 and the pool "positives_and_negatives" the loss is MultipleNegativesRankingLoss of sentence-transformers.
       query_negatives: other queries are negatives of a query too (GTE, arXiv 2308.03281, section 3.3; Qwen3-Embedding, arXiv 2506.05176).
       document_negatives: other documents of the pool are negatives of the positive too (the same).
       hardness: a query's own hard negatives weigh `exp(hardness * cosine)` in the sum, without gradient through the weight

@@ -30,7 +30,7 @@ def contrastive(
     """The loss `in_batch + hard` (weighted over widths), its parts and diagnostics.
 
     `in_batch` exists for retrieval only (`in_batch_weight`), `hard` for every kind. They stay two separate softmaxes. `hard_weight`
-    is of the second where there is the first.
+    is the weight of the second where both exist; the parts are given without it.
     Diagnostics, at the largest width: `positive_cosine`, `hard_negative_cosine` and `in_batch_negative_cosine` (each query's
     hardest), `in_batch_accuracy`, `masked_negatives` (share of the pool masked as false negatives), `embedding_norm`; with a guide also
     `masked_hard_negatives` (share of the samples' own). In the two of `in_batch` a document with the positive's text is no rival.
@@ -48,7 +48,7 @@ def contrastive(
     with jax.named_scope("hard"):
         hard, hard_facts = hard_loss(query, embeddings, samples, config, guide)
     norm = mean_of(jnp.linalg.norm(query, axis=-1), samples.sample_mask)
-    weight = 1.0 if config.hard_weight == 1.0 else 1.0 + samples.in_batch_weight * (config.hard_weight - 1.0)
+    weight = 1.0 + samples.in_batch_weight * (config.hard_weight - 1.0)
     total = in_batch.value + weight * hard.value
     return total, {"in_batch": in_batch, "hard": hard, **in_batch_facts, **hard_facts, "embedding_norm": norm}
 

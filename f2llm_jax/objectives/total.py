@@ -34,7 +34,7 @@ def total(
     `teacher` is what distillation follows, `guide` what finds false negatives (see false_negatives.py); either may be None.
     `projections` has one for each teacher, or is empty.
 
-    The weighted value of each optional term is logged too, as `weighted/NAME`; the contrastive parts have weight 1.
+    The weighted value of each optional term is logged too, as `weighted/NAME`; the contrastive parts are logged without `hard_weight`.
     """
     if objective.contrastive.positives != "own" and samples.query_ids is None:
         raise UserError(
