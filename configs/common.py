@@ -60,6 +60,8 @@ PUBLISHED = {
 def base(size: str, runlocal: bool, stage: int, recipe: str = "") -> ml_collections.ConfigDict:
     """Every field of a run, for one of the eight sizes or, with `runlocal`, for a toy on a laptop; `recipe` is "" or "published".
 
+    A run that was saved before a field was added resumes as if it had had the default: that of a new field is what the code did before.
+
     Raises:
       UserError: there is no such size or recipe.
     """

@@ -203,3 +203,25 @@ def test_a_refused_run_leaves_the_workdir_as_it_was(data, undisturbed, in_proces
     with pytest.raises(ResumeError):
         in_process(data, workdir, size="80m")
     assert (workdir / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()
+
+
+def of_older_code(workdir, group, field):
+    """Makes a run look as if code that did not have this field had made it."""
+    for path in (workdir / "checkpoints").glob("*/_CHECKPOINT_METADATA"):
+        content = json.loads(path.read_text())
+        recorded = files.unseal(content["custom_metadata"], path)
+        del recorded["provenance"]["config"][group][field]
+        path.write_text(json.dumps(content | {"custom_metadata": files.seal(recorded)}))
+
+
+def test_a_field_that_the_checkpoint_does_not_record_counts_as_its_default(data, undisturbed, in_process, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    of_older_code(workdir, "objective", "hard_weight")
+    with pytest.raises(ResumeError, match=r"is another run:\n  objective\.hard_weight: 1\.0 before, 0\.5 now\n"):
+        in_process(data, workdir, **{"objective.hard_weight": 0.5})
+    in_process(data, workdir)
+    assert files.read_json(workdir / "config.json", sealed=True)["history"] == []
+    in_process(data, workdir, resume=Resume(with_changes=True), **{"objective.hard_weight": 0.5})
+    changed = {"objective.hard_weight": {"before": 1.0, "now": 0.5}}
+    assert files.read_json(workdir / "config.json", sealed=True)["history"] == [{"step": STEPS, "changes": changed}]

@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import pathlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -52,16 +53,20 @@ def load(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> ml_collec
     """
     name, _, argument = reference.partition(":")
     file = find(name)
-    specification = importlib.util.spec_from_file_location(f"f2llm_jax_config_{file.stem}", file)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = _program(file)
     if not hasattr(module, "get_config"):
         raise UserError(f"{file} defines no get_config(arg); see {SHIPPED / 'stage2.py'} for one that does")
     config = module.get_config(argument or None)
     for field, value in overrides:
         override(config, field, value)
     return config.lock()
+
+
+def defaults(size: str) -> ml_collections.ConfigDict:
+    """Every field of a run at its default, that of configs/common.py, for a model of `size`; of 0.6b where that has no row there."""
+    common = _program(SHIPPED / "common.py")
+    config: ml_collections.ConfigDict = common.base(size if size in common.LEARNING_RATE else "0.6b", runlocal=False, stage=2)
+    return config
 
 
 def find(name: str) -> pathlib.Path:
@@ -95,6 +100,14 @@ def override(config: ml_collections.ConfigDict, field: str, value: str) -> None:
     if isinstance(group[name], ml_collections.ConfigDict):
         raise UserError(f"config.{field} is a group; set one of its fields: {', '.join(f'config.{field}.{key}' for key in group[name])}")
     group[name] = _parsed(field, value, group[name])
+
+
+def _program(file: pathlib.Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(f"f2llm_jax_config_{file.stem}", file)
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def _overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> list[tuple[str, str]]:

@@ -19,17 +19,27 @@ import jax
 import ml_collections
 from etils import epath
 
+from f2llm_jax.cli import configuration
 from f2llm_jax.data.records import COMPLETE, Dataset
 from f2llm_jax.errors import UserError
 from f2llm_jax.storage.files import plain, read_json, write_json
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 HISTORY = "history"
+# The digests of a `Provenance`, in words.
+DIGESTS = {
+    "data": "content of the data",
+    "tokenizer": "tokenizer",
+    "teacher": "content of the teacher",
+    "code": "code",
+    "own": "own objective",
+}
 # Fields (or groups of them) that change neither the order of the data nor what is trained; names of data and teacher may change as
 # long as their contents do not. The learning rate and the number of updates are changed on purpose. All are told and recorded.
 MAY_CHANGE = (
     "log_every",
     "max_skipped_steps",
+    "hang_minutes",
     "steps",
     "epochs",
     "optimizer.learning_rate",
@@ -38,6 +48,7 @@ MAY_CHANGE = (
     "attention",
     "mesh",
     "batch.microbatch_rows",
+    "batch.chunk_rows",
     "data.folder",
     "data.copy_to",
     "data.threads",
@@ -81,27 +92,21 @@ class Provenance:
             described(own) if own else "",
         )
 
-    def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted name, and the digests."""
-        digests = {
-            "content of the data": self.data,
-            "tokenizer": self.tokenizer,
-            "content of the teacher": self.teacher,
-            "code": self.code,
-            "own objective": self.own,
-        }
-        return digests | _flat(self.config)
-
     def changes(self, recorded: Mapping[str, Any] | None, workdir: epath.Path) -> dict[str, tuple[Any, Any]]:
-        """Settings that differ from those in a checkpoint's metadata, old and new; a field that older code did not have is none.
+        """Settings that differ from those in a checkpoint's metadata, old and new.
+
+        A field that is not recorded, because older code did not have it, counts as its default: what configs/common.py gives it, whatever
+        other configuration files do; one that is not there either, as None. A recorded field that there is no more is None now. A digest
+        that is not recorded is unknown and not compared.
 
         Raises:
           ResumeError: the checkpoint records none.
         """
         if recorded is None:
             raise ResumeError(f"{workdir} was not trained here; start from it with --config.init={workdir} and another --workdir")
-        before, now = Provenance(**recorded).flat(), self.flat()
-        return {name: (before[name], now.get(name)) for name in before if before[name] != now.get(name)}
+        held, now = _settings(recorded), _settings(dataclasses.asdict(self))
+        before = _flat(plain(configuration.defaults(recorded["config"].get("size", "")).to_dict())) | held
+        return {name: (before.get(name), now.get(name)) for name in held | _flat(self.config) if before.get(name) != now.get(name)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +185,11 @@ def _commit() -> str | None:
 
 def _may_change(name: str) -> bool:
     return any(name == field or name.startswith(f"{field}.") for field in MAY_CHANGE)
+
+
+def _settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a `Provenance` as a checkpoint records it: the digests that are there, in words, and every field by its dotted name."""
+    return {words: recorded[name] for name, words in DIGESTS.items() if name in recorded} | _flat(recorded["config"])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
