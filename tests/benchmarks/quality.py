@@ -52,10 +52,12 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "+ matryoshka, projection, weight 30": _PROJECTED | {"objective.distillation_weight": 30.0},
     "+ matryoshka, projection, weight 1000": _PROJECTED | {"objective.distillation_weight": 1000.0},
     "the same, beta2 0.999": _PROJECTED | {"objective.distillation_weight": 1000.0, "optimizer.beta2": 0.999},  # the peer's
+    "+ matryoshka, projection, one softmax": _PROJECTED | {"objective.distillation_weight": 1000.0} | _ONE_SOFTMAX,
+    "projection, one softmax": {"objective.matryoshka": False, "objective.distillation_weight": 1000.0} | _PROJECTED | _ONE_SOFTMAX,
 }
 EQUAL = ", equal seconds"
 PEER = {"MNRL": "contrastive", "MNRL + matryoshka": "+ matryoshka"}
-PEER_TAUGHT = {"EmbedDistill": "+ matryoshka, projection, weight 1000"}
+PEER_TAUGHT = {"EmbedDistill": "projection, one softmax"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -244,11 +246,11 @@ def call(module: str, *command: object, **options: Any) -> None:
 
 
 def fields_of(flags: argparse.Namespace, seed: int, steps: int, fields: dict[str, Any]) -> dict[str, Any]:
-    rows = max(1, 1024 // flags.max_length)  # at once; memory and time alone
+    rows = max(1, 1024 // flags.max_length)  # in a layer at once; memory and time alone, as the next
     common = {"init": flags.root / f"start-{seed}", "data.folder": flags.root / "data", "seed": seed, "steps": steps}
     common |= {"batch.size": flags.batch, "batch.negatives.retrieval": 1, "batch.max_length": flags.max_length, "loggers": "()"}
-    common |= {"batch.row_tokens": flags.max_length, "batch.microbatch_rows": rows, "batch.chunk_rows": max(1, rows // 8)}
-    common |= {"optimizer.learning_rate": flags.learning_rate, "eval.every": 10**6, "checkpoint.every": 10**6, "remat": "none"}
+    common |= {"batch.row_tokens": flags.max_length, "batch.microbatch_rows": 8 * rows, "batch.chunk_rows": rows}
+    common |= {"optimizer.learning_rate": flags.learning_rate, "eval.every": 10**6, "checkpoint.every": 10**6, "remat": "dots"}
     return {name: str(value) for name, value in (common | fields).items()}
 
 
