@@ -14,17 +14,17 @@ from f2llm_jax.errors import UserError
 LEARNING_RATE = {"80m": 4e-5, "160m": 3e-5, "330m": 2e-5, "0.6b": 1e-5, "1.7b": 9e-6, "4b": 7e-6, "8b": 6e-6, "14b": 5e-6}
 EPOCHS = {"80m": 4, "160m": 3, "330m": 3, "0.6b": 2, "1.7b": 2, "4b": 2, "8b": 2, "14b": 2}
 
-# The slice that compile_check finds each size to fit in with room to spare, and how many packed rows at once (launch/README.md).
+# The slice that compile_check finds each size to fit in with room to spare (launch/README.md).
 SLICE = {"80m": "v5e:2x4", "160m": "v5e:2x4", "330m": "v5e:2x4", "0.6b": "v5e:2x4", "1.7b": "v5e:4x4"}
 SLICE |= {"4b": "v5e:8x8", "8b": "v6e:8x8", "14b": "v5p:4x4x4"}
-# Size of the mesh's fsdp axis; -1 for all devices. XLA makes an all-reduce of each layer's gather if those are 64, and sums gradients
-# whole instead of scattering them if they are all of v5e:4x4.
-FSDP = {"1.7b": 8, "4b": 16, "8b": 16, "14b": 16}
-# Of more rows than these the smaller sizes compute more: fewer steps fill a group, and what fills none is encoded twice.
-MICROBATCH_ROWS = {"80m": 64, "160m": 64, "330m": 64, "0.6b": 64, "1.7b": 64, "4b": 128, "8b": 256, "14b": 256}
-
-# At once for the rows that are left of a step when no full group is (rounded to what the mesh allows).
-CHUNK_ROWS = {"80m": 8, "160m": 8, "330m": 8, "0.6b": 8, "1.7b": 16, "4b": 64, "8b": 64, "14b": 64}
+# Size of the mesh's fsdp axis; -1 for all devices. XLA makes an all-reduce of each layer's gather if those are 64.
+FSDP = {"1.7b": 16, "4b": 16, "8b": 16, "14b": 16}
+# Packed rows on such a slice together: a step of the published data has 50 to 1,250, and one that fits is encoded once.
+MICROBATCH_ROWS = {"80m": 1280, "160m": 1280, "330m": 1280, "0.6b": 1280, "1.7b": 1248, "4b": 1280, "8b": 1280, "14b": 1280}
+# Of these in a layer together: fewer leave fewer rows empty, more make better use of a chip.
+CHUNK_ROWS = {"80m": 32, "160m": 32, "330m": 32, "0.6b": 32, "1.7b": 32, "4b": 64, "8b": 64, "14b": 64}
+# What the backward pass recomputes, where it is not all of a layer: what leaves a tenth of the memory free and is faster.
+REMAT = {"14b": "attention"}
 
 
 def parse_arg(arg: str | None, **defaults: str | bool) -> ml_collections.ConfigDict:
@@ -82,7 +82,7 @@ def base(size: str, runlocal: bool, stage: int, recipe: str = "") -> ml_collecti
     config.epochs = EPOCHS[size]
     config.steps = 0  # updates; 0 means `epochs` epochs
     config.dtype = "bfloat16"  # compute dtype; parameters and optimizer state are float32
-    config.remat = "dots"  # what the backward pass recomputes, of least to most: none, dots, attention or full
+    config.remat = REMAT.get(size, "full")  # what the backward pass recomputes, of least to most: none, dots, attention or full
     config.attention = "auto"  # kernel: xla, splash (TPU), cudnn (GPU), or the best that serves the devices
     config.hang_minutes = 10.0  # of an update (or 20 median ones) after which the process ends itself, to be run again; 0 for never
     config.max_skipped_steps = 20  # in a row, without a finite loss and gradient, before the run gives up
@@ -109,9 +109,11 @@ def base(size: str, runlocal: bool, stage: int, recipe: str = "") -> ml_collecti
     config.batch.max_length = 1024  # tokens of a text, EOS included
     config.batch.row_tokens = 1024  # tokens of a packed row
     config.batch.row_texts = 128  # most texts in a packed row
-    config.batch.microbatch_rows = MICROBATCH_ROWS[size]  # packed rows on the devices at once, over all of them; memory only
+    config.batch.microbatch_rows = MICROBATCH_ROWS[
+        size
+    ]  # packed rows kept for the backward pass, over all devices; what is more is encoded twice
     config.batch.row_parts = 2  # rows are split into so many where their texts allow: less attention is computed
-    config.batch.chunk_rows = CHUNK_ROWS[size]  # at once for what is left of a step: fewer empty rows; 0 for microbatch_rows
+    config.batch.chunk_rows = CHUNK_ROWS[size]  # of these in a layer at once, about; 0 for all
     config.batch.negatives = ml_collections.ConfigDict({"retrieval": 7, "clustering": 9, "classification": 1})  # drawn of those stored
     config.batch.negatives_per_sample = "batch"  # one draw of negative columns a "batch" (published) or a "row"
     config.batch.single_negative = "random"  # where one is drawn of several; "first" for always negative_1 (published)
@@ -180,8 +182,9 @@ def _runlocal(config: ml_collections.ConfigDict, stage: int) -> ml_collections.C
     config.data.embedded_stage = stage
     config.dtype = "float32"
     config.epochs = 1
+    config.remat = "dots"
     config.batch.update(
-        {"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96, "chunk_rows": 16, "row_parts": 1}
+        {"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 320, "chunk_rows": 16, "row_parts": 1}
     )
     config.batch.negatives.update({"retrieval": 1, "clustering": 3})  # a small model learns more from more samples
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 20, "warmup_share": 1.0, "min_learning_rate": 1e-5})

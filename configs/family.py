@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "eval.every": 1000,
             "eval.batches": 1,
         }
-        settings |= {"optimizer.warmup_steps": 2, "remat": "none"}
+        settings |= {"optimizer.warmup_steps": 2}
         config.train_flags = tuple(f"--config.{name}={value}" for name, value in settings.items())
     return config
 

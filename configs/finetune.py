@@ -20,11 +20,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.size = ""  # that of init
     config.epochs = 3
     config.dtype = ""  # bfloat16, on a CPU float32
+    config.remat = ""  # by the memory of the devices
     config.batch.size = 0  # at most 512, and so that the run has a hundred updates
     config.batch.max_length = 0  # no text is truncated beyond what preparation did
     config.batch.row_tokens = 0  # as the longest text needs
     config.batch.row_parts = 1
-    config.batch.microbatch_rows = 0  # by the memory of the devices
+    config.batch.microbatch_rows = config.batch.chunk_rows = 0  # by the memory of the devices
     config.objective.mask_false_negatives = True  # own data often has the same passage for several queries
     config.optimizer.learning_rate = 0.0  # published, by the number of parameters
     config.eval.update({"every": 0, "batches": 16})  # a tenth of the run

@@ -18,8 +18,9 @@ import optax
 import pyarrow.parquet as pq
 
 from f2llm_jax.data.packing import RowShape, lay_out
-from f2llm_jax.model.decoder import abstract_decoder, init_decoder
-from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
+from f2llm_jax.model.chunk_encoder import ChunkEncoder
+from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.model.encoder import encode, value_and_grad
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.preparation import demo_corpus
 from f2llm_jax.text import load_tokenizer
@@ -27,8 +28,8 @@ from f2llm_jax.text import load_tokenizer
 PAIRS = 128  # a step: each query is compared with the documents of all
 MAX_LENGTH = 64  # tokens of a text
 TEMPERATURE = 0.05
-SHAPE = RowShape(chunk_rows=16, row_tokens=128, row_texts=32)
 CHUNKS = 8  # that a batch may take at most; only those in use are computed
+SHAPE = RowShape(chunk_rows=16, row_tokens=128, row_texts=32, group_chunks=CHUNKS)
 
 
 def read_corpus(folder: pathlib.Path):
@@ -90,16 +91,16 @@ def main() -> None:
         head_dim=32,
     )
     params = init_decoder(config, seed=0)
-    encode_chunk = chunk_encoder(abstract_decoder(config)[0], jnp.float32, remat="none")
+    encoder = ChunkEncoder(config, jnp.float32, remat="dots")
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 5e-3, flags.steps // 10, flags.steps), b2=0.98, weight_decay=0.01)
 
     @jax.jit
     def step(params, state, texts, same_document):
-        (loss, _), gradients = value_and_grad(contrastive_loss(same_document), encode_chunk, params, texts, 2 * PAIRS)
+        (loss, _), gradients = value_and_grad(contrastive_loss(same_document), encoder, params, texts, 2 * PAIRS)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    embed = jax.jit(lambda params, texts: encode(encode_chunk, params, texts, 2 * PAIRS))
+    embed = jax.jit(lambda params, texts: encode(encoder, params, texts, 2 * PAIRS))
     chosen = np.random.default_rng(0).permutation(len(held_out[0]))[: flags.held_out]
     held_out = [[side[i] for i in chosen] for side in held_out]
     print(f"recall@1 before training {recall_at_1(lambda texts: np.array(embed(params, texts)), *held_out):.4f}", flush=True)

@@ -17,8 +17,8 @@ Leaf = Any  # an array on devices or on the host, or what describes one: its sha
 class PackedTexts:
     """S texts in rows of T tokens. Rows come in chunks of M, of which the first `chunks` are in use.
 
-    The first `groups` times `at_once` chunks are encoded together, each row as `parts` shorter ones, which no text crosses; then the others
-    one at a time. Large groups make good use of a device, small chunks leave few rows empty, and short rows cost less attention.
+    Chunks pass the decoder in groups of up to `group_chunks`. In the first `short_chunks` no text crosses a part of its row, of `parts`
+    equal ones, so that each may be encoded as a row: short rows cost less attention.
     """
 
     token_ids: Int[Leaf, "C M T"]  # 0 in padding
@@ -27,8 +27,8 @@ class PackedTexts:
     last: Int[Leaf, "C M X"]  # position in the row of each text's last token (EOS); 0 where there is no text
     text: Int[Leaf, "C M X"]  # which text that is, 0 <= text < S; S where there is none
     chunks: Int[Leaf, ""]  # in use, at least 1; traced as the next, so one program serves every amount of text
-    groups: Int[Leaf, ""]  # of `at_once` chunks
-    at_once: int = dataclasses.field(default=1, metadata={"static": True})
+    short_chunks: Int[Leaf, ""]
+    group_chunks: int = dataclasses.field(default=1, metadata={"static": True})
     parts: int = dataclasses.field(default=1, metadata={"static": True})
 
 

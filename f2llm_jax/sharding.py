@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
@@ -130,6 +131,30 @@ def unreduced(params: Any) -> Any:
     return _each(params, lambda value: P(*value.partitions, reduced={"data"}))
 
 
+def zero_gradients(params: Any) -> Any:
+    """Zeros in float32 of the type that the gradients of these parameters have, `unreduced` ones or as a layer multiplies with them."""
+
+    def zeros(x: Any) -> jax.Array:
+        place = P(*_spec(x).partitions, unreduced=_spec(x).reduced) if in_mesh() else None
+        return jnp.zeros(x.shape, jnp.float32, out_sharding=place)
+
+    return jax.tree.map(zeros, params)
+
+
+def scatter_gradients(gradients: Any, params: Any, dtype: jnp.dtype) -> Any:
+    """Gradients of gathered parameters as those of `params`, which are `unreduced`; they travel over `fsdp` in `dtype`."""
+    mesh = mesh_in_use()
+    if mesh is None:
+        return gradients
+
+    def scatter(gradient: jax.Array, parameter: Any) -> jax.Array:
+        there = gradient.astype(dtype) if mesh.shape["fsdp"] > 1 else gradient
+        place = P(*_spec(parameter).partitions, unreduced=_spec(parameter).reduced)
+        return gradient if _spec(gradient) == place else jax.sharding.reshard(there, place).astype(gradient.dtype)
+
+    return jax.tree.map(scatter, gradients, params)
+
+
 def reduce_over_data(gradients: Any) -> Any:
     """The gradients that `unreduced` parameters got, summed over `data`. Over `fsdp` each was scattered as it came."""
     return _each(gradients, lambda value: P(*value.partitions))
@@ -138,7 +163,12 @@ def reduce_over_data(gradients: Any) -> Any:
 def _each(tree: Any, change: Callable[[P], P]) -> Any:
     if not in_mesh():
         return tree
-    return jax.tree.map(lambda x: jax.sharding.reshard(x, change(jax.typeof(x).sharding.spec)), tree)
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, change(_spec(x))), tree)
+
+
+def _spec(x: Any) -> P:
+    """Of an array that is traced, or of its shape."""
+    return x.sharding.spec if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding.spec
 
 
 def stacked(value: P) -> P:

@@ -21,8 +21,8 @@ from flax import nnx
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.data.packing import RowShape, lay_out
-from f2llm_jax.model.decoder import abstract_decoder
-from f2llm_jax.model.encoder import chunk_encoder, encode
+from f2llm_jax.model.chunk_encoder import ChunkEncoder
+from f2llm_jax.model.encoder import encode
 from f2llm_jax.objectives import ContrastiveConfig, Objective, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from f2llm_jax.training.step import Teacher, TrainState, by_role, make_train_step
@@ -47,8 +47,7 @@ class Kit:
     def model(self, role: str) -> tuple[Any, nnx.State]:
         """`(encode_chunk, params)` of "student" or "teacher" in float32."""
         config = hf_config.read_settings(self.folder / role).decoder
-        graphdef, _ = abstract_decoder(config)
-        return chunk_encoder(graphdef, jnp.float32, "full"), hf_reader.load_params(self.folder / role, config, self.mesh)
+        return ChunkEncoder(config, jnp.float32, "full"), hf_reader.load_params(self.folder / role, config, self.mesh)
 
     def chunks(self) -> int:
         """The most chunks that a batch takes."""

@@ -8,16 +8,16 @@ import tiny
 from flax import nnx
 
 from f2llm_jax.data.packing import RowShape, lay_out
-from f2llm_jax.model.decoder import abstract_decoder
-from f2llm_jax.model.encoder import chunk_encoder
+from f2llm_jax.model.chunk_encoder import ChunkEncoder
 
 B, N = 6, 2
 TEXTS = B * (2 + N)
 SHAPE = RowShape(chunk_rows=2, row_tokens=16, row_texts=16)
 SHAPES = {
     "one by one": SHAPE,
-    "three at once, then a tail": RowShape(chunk_rows=1, row_tokens=16, row_texts=16, at_once=3),
-    "halves of rows, then a tail": RowShape(chunk_rows=1, row_tokens=16, row_texts=16, at_once=2, parts=2),
+    "groups of three": RowShape(chunk_rows=1, row_tokens=16, row_texts=16, group_chunks=3),
+    "groups of two, rows in halves": RowShape(chunk_rows=1, row_tokens=16, row_texts=16, group_chunks=2, parts=2),
+    "one group, rows in halves": RowShape(chunk_rows=1, row_tokens=16, row_texts=16, group_chunks=10, parts=2),
 }
 CHUNKS = 5
 # Chunks of two rows in use -> (long texts, their length, length of the others).
@@ -37,7 +37,7 @@ def packed(chunks, shape=SHAPE):
 
 
 def encode_chunk(dtype=jnp.float32, remat="full", layers=()):
-    return chunk_encoder(abstract_decoder(tiny.CONFIG)[0], dtype, remat, layers)
+    return ChunkEncoder(tiny.CONFIG, dtype, remat, layers)
 
 
 def shallow(params, depth):

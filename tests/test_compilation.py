@@ -22,6 +22,7 @@ from f2llm_jax import sharding
 from f2llm_jax.compilation import check, topology
 from f2llm_jax.compilation.collectives import collectives
 from f2llm_jax.compilation.cost import trace
+from f2llm_jax.compilation.lengths import StepRows, loop_trips
 from f2llm_jax.configs import stage2
 from f2llm_jax.model.attention import attention
 from f2llm_jax.model.flops import Work, training_flops
@@ -29,12 +30,14 @@ from f2llm_jax.training import program
 
 GOLDEN = pathlib.Path(__file__).with_name("fixtures") / "step_collectives.txt"
 TEACHER = dataclasses.replace(tiny.CONFIG, hidden_size=128)
-CHUNKS = 3
+# Two whole groups of two chunks.
+STEP = StepRows(chunks=4, short=4, rows=64, computed=2048, work=Work(2048, 65536))
+GROUP = 2
 
 
 def small_config():
     config = stage2.get_config("size=0.6b,runlocal")
-    config.batch.update({"size": 16, "max_length": 32, "row_tokens": 32, "row_texts": 4, "microbatch_rows": 16, "chunk_rows": 0})
+    config.batch.update({"size": 16, "max_length": 32, "row_tokens": 32, "row_texts": 4, "microbatch_rows": 32, "chunk_rows": 16})
     return config
 
 
@@ -49,16 +52,16 @@ def compiled_step(mesh):
 REASONS = """\
 # The collectives of a training step on a (data, fsdp, tensor) = (2, 2, 2) mesh of CPU devices, and why they are there:
 # teacher, encode, last_group, gradients
-#   all-gather of weights, times = layers x chunks: over fsdp, before each layer
+#   all-gather of weights, times = layers x groups: over fsdp, before the chunks of a group enter a layer; TPUs take it with each chunk
 #   all-gather s32[positions] and all-to-all: token ids go to the columns of the table, rows of the table come back
 #   all-gather f32[positions, D/fsdp]: those rows, over tensor
 #   all-reduce f32[positions, D], one or more at a time: partial sums of attention's output and of the MLP, over tensor
 # gradients, last_group
-#   all-reduce of weights over fsdp, times = layers x chunks: a reduce-scatter on TPUs; of a query and key norm over tensor too
+#   all-reduce of weights over fsdp, times = layers x groups: a reduce-scatter on TPUs; of a query and key norm over tensor too
 #   all-reduce of everything, times = 1: the one sum over data
 # objective
 #   all-reduce [S, D] of student and teacher: all embeddings go to every device, once; all-reduce f32[]: sums of losses
-#   all-gather [B, D], [B, N, D] and of their facts: the candidates of all samples
+#   all-gather [B, D], [B, N, D] and of their ids and masks: the candidates of all samples
 # update
 #   all-reduce f32[]: the norm of the gradient
 """
@@ -67,9 +70,9 @@ REASONS = """\
 def step_collectives():
     """Phase, kind, shapes on a device, devices together, times a step; one a line."""
     mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices()[:8])
-    for one in collectives(compiled_step(mesh).as_text(), lambda scope: CHUNKS - ("teacher" not in scope)):
+    for one in collectives(compiled_step(mesh).as_text(), functools.partial(loop_trips, [STEP], GROUP)):
         shapes = " ".join(sorted(one.shapes)).replace("f32[] ", "f32[]")
-        yield f"{one.phase.split('/')[0].strip('('):<12}{one.kind:<20}devices={one.devices} times={one.times:<3}{shapes}"
+        yield f"{one.phase.split('/')[0].strip('('):<12}{one.kind:<20}devices={one.devices} times={one.times:<3g}{shapes}"
 
 
 def test_a_step_has_the_collectives_that_the_design_names_and_no_others():
@@ -144,11 +147,11 @@ def test_what_goes_between_slices_is_counted(kind, received):
         collectives(text.replace(kind, "SOMETHING_NEW"), lambda scope: 1)
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
-def test_operations_are_those_of_the_model_and_of_what_is_encoded_twice(chunks):
-    """Without rematerialisation: all chunks but the last are encoded once more than the model needs; attention is a whole square."""
+@pytest.mark.parametrize(("chunks", "group"), [(1, 1), (4, 1), (4, 2), (4, 8)])
+def test_operations_are_those_of_the_model_and_of_what_is_encoded_twice(chunks, group):
+    """Without rematerialisation: all groups but the last are encoded once more than the model needs; attention is a whole square."""
     config, mesh = small_config(), sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    config.remat = "none"
+    config.remat, config.batch.microbatch_rows = "none", 16 * group
     request = check.Request(config, "none")
     with jax.set_mesh(mesh):
         steps = program.build(config, tiny.CONFIG, 100, "cpu")
@@ -159,7 +162,7 @@ def test_operations_are_those_of_the_model_and_of_what_is_encoded_twice(chunks):
     needed = training_flops(tiny.CONFIG, Work(tokens, tokens * 32)) + 3 * half
     heads = tiny.CONFIG.num_attention_heads + tiny.CONFIG.num_key_value_heads
     rotations = 2 * tiny.CONFIG.num_hidden_layers * heads * tiny.CONFIG.head_dim**2 * tokens  # of one pass, as products (see `rotate`)
-    again = (chunks - 1) / chunks
+    again = 1 - min(group, chunks) / chunks
     expected = needed * (1 + again / 3) + rotations * (2 + again)
     assert teacher.flops == 0
     assert expected <= cost.flops < 1.02 * expected  # the objective, and sums that are written as products

@@ -13,8 +13,8 @@ from flax import nnx
 
 from f2llm_jax import sharding
 from f2llm_jax.data.packing import RowShape, lay_out
-from f2llm_jax.model.decoder import REMAT_POLICIES, abstract_decoder, count_parameters, init_decoder
-from f2llm_jax.model.encoder import chunk_encoder, last_token
+from f2llm_jax.model.chunk_encoder import ChunkEncoder, last_token
+from f2llm_jax.model.decoder import abstract_decoder, count_parameters, init_decoder
 from f2llm_jax.model.sizes import SIZES, DecoderConfig
 from f2llm_jax.weights import hf_config, hf_reader
 
@@ -81,10 +81,10 @@ def peer_states(model, token_ids):
 
 
 @functools.cache
-def forward(decoder_config, dtype="float32", remat="none", tapped=False):
+def forward(decoder_config, dtype="float32", tapped=False):
     graphdef, _ = abstract_decoder(decoder_config)
     tap = (lambda x: x) if tapped else None
-    return jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows, dtype=jnp.dtype(dtype), remat=remat, tap=tap))
+    return jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows, dtype=jnp.dtype(dtype), tap=tap))
 
 
 @functools.cache
@@ -203,29 +203,12 @@ def rows_of_two():
     return jax.random.randint(jax.random.key(3), (ROWS, TOKENS), 0, tiny.CONFIG.vocab_size), positions, segments
 
 
-def test_remat_changes_memory_and_not_gradients():
-    graphdef, _ = abstract_decoder(tiny.CONFIG)
-    probe = jax.random.normal(jax.random.key(2), (ROWS, TOKENS, tiny.CONFIG.hidden_size))
-    gradients, memory = {}, {}
-
-    def loss(params, remat):
-        return jnp.vdot(nnx.merge(graphdef, params)(*rows_of_two(), remat=remat), probe)
-
-    for remat in REMAT_POLICIES:
-        compiled = jax.jit(jax.grad(loss), static_argnums=1).lower(tiny_params(), remat).compile()
-        memory[remat], gradients[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(tiny_params())
-    assert memory["full"] < memory["dots"] < memory["none"]
-    for remat in ("dots", "full"):
-        for got, want in zip(jax.tree.leaves(gradients[remat]), jax.tree.leaves(gradients["none"]), strict=True):
-            np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=0)
-
-
 def test_bfloat16_stays_near_float32():
     rows = rows_of_two()
     wide, narrow = (forward(tiny.CONFIG, dtype)(tiny_params(), *rows) for dtype in ("float32", "bfloat16"))
     assert (wide.dtype, narrow.dtype) == (jnp.float32, jnp.bfloat16)
     assert 1e-4 < worst_relative(narrow, np.asarray(wide)) < 0.03
-    encode_chunk = chunk_encoder(abstract_decoder(tiny.CONFIG)[0], jnp.bfloat16, "full")
+    encode_chunk = ChunkEncoder(tiny.CONFIG, jnp.bfloat16, "full")
     last = jnp.array([[9, 18]] * ROWS)
     embeddings = jax.eval_shape(encode_chunk, tiny_params(), *rows, last)
     assert (embeddings.shape, embeddings.dtype) == ((ROWS, 2, 64), jnp.float32)  # whoever compares them wants fp32

@@ -12,7 +12,7 @@ from small_batches import CHUNKS, LENGTHS, SHAPES, TEXTS, B, N, encode_chunk, pa
 
 from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import PackedTexts
-from f2llm_jax.model.decoder import abstract_decoder, init_decoder
+from f2llm_jax.model.decoder import REMAT_POLICIES, abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import encode, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective, Samples
 from f2llm_jax.training.step import by_role
@@ -77,6 +77,19 @@ def test_gradients_are_those_of_one_chunk(params, in_chunks, at_once, shape, ter
         np.testing.assert_allclose(ours, leaf, atol=5e-6 * largest, rtol=0, err_msg=str(path))
 
 
+def test_remat_changes_memory_and_not_gradients(params):
+    """Where all chunks are one group, so that what each keeps is kept of all."""
+    texts, gradients, memory = packed(5, SHAPES["one group, rows in halves"]), {}, {}
+    for remat in REMAT_POLICIES:
+        step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e**3), None), encode_chunk(remat=remat), p, t, TEXTS)[1]  # noqa: B023, E731
+        compiled = jax.jit(step).lower(params, texts).compile()
+        memory[remat], gradients[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(params, texts)
+    assert memory["full"] < memory["attention"] < memory["dots"] < memory["none"]
+    for remat in REMAT_POLICIES:
+        for got, want in zip(jax.tree.leaves(gradients[remat]), jax.tree.leaves(gradients["none"]), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=0)
+
+
 def test_one_program_serves_any_number_of_chunks(params, in_chunks):
     for chunks in LENGTHS:
         in_chunks(params, packed(chunks), jnp.ones(len(OBJECTIVES)))
@@ -90,7 +103,7 @@ def test_chunks_that_are_not_in_use_are_not_read(params, in_chunks):
     for array in parts.values():
         array[2:] = array[0]
     parts["token_ids"][2:] += 1
-    dirty = PackedTexts(**parts, chunks=clean.chunks, groups=clean.groups)
+    dirty = PackedTexts(**parts, chunks=clean.chunks, short_chunks=clean.short_chunks)
     for got, want in zip(*(jax.tree.leaves(in_chunks(params, texts, weights)) for texts in (dirty, clean)), strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -104,13 +117,13 @@ def test_encoding_alone_gives_the_same_embeddings(params, in_chunks, shape):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("grouped", [1, 3])
+@pytest.mark.parametrize("grouped", [1, 3, CHUNKS])
 @pytest.mark.parametrize("depths", [(), (1, 2, 3)])
 def test_gradients_come_back_where_the_parameters_are(depths, grouped):
     """On types alone: under a mesh every gradient has its parameter's sharding, so nothing is gathered to be kept."""
     mesh = sharding.make_mesh(2, 2, 2)
     _, abstract = abstract_decoder(tiny.CONFIG, mesh)
-    texts = abstract_texts(mesh, rows=4, row_texts=16, at_once=grouped)
+    texts = abstract_texts(mesh, rows=4, row_texts=16, group_chunks=grouped)
     with jax.set_mesh(mesh):
         step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(layers=depths), p, t, TEXTS)  # noqa: E731
         _, gradients = jax.eval_shape(step, abstract, texts)
@@ -118,14 +131,16 @@ def test_gradients_come_back_where_the_parameters_are(depths, grouped):
         assert gradient.sharding.spec == parameter.sharding.spec
 
 
-@pytest.mark.parametrize("grouped", [1, 3])
+@pytest.mark.parametrize("grouped", [1, 3, CHUNKS])
 def test_gradients_are_summed_over_data_once(grouped):
     """The compiled program: in its loops no sum crosses the `data` axis, after them one does; hidden states stay where they are."""
     mesh = sharding.make_mesh(2, 2, 2)
     hidden_states = 12 * 16 * tiny.CONFIG.hidden_size  # of the rows of a chunk
     with jax.set_mesh(mesh):
         step = lambda p, t: value_and_grad(lambda e: (jnp.sum(e), None), encode_chunk(), p, t, TEXTS)  # noqa: E731
-        lowered = jax.jit(step).lower(abstract_decoder(tiny.CONFIG, mesh)[1], abstract_texts(mesh, rows=12, row_texts=3, at_once=grouped))
+        lowered = jax.jit(step).lower(
+            abstract_decoder(tiny.CONFIG, mesh)[1], abstract_texts(mesh, rows=12, row_texts=3, group_chunks=grouped)
+        )
     crossing, computation = [], ""
     for line in lowered.compile().as_text().splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -142,11 +157,11 @@ def spans_data(group):
     return len({int(device) // 4 for device in group.split(",")}) == 2
 
 
-def abstract_texts(mesh, rows, row_texts, at_once):
+def abstract_texts(mesh, rows, row_texts, group_chunks):
     """Types of the texts of a step, 16 tokens a row."""
 
     def row(length):
         return jax.ShapeDtypeStruct((CHUNKS, rows, length), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.CHUNKS_RT))
 
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.P()))
-    return PackedTexts(row(16), row(16), row(16), row(row_texts), row(row_texts), count, count, at_once)
+    return PackedTexts(row(16), row(16), row(16), row(row_texts), row(row_texts), count, count, group_chunks)

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from jax.extend import core
 
-from f2llm_jax.model.decoder import abstract_decoder, count_parameters, init_decoder
-from f2llm_jax.model.encoder import chunk_encoder
+from f2llm_jax.model.chunk_encoder import ChunkEncoder
+from f2llm_jax.model.decoder import count_parameters, init_decoder
 from f2llm_jax.model.flops import PEAK_FLOPS, Work, forward_flops, layer_parameters, training_flops
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.training import metrics
@@ -39,7 +39,7 @@ def test_forward_and_training_are_what_is_traced(config):
     """Full rows, one text each: the program computes the whole square of attention, of which the model needs half."""
     rows = [jnp.zeros((R, T), jnp.int32)] * 2 + [jnp.ones((R, T), jnp.int32), jnp.full((R, 1), T - 1)]
     params = init_decoder(config, 0)
-    encode = chunk_encoder(abstract_decoder(config)[0], jnp.float32, "none")
+    encode = ChunkEncoder(config, jnp.float32, "none")
     work = Work(R * T, R * T * T)
     half = config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * work.squares
     heads = config.num_attention_heads + config.num_key_value_heads

@@ -17,7 +17,7 @@ SMALL = ("--hidden", "32", "--layers", "1", "--head-dim", "16", "--ffn", "32", "
 PARTS = {
     "its flags": (["tests/benchmarks/gpu.py", "--help"], "parity kit"),
     "the parity kit": (["tests/parity.py", "tests/fixtures/parity"], "max_rel_loss"),
-    "the step": (["tests/benchmarks/step.py", *SMALL, "--microbatch-rows", "8"], "useful_tokens_per_s"),
+    "the step": (["tests/benchmarks/step.py", *SMALL, "--chunk-rows", "8"], "useful_tokens_per_s"),
     "the kernels": (["-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests/test_attention.py"], "test_attention.py"),
 }
 SLOW = ("the parity kit", "the step")

@@ -13,8 +13,9 @@ from small_batches import TEXTS, B, N, packed, shallow
 from f2llm_jax import sharding
 from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.errors import UserError
-from f2llm_jax.model.decoder import abstract_decoder, init_decoder
-from f2llm_jax.model.encoder import chunk_encoder, encode, layer_matryoshka
+from f2llm_jax.model.chunk_encoder import ChunkEncoder, layer_matryoshka
+from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.model.encoder import encode
 from f2llm_jax.objectives import ContrastiveConfig, Objective
 from f2llm_jax.training import program
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -25,7 +26,7 @@ DEPTHS = (1, 2, 3)
 
 
 def encoder(config, layers=()):
-    return chunk_encoder(abstract_decoder(config)[0], jnp.float32, "full", layers)
+    return ChunkEncoder(config, jnp.float32, "full", layers)
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from f2llm_jax.batch import Batch, Samples
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.encode import load_encoder, truncate_and_normalize
 from f2llm_jax.model import low_rank
+from f2llm_jax.model.chunk_encoder import ChunkEncoder
 from f2llm_jax.model.decoder import abstract_decoder, init_decoder
-from f2llm_jax.model.encoder import chunk_encoder, encode, value_and_grad
+from f2llm_jax.model.encoder import encode, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective
 from f2llm_jax.text import load_tokenizer
 from f2llm_jax.training import checkpoint, start
@@ -83,7 +84,7 @@ def test_factors_are_the_singular_value_decomposition(axes):
 def test_the_decoder_computes_with_the_product(params):
     factors, texts = low_rank.factorised(params, RANK), jax.device_put(packed(2))
     plain = jax.jit(lambda p: encode(encode_chunk(), p, texts, TEXTS))(low_rank.multiplied(factors))
-    factored = chunk_encoder(abstract_decoder(CONFIG)[0], jnp.float32, "full")
+    factored = ChunkEncoder(CONFIG, jnp.float32, "full")
     np.testing.assert_allclose(jax.jit(lambda p: encode(factored, p, texts, TEXTS))(factors), plain, atol=2e-6)
 
 
@@ -93,7 +94,7 @@ def test_a_step_trains_the_columns_of_its_rank_alone(params):
     config = dataclasses.replace(tiny.CONFIG, table_rank=64)
     narrowed = low_rank.narrowed(factors, jnp.int32(rank))
     loss = lambda e: (jnp.sum(jnp.sin(e)), None)  # noqa: E731
-    factored = chunk_encoder(abstract_decoder(config)[0], jnp.float32, "full")
+    factored = ChunkEncoder(config, jnp.float32, "full")
     _, got = jax.jit(lambda p: value_and_grad(loss, factored, p, texts, TEXTS))(narrowed)
     got = low_rank.narrowed(got, jnp.int32(rank))
     _, want = jax.jit(lambda p: value_and_grad(loss, encode_chunk(), p, texts, TEXTS))(low_rank.multiplied(narrowed))
@@ -118,7 +119,7 @@ def test_a_step_draws_its_rank_and_trains_all_depths_together(params):
 
     def step(config, weights, number, ranks=None):
         state = TrainState(jnp.int32(number), weights, make_optimizer(optimizer).init(weights))
-        encoder = chunk_encoder(abstract_decoder(config)[0], jnp.float32, "full", (1, 3))
+        encoder = ChunkEncoder(config, jnp.float32, "full", (1, 3))
         return jax.jit(make_train_step(encoder, objective, optimizer, None, ranks))(state, None, batch)
 
     number = next(number for number in range(99) if int(ranks.draw(number)) == 64)

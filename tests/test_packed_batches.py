@@ -19,8 +19,9 @@ from f2llm_jax import objectives, prepare
 from f2llm_jax.batch import PackedTexts
 from f2llm_jax.data import records
 from f2llm_jax.data.pipeline import BatchConfig, Pipeline, used_columns
-from f2llm_jax.model.decoder import abstract_decoder, init_decoder
-from f2llm_jax.model.encoder import chunk_encoder, value_and_grad
+from f2llm_jax.model.chunk_encoder import ChunkEncoder
+from f2llm_jax.model.decoder import init_decoder
+from f2llm_jax.model.encoder import value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective
 from f2llm_jax.training.step import by_role
 
@@ -54,7 +55,7 @@ def padded(texts, count):
         last=(lengths - 1)[None, :, None],
         text=np.arange(count)[None, :, None],
         chunks=np.int32(1),
-        groups=np.int32(1),
+        short_chunks=np.int32(1),
     )
 
 
@@ -62,7 +63,7 @@ def padded(texts, count):
 def gradients_of(vocab_size):
     """Loss and gradients of a batch whose texts are laid out in some way."""
     config = tiny.CONFIG if vocab_size <= tiny.CONFIG.vocab_size else dataclasses.replace(tiny.CONFIG, vocab_size=vocab_size)
-    encode_chunk = chunk_encoder(abstract_decoder(config)[0], jnp.float32, "full")
+    encode_chunk = ChunkEncoder(config, jnp.float32, "full")
 
     @jax.jit
     def gradients(params, batch, texts):

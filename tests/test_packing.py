@@ -67,7 +67,7 @@ def test_every_text_is_read_back_from_its_slot(case):
     unused = rows["text"] == len(lengths)
     assert (rows["last"][unused] == 0).all()
     assert packed.chunks == max(1, -(-packing.rows // shape.chunk_rows))
-    assert len(packed.token_ids) == max(packed.chunks, shape.at_once)
+    assert len(packed.token_ids) == packed.chunks
 
 
 @given(cases())
@@ -148,14 +148,14 @@ def test_no_texts_at_all_are_one_chunk_of_padding():
 
 @given(cases(shapes_with_parts()))
 @settings(max_examples=150, deadline=None)
-def test_no_text_of_a_group_crosses_a_part_and_none_is_lost_to_it(case):
-    """Rows of groups hold texts within parts, in the slots of their part; a text that fits no part is in no group."""
+def test_no_text_of_a_short_chunk_crosses_a_part_and_none_is_lost_to_it(case):
+    """Rows of short chunks hold texts within parts, in the slots of their part; a text that fits no part is in none of them."""
     shape, lengths = case
     _, packing, packed = lay(shape, lengths)
     part_tokens, part_texts = shape.row_tokens // shape.parts, shape.row_texts // shape.parts
-    first = int(packed.groups) * shape.at_once
-    assert first <= packed.chunks and first * shape.chunk_rows <= packing.short_rows
-    assert packing.short_rows - first * shape.chunk_rows < shape.at_once * shape.chunk_rows
+    first = int(packed.short_chunks)
+    assert first <= packed.chunks and min(first * shape.chunk_rows, packing.rows) <= packing.short_rows
+    assert packing.short_rows - first * shape.chunk_rows < shape.chunk_rows
     texts, last = packed.text[:first].reshape(-1, shape.row_texts), packed.last[:first].reshape(-1, shape.row_texts)
     for row, slot in np.argwhere(texts < len(lengths)):
         length = lengths[texts[row, slot]]

@@ -185,7 +185,7 @@ def test_chunks_change_nothing():
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, total_steps=9, clip_norm=1e9, epsilon=1e-3)
     step = jax.jit(make_train_step(small_batches.encode_chunk(), objective, optimizer))
     found = []
-    for shape in ("one by one", "halves of rows, then a tail"):
+    for shape in ("one by one", "groups of two, rows in halves"):
         projection = jnp.linspace(-1, 1, 64 * width, dtype=jnp.float32).reshape(64, width)
         state = fresh_state(init_decoder(tiny.CONFIG, 0, None), optimizer, (projection,))
         after, metrics = step(state, None, Batch(small_batches.packed(2, small_batches.SHAPES[shape]), present, teacher))

@@ -59,7 +59,7 @@ def test_every_field_at_its_default_may_be_unrecorded(argument):
         ("objective.matryoshka_dims", (64, 128), [], [64, 128]),
         ("objective.false_negative_margin", 0.2, "inf", 0.2),
         ("batch.negatives.retrieval", 3, 7, 3),
-        ("batch.microbatch_rows", 64, 256, 64),
+        ("batch.microbatch_rows", 64, 1280, 64),
         ("batch.chunk_rows", 8, 64, 8),
         ("table_rank_sampled", False, True, False),
     ],
@@ -94,7 +94,7 @@ def test_the_default_is_that_of_common_and_not_of_the_configuration_file():
 def test_a_size_without_a_row_has_the_defaults_of_0_6b(size):
     config = stage2.get_config("size=8b")
     config.size = size
-    assert changes(config, recorded(config, "batch.chunk_rows")) == {"batch.chunk_rows": (8, 64)}
+    assert changes(config, recorded(config, "batch.chunk_rows")) == {"batch.chunk_rows": (32, 64)}
 
 
 def test_a_field_of_the_users_own_was_none():

@@ -27,17 +27,17 @@ def test_nine_of_ten_computed_tokens_are_real_on_the_recommended_slice(size):
 
 def test_a_step_of_equal_texts_fills_its_rows():
     (step,) = steps_of(batch_of("0.6b").rows(8), texts=4608, max_length=1024, tokens_per_text=128)
-    assert (step.rows, step.chunks, step.computed) == (576, 72, 576 * 1024)
+    assert (step.rows, step.chunks, step.computed) == (576, 18, 576 * 1024)
     assert (step.work.tokens, step.work.squares) == (4608 * 128, 4608 * 128**2)
 
 
 @pytest.mark.parametrize(
-    ("microbatch", "chunk", "shards", "rows", "at_once"),
+    ("microbatch", "chunk", "shards", "rows", "group"),
     [(64, 8, 8, 8, 8), (64, 8, 16, 16, 4), (288, 32, 8, 32, 9), (96, 0, 1, 96, 1), (16, 64, 8, 16, 1), (6, 4, 1, 3, 2), (7, 4, 1, 1, 7)],
 )
-def test_a_chunk_is_the_largest_that_divides_what_is_at_once_on_this_mesh(microbatch, chunk, shards, rows, at_once):
+def test_a_chunk_is_the_largest_that_divides_a_group_on_this_mesh(microbatch, chunk, shards, rows, group):
     shape = batch_of("0.6b", microbatch_rows=microbatch, chunk_rows=chunk).rows(shards)
-    assert (shape.chunk_rows, shape.at_once) == (rows, at_once)
+    assert (shape.chunk_rows, shape.group_chunks) == (rows, group)
 
 
 def test_rows_that_cannot_be_split_are_refused():
@@ -45,17 +45,25 @@ def test_rows_that_cannot_be_split_are_refused():
         batch_of("0.6b", microbatch_rows=12).rows(8)
 
 
+@pytest.mark.parametrize("group_chunks", [1, 3, 7, 1000])
 @pytest.mark.parametrize("size", ["0.6b", "14b"])
-def test_loops_over_groups_and_tail_visit_every_chunk_once(size):
-    """With the last group, which is not in a loop of the student's."""
+def test_loops_over_groups_visit_every_chunk_as_often_as_the_step_encodes_it(size, group_chunks):
     batch = batch_of(size)
-    shape = batch.rows(DEVICES[common.SLICE[size]])
-    for step in steps_of(shape, 512 * 9, batch.max_length):
-        teacher, student = (
-            shape.at_once * loop_trips(step, shape.at_once, f"{phase}/while") + loop_trips(step, shape.at_once, f"{phase}/tail/while")
-            for phase in ("teacher", "gradients")
+    steps = steps_of(batch.rows(DEVICES[common.SLICE[size]]), 512 * 9, batch.max_length)
+    chunks = np.mean([step.chunks for step in steps])
+
+    def visits(phase):
+        """Chunks that a step's loops visit; only the last group is in no loop over groups."""
+        groups = 1 if phase == "last_group" else loop_trips(steps, group_chunks, f"{phase}/while")
+        every, short, long = (
+            groups * loop_trips(steps, group_chunks, f"{phase}/while/body/x/{kind}/while") for kind in ("chunks", "short", "long")
         )
-        assert teacher == step.chunks == student + (shape.at_once if step.groups else 0)
+        assert every == pytest.approx(short + long)
+        return every
+
+    assert visits("teacher") == pytest.approx(chunks)
+    assert visits("encode") == visits("gradients") == pytest.approx(chunks - visits("last_group"))
+    assert 0 < visits("last_group") <= group_chunks
 
 
 PROGRAM = """HloModule jit_step
@@ -86,7 +94,7 @@ PROGRAM = """HloModule jit_step
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
-  %while.2 = (s32[]) while(%t), condition=%traced, body=%chunks, metadata={op_name="jit(step)/encode/tail/while"}
+  %while.2 = (s32[]) while(%t), condition=%traced, body=%chunks, metadata={op_name="jit(step)/encode/long/while"}
   %conditional.1 = f32[8]{0} conditional(%p, %x, %x), branch_computations={%no, %yes}, metadata={op_name="jit(step)/last_group/cond"}
   %fusion.2 = f32[8]{0} fusion(%z), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100000"}
 }
@@ -94,9 +102,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_estimated_cycles_are_counted_as_often_as_loops_run():
-    trips = {"encode/tail/while": 2.5}
-    taken = {"last_group/cond": 0.5}
-    assert estimated_cycles(PROGRAM, trips.__getitem__, taken.__getitem__) == 2.5 * (5 * 10 + 1) + 0.5 * 3_000 + 100_000
+    trips = {"encode/long/while": 2.5}
+    assert estimated_cycles(PROGRAM, trips.__getitem__) == 2.5 * (5 * 10 + 1) + 3_000 + 100_000
 
 
 def test_the_chips_whose_collectives_would_block_get_compiler_options():

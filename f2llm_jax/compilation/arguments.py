@@ -45,7 +45,7 @@ def abstract_batch(config: BatchConfig, mesh: jax.sharding.Mesh) -> Batch:
     shards = sharding.batch_shards(mesh)
     shape = config.rows(shards)
     B, N = -(-config.size // shards) * shards, max({**NEGATIVES, **(config.negatives or {})}.values())
-    C = max(-(-B * (2 + N) // shape.chunk_rows), shape.at_once)
+    C = -(-B * (2 + N) // shape.chunk_rows)
 
     def array(dtype: DTypeLike, *dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype)
@@ -53,7 +53,7 @@ def abstract_batch(config: BatchConfig, mesh: jax.sharding.Mesh) -> Batch:
     tokens, texts = (array(jnp.int32, C, shape.chunk_rows, width) for width in (shape.row_tokens, shape.row_texts))
     masks = array(jnp.float32, B), array(jnp.float32, B, N), array(jnp.float32)
     ids = array(jnp.int32, B), array(jnp.int32, B, N)
-    packed = PackedTexts(tokens, tokens, tokens, texts, texts, array(jnp.int32), array(jnp.int32), shape.at_once, shape.parts)
+    packed = PackedTexts(tokens, tokens, tokens, texts, texts, array(jnp.int32), array(jnp.int32), shape.group_chunks, shape.parts)
     batch = Batch(packed, Samples(*masks, *ids))
     place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
     return jax.tree.map(place, batch, sharding.batch_specs(batch))

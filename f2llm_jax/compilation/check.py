@@ -19,7 +19,7 @@ from f2llm_jax.compilation.arguments import StepArguments, abstract_arguments
 from f2llm_jax.compilation.collectives import Collective, collectives
 from f2llm_jax.compilation.cost import Cost, trace
 from f2llm_jax.compilation.estimate import estimated_cycles
-from f2llm_jax.compilation.lengths import loop_trips, steps_of, takes_branch
+from f2llm_jax.compilation.lengths import loop_trips, steps_of
 from f2llm_jax.compilation.report import CompiledStepReport, Moved
 from f2llm_jax.compilation.topology import CHIPS, GIB, Chip, slice_devices
 from f2llm_jax.data.pipeline import BatchConfig
@@ -66,25 +66,22 @@ def check(request: Request) -> CompiledStepReport:
     shape, negatives = batch.rows(sharding.batch_shards(mesh)), {**NEGATIVES, **(batch.negatives or {})}
     drawn = steps_of(shape, batch.size * (2 + negatives["retrieval"]), batch.max_length, request.tokens_per_text)
     with jax.set_mesh(mesh):
-        steps = program.build(config, model, TOTAL_STEPS, devices[0].platform, teacher, device_kind=chip.kind)
+        steps = program.build(config, model, TOTAL_STEPS, devices[0].platform, teacher)
         arguments = abstract_arguments(config, model, steps, teacher, mesh)
-        counted = {(n, g): costs(config, model, steps, arguments, n, g, teacher) for n, g in {(step.chunks, step.groups) for step in drawn}}
+        counted = {(n, s): costs(config, model, steps, arguments, n, s, teacher) for n, s in {(step.chunks, step.short) for step in drawn}}
         begun = time.perf_counter()
         compiled = _compile(steps, arguments)
         compile_seconds = time.perf_counter() - begun
-    cost, teacher_cost = (sum((counted[step.chunks, step.groups][i] for step in drawn), Cost()) * (1 / len(drawn)) for i in (0, 1))
+    cost, teacher_cost = (sum((counted[step.chunks, step.short][i] for step in drawn), Cost()) * (1 / len(drawn)) for i in (0, 1))
     text = compiled.as_text() or ""
 
     def trips(scope: str) -> float:
-        return float(np.mean([loop_trips(step, shape.at_once, scope) for step in drawn]))
+        return loop_trips(drawn, shape.group_chunks, scope)
 
-    def taken(scope: str) -> float:
-        return float(np.mean([takes_branch(step, scope) for step in drawn]))
-
-    moved = _summary(collectives(text, trips, taken), len(devices) // request.slices)
+    moved = _summary(collectives(text, trips), len(devices) // request.slices)
     needed = float(np.mean([training_flops(model, step.work) for step in drawn]))
     seconds = _bounds(cost + teacher_cost, moved, chip, len(devices))
-    estimated = estimated_cycles(text, trips, taken) / chip.clock
+    estimated = estimated_cycles(text, trips) / chip.clock
     return CompiledStepReport(
         size=config.size,
         teacher=request.teacher,
@@ -131,10 +128,10 @@ def costs(
     steps: program.Program,
     arguments: StepArguments,
     chunks: int,
-    groups: int,
+    short: int,
     teacher: DecoderConfig | None,
 ) -> tuple[Cost, Cost]:
-    """Of a step of `chunks` chunks, among them `groups` groups, without its teacher, and what the teacher adds.
+    """Of a step of `chunks` chunks, of which `short` hold short rows, without its teacher, and what the teacher adds.
 
     Under the mesh of the arguments.
     """
@@ -144,7 +141,7 @@ def costs(
         step = inspect.unwrap(steps.train_step)  # not jitted: numbers that are Python ints stay such
 
         def static(state: TrainState, frozen: Any, batch: Batch) -> Any:
-            texts = dataclasses.replace(batch.texts, chunks=chunks, groups=groups)
+            texts = dataclasses.replace(batch.texts, chunks=chunks, short_chunks=short)
             return step(state, frozen, dataclasses.replace(batch, texts=texts))
 
         return trace(static, state, frozen, batch)

@@ -60,9 +60,8 @@ class Collective:
         return len(self.group)
 
 
-def collectives(text: str, trips: Callable[[str], float], taken: Callable[[str], float] = lambda scope: 1.0) -> list[Collective]:
-    """Of the program `text`; `trips` says how often a loop without a static length runs, from the scope that it is in, and `taken` how
-    often a step does what is conditional there."""
+def collectives(text: str, trips: Callable[[str], float]) -> list[Collective]:
+    """Of the program `text`; `trips` says how often a loop without a static length runs, from the scope that it is in."""
     warn_if_newer(__name__, "collectives may be missed or miscounted")
     lines_of, entry = computations(text)
     found: list[Collective] = []
@@ -80,9 +79,8 @@ def collectives(text: str, trips: Callable[[str], float], taken: Callable[[str],
                 body, length = loop
                 visit(body, times * (trips(here) if length is None else length), here)
             elif calls := _CALLS.search(line):
-                often = taken(here) if " conditional(" in line else 1.0
                 for called in re.findall(r"[\w.\-]+", calls[1]):
-                    visit(called, times * often, here)
+                    visit(called, times, here)
 
     visit(entry, 1, "")
     return found

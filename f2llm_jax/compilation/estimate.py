@@ -13,13 +13,12 @@ _BRANCHES = re.compile(r" (?:call|conditional)\(.*?(?:to_apply|branch_computatio
 _NAMES = re.compile(r"(?:to_apply|branch_computations|(?:true|false)_computation)=\{?%?([\w.\-]+(?:, ?%?[\w.\-]+)*)")
 
 
-def estimated_cycles(text: str, trips: Callable[[str], float], taken: Callable[[str], float]) -> float:
+def estimated_cycles(text: str, trips: Callable[[str], float]) -> float:
     """Of the program `text` on one device.
 
     Args:
       text: of the optimised program.
       trips: how often a loop of traced length runs, from the scope that it is in.
-      taken: how often a step does what is conditional, from the same. Each branch is counted so often.
     """
     lines, entry = computations(text)
 
@@ -32,7 +31,7 @@ def estimated_cycles(text: str, trips: Callable[[str], float], taken: Callable[[
                 total += of(body, here) * (trips(here) if length is None else length)
             elif _BRANCHES.search(line):
                 called = sum(of(name, here) for names in _NAMES.findall(line) for name in re.findall(r"[\w.\-]+", names))
-                total += called * (taken(here) if " conditional(" in line else 1.0)
+                total += called
             elif found := _CYCLES.search(line):
                 total += int(found[1])
         return total

@@ -7,6 +7,8 @@ none above 512). A step draws all its texts from one source, so steps differ by 
 import dataclasses
 import importlib.resources
 import json
+import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +21,7 @@ class StepRows:
     """One step, packed."""
 
     chunks: int  # in use
-    groups: int  # of chunks that are encoded at once
+    short: int  # of these, as many as hold rows of short texts
     rows: int  # in use
     computed: int  # tokens that are computed on, padding included
     work: Work
@@ -40,19 +42,27 @@ def steps_of(shape: RowShape, texts: int, max_length: int, tokens_per_text: int 
 def _packed(shape: RowShape, lengths: np.ndarray) -> StepRows:
     lengths = lengths.astype(np.int64)
     packing = shape.pack(lengths)
-    rows, groups = packing.rows, shape.groups(packing)
+    rows, short = packing.rows, shape.short_chunks(packing)
     chunks = max(1, -(-rows // shape.chunk_rows))
     computed = chunks * shape.chunk_rows * shape.row_tokens
-    return StepRows(chunks, groups, rows, computed, Work(int(lengths.sum()), int(lengths @ lengths)))
+    return StepRows(chunks, short, rows, computed, Work(int(lengths.sum()), int(lengths @ lengths)))
 
 
-def loop_trips(step: StepRows, at_once: int, scope: str) -> int:
-    """How often a loop over chunks runs in a step, from the named scope that it is in (see model/encoder.py)."""
-    if "tail" in scope:
-        return step.chunks - step.groups * at_once
-    return step.groups if "teacher" in scope else max(0, step.groups - 1)
+def loop_trips(steps: Sequence[StepRows], group_chunks: int, scope: str) -> float:
+    """How often a loop over groups, or over the chunks of each, runs in a step on average, from the named scope that it is in (see
+    model/encoder.py and model/layered.py)."""
+    phase, *inner = re.findall(r"\b(teacher|encode|last_group|gradients|chunks|short|long)\b", scope) or ["encode"]
+    of_steps = [_group_sizes(step, group_chunks, phase) for step in steps]
+    groups = sum(len(sizes) for sizes in of_steps)
+    if not inner:
+        return groups / len(steps)
+    chunks = sum({"chunks": short + long, "short": short, "long": long}[inner[-1]] for sizes in of_steps for short, long in sizes)
+    return chunks / (len(steps) if phase == "last_group" else max(groups, 1))
 
 
-def takes_branch(step: StepRows, scope: str) -> bool:
-    """Whether a step does what is conditional in a named scope: there is a last group only where a group is filled."""
-    return step.groups > 0 or "last_group" not in scope
+def _group_sizes(step: StepRows, group_chunks: int, phase: str) -> list[tuple[int, int]]:
+    """Short and long chunks of each group that a phase of the step visits."""
+    firsts = range(0, step.chunks, group_chunks)
+    firsts = {"teacher": firsts, "last_group": firsts[-1:]}.get(phase, firsts[:-1])
+    sizes = [(first, min(group_chunks, step.chunks - first)) for first in firsts]
+    return [(short := min(max(step.short - first, 0), chunks), chunks - short) for first, chunks in sizes]

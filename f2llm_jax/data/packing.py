@@ -86,18 +86,17 @@ class RowShape:
     chunk_rows: int  # M
     row_tokens: int  # T
     row_texts: int = 64  # X, the most texts of a row
-    at_once: int = 1  # chunks that are encoded together while as many are left
-    parts: int = 1  # that rows encoded together are split into; longer texts are encoded with the chunks that are left
+    group_chunks: int = 1  # that are on the devices together
+    parts: int = 1  # that rows are split into whose texts fit one
 
     def pack(self, lengths: Sequence[int] | np.ndarray) -> Packing:
         """`pack` for rows of this shape."""
         return pack(lengths, self.row_tokens, self.row_texts, self.parts)
 
-    def groups(self, packing: Packing) -> int:
-        """How often as many chunks as are encoded together can be."""
-        if self.at_once == self.parts == 1:
-            return max(1, -(-packing.rows // self.chunk_rows))
-        return packing.short_rows // (self.chunk_rows * self.at_once)
+    def short_chunks(self, packing: Packing) -> int:
+        """How many chunks, from the first, have no text across the bounds of their rows' parts."""
+        whole = packing.rows == packing.short_rows  # then the last may have fewer rows than others
+        return -(-packing.rows // self.chunk_rows) if whole else packing.short_rows // self.chunk_rows
 
 
 def lay_out(
@@ -119,7 +118,7 @@ def lay_out(
     """
     M, T, X = shape.chunk_rows, shape.row_tokens, shape.row_texts
     used = max(1, -(-packing.rows // M))
-    rows = max(used if chunks is None else chunks, shape.at_once) * M
+    rows = (used if chunks is None else chunks) * M
     token_ids, positions, segment_ids = (np.zeros((rows, T), np.int32) for _ in range(3))
     last, text = np.zeros((rows, X), np.int32), np.full((rows, X), len(packing.lengths), np.int32)
     here = packing.row >= 0
@@ -135,5 +134,5 @@ def lay_out(
     positions.reshape(-1)[flat] = within
     segment_ids.reshape(-1)[flat] = np.repeat(slot + 1, length)
     token_ids, positions, segment_ids, last, text = (a.reshape(-1, M, a.shape[-1]) for a in (token_ids, positions, segment_ids, last, text))
-    counts = np.int32(used), np.int32(shape.groups(packing))
-    return PackedTexts(token_ids, positions, segment_ids, last, text, *counts, shape.at_once, shape.parts)
+    counts = np.int32(used), np.int32(shape.short_chunks(packing))
+    return PackedTexts(token_ids, positions, segment_ids, last, text, *counts, shape.group_chunks, shape.parts)

@@ -27,10 +27,10 @@ class BatchConfig:
 
     size: int  # B, samples a step over all devices; also the pool of in-batch negatives
     row_tokens: int  # T, tokens of a packed row, at least `max_length`
-    microbatch_rows: int  # rows that are on the devices at once, over all of them; memory, and nothing else, depends on it
+    microbatch_rows: int  # rows that are kept for the backward pass, over all devices; memory and time, and nothing else, depend on it
     max_length: int  # longest text in tokens, EOS included; longer ones are truncated and still end in EOS
     row_texts: int = 64  # X, the most texts of a row
-    chunk_rows: int = 0  # M, rows at once when fewer than `microbatch_rows` are left, about; 0 for as many
+    chunk_rows: int = 0  # M, of these in a layer at once, about; 0 for all
     row_parts: int = 1  # that rows are split into for texts that fit a part
     negatives: Mapping[TaskKind, int] | None = None  # hard negatives drawn by task kind; None for the published 7, 9 and 1
     negatives_per_sample: NegativesPer = "batch"  # these and the next two: see `Plan`

@@ -21,8 +21,7 @@ from f2llm_jax.data.packing import RowShape, lay_out
 from f2llm_jax.errors import UserError
 from f2llm_jax.inference.by_layer import check_ids
 from f2llm_jax.model import attention
-from f2llm_jax.model.decoder import abstract_decoder
-from f2llm_jax.model.encoder import chunk_encoder
+from f2llm_jax.model.chunk_encoder import ChunkEncoder
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.text import Tokenizer, truncate
 from f2llm_jax.weights.models import LoadableModel
@@ -139,7 +138,7 @@ class TextEncoder:
 def _program(config: DecoderConfig, dtype: jnp.dtype, params: nnx.State, *rows: Int[Array, "M _"]) -> Float[Array, "M X D"]:
     """Embeddings of one chunk. Not a method, so that encoders of one shape share what is compiled."""
     kernel = attention.choose_kernel("auto", jax.default_backend(), dtype, rows[0].shape[1], config.head_dim)
-    encode_chunk = chunk_encoder(abstract_decoder(config)[0], dtype, remat="none", kernel=kernel)
+    encode_chunk = ChunkEncoder(config, dtype, kernel=kernel)
     return sharding.shard(encode_chunk(params, *rows), sharding.P(None, None, None))  # every host can read the result
 
 

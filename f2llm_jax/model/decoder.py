@@ -24,16 +24,16 @@ INITIALIZER_RANGE = 0.02  # Qwen3 config.json, `initializer_range`
 
 # Names of what a layer may keep for its backward pass: the projected heads, the stream between attention and MLP, the MLP's two products.
 HEADS, STREAM, GATES = "heads", "stream", "gates"
-# From most to least memory. "dots" keeps what weights were multiplied to; "attention" computes the MLP's products again, which larger
-# models do faster than they fetch them; "full" keeps only the layer's input. What a fused attention kernel has for its own backward
-# pass is kept by the first three.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,
+# From most to least memory. "none" keeps all but casts and gathers, which those of weights are among; "dots" keeps what weights were
+# multiplied to; "attention" computes the MLP's products again, which larger models do faster than they fetch them; "full" keeps only the
+# layer's input. What a fused attention kernel has for its own backward pass is kept by the first three.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    "none": lambda primitive, *_, **__: primitive.name not in ("convert_element_type", "reshard"),
     "dots": saving_names(HEADS, STREAM, GATES),
     "attention": saving_names(HEADS, STREAM),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
+TABLES = ("embedding", "embedding_left")  # names of parameters that tokens are looked up in; a decoder has one
 
 LayerTap = Callable[[str, Array], None]  # called while the layer is traced: what it keeps, the caller must return
 
@@ -50,8 +50,8 @@ def _ones(dims: str, *shape: int) -> Parameter:
     return Parameter(jnp.ones(shape, jnp.float32), dims=dims)
 
 
-def _at_use(parameter: Parameter, dtype: jnp.dtype) -> Array:
-    """The weight in the compute dtype, cast first and then gathered over `fsdp`, so bf16 halves the traffic."""
+def at_use(parameter: Parameter, dtype: jnp.dtype) -> Array:
+    """The weight in the compute dtype, cast first and then gathered over `fsdp`, so bf16 halves the traffic; itself if it is that."""
     return sharding.shard(parameter[...].astype(dtype), sharding.GATHERED_SPECS[parameter.dims])
 
 
@@ -117,17 +117,17 @@ class Layer(nnx.Module):
         `tap` is called on what weights are about to multiply: "attention" and "mlp", the two normed streams `[P, D]`, and
         "down", the gated activations `[P, F]`.
         """
-        normed = rms_norm(x, _at_use(self.attention_norm, x.dtype), eps)
+        normed = rms_norm(x, at_use(self.attention_norm, x.dtype), eps)
         tap("attention", normed)
         x = checkpoint_name(x + self._attend(normed, rotary, segment_ids, eps, kernel), STREAM)
-        normed = rms_norm(x, _at_use(self.mlp_norm, x.dtype), eps)
+        normed = rms_norm(x, at_use(self.mlp_norm, x.dtype), eps)
         tap("mlp", normed)
         return x + self._mlp(normed, tap)
 
     def _attend(self, x: Array, rotary: tuple[Array, Array], segment_ids: Array, eps: float, kernel: Kernel) -> Float[Array, "P D"]:
         with jax.named_scope("attention"):
-            q = rotate(rms_norm(self._heads(x, self.query), _at_use(self.query_norm, x.dtype), eps), *rotary)
-            k = rotate(rms_norm(self._heads(x, self.key), _at_use(self.key_norm, x.dtype), eps), *rotary)
+            q = rotate(rms_norm(self._heads(x, self.query), at_use(self.query_norm, x.dtype), eps), *rotary)
+            k = rotate(rms_norm(self._heads(x, self.key), at_use(self.key_norm, x.dtype), eps), *rotary)
             v = self._heads(x, self.value)
             q, k, v = (_rows(heads, segment_ids.shape) for heads in (q, k, v))
             mixed = attention(q, k, v, segment_ids, kernel)
@@ -150,7 +150,17 @@ def _rows(heads: Float[Array, "H P E"], shape: tuple[int, ...]) -> Float[Array, 
 
 
 def _project(dims: str, x: Array, weight: Parameter, out: sharding.P) -> Array:
-    return jnp.einsum(dims, x, _at_use(weight, x.dtype), out_sharding=sharding.spec(out))
+    return jnp.einsum(dims, x, at_use(weight, x.dtype), out_sharding=sharding.spec(out))
+
+
+def add_to_table(gradient: Float[Array, "V D"], token_ids: Int[Array, "R T"], rows: Float[Array, "P D"]) -> Float[Array, "V D"]:
+    """The transpose of `Decoder.lookup`, added to the gradient of the table: only the tokens' rows are touched."""
+    place = jax.typeof(gradient).sharding.spec if sharding.in_mesh() else None
+    return gradient.at[_table_ids(token_ids)].add(rows.astype(gradient.dtype), mode="drop", out_sharding=place)
+
+
+def _table_ids(token_ids: Int[Array, "R T"]) -> Int[Array, " P"]:
+    return sharding.shard(token_ids.reshape(-1, out_sharding=sharding.spec(sharding.POSITIONS)), sharding.TABLE_IDS)
 
 
 @functools.cache
@@ -187,20 +197,24 @@ class Decoder(nnx.Module):
         self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)
         self.norm = _ones("D", config.hidden_size)
 
-    def _embed(self, ids: Int[Array, " P"], dtype: jnp.dtype) -> Float[Array, "P D"]:
-        """The tokens' rows of the table. Of a table in factors only these rows are ever multiplied out.
+    def lookup(self, token_ids: Int[Array, "R T"], dtype: jnp.dtype) -> Float[Array, "P D"] | Float[Array, "P Z"]:
+        """The tokens' rows of the table.
 
-        The table stays where it is: each device takes its columns for the tokens of all, and rows change places.
+        The table stays where it is: each device takes its columns for the tokens of all.
         """
         table = self.embedding_left if self.config.table_rank else self.embedding
         # An id beyond the table is NaN, which the step skips and reports; the default would take the last row.
-        rows = table[...].at[ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding.spec(sharding.TABLE_ROWS)).astype(dtype)
+        place = sharding.spec(sharding.TABLE_ROWS)
+        return table[...].at[_table_ids(token_ids)].get(mode="fill", fill_value=jnp.nan, out_sharding=place).astype(dtype)
+
+    def enter(self, rows: Float[Array, "P D"] | Float[Array, "P Z"]) -> Float[Array, "P D"]:
+        """The first layer's input: rows of the table, each brought to its position's device. Of a table in factors, multiplied out."""
         rows = sharding.shard(sharding.shard(rows, sharding.TABLE_ROWS_GATHERED), sharding.POSITIONS_D)
         return _project("pz,zd->pd", rows, self.embedding_right, sharding.POSITIONS_D) if self.config.table_rank else rows
 
     def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """The norm between the last layer, or an earlier one that serves as the last, and the embedding."""
-        return rms_norm(x, _at_use(self.norm, x.dtype), self.config.rms_norm_eps)
+        return rms_norm(x, at_use(self.norm, x.dtype), self.config.rms_norm_eps)
 
     def __call__(
         self,
@@ -209,7 +223,6 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "R T"],
         *,
         dtype: jnp.dtype = jnp.float32,
-        remat: str = "none",
         kernel: Kernel = "xla",
         tap: Callable[[Float[Array, "R T D"]], Array] | None = None,
     ) -> Float[Array, "R T D"] | tuple[Float[Array, "R T D"], Array]:
@@ -220,14 +233,12 @@ class Decoder(nnx.Module):
           positions: restart at 0 with each text.
           segment_ids: 1, 2, ... for the texts of a row, 0 for padding. Texts do not see each other.
           dtype: compute dtype of activations and of weights at use.
-          remat: a key of `REMAT_POLICIES`.
           kernel: of attention (see `attention.choose_kernel`).
           tap: if given, called on each layer's output (before the final norm); its results, stacked on a leading axis L,
             are returned with the hidden states.
         """
         config = self.config
-        ids = token_ids.reshape(-1, out_sharding=sharding.spec(sharding.POSITIONS))
-        x = self._embed(sharding.shard(ids, sharding.TABLE_IDS), dtype)
+        x = self.enter(self.lookup(token_ids, dtype))
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
 
         def rows(x):
@@ -237,8 +248,6 @@ class Decoder(nnx.Module):
             x = layer(x, rotary, segment_ids, config.rms_norm_eps, kernel)
             return x, tap(rows(x)) if tap else None
 
-        if (policy := REMAT_POLICIES[remat]) is not None:
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # scan already prevents CSE
         x, taps = jax.lax.scan(step, x, self.layers)
         hidden = rows(self.final_norm(x))
         return (hidden, taps) if tap else hidden

@@ -16,13 +16,15 @@ ROW_MULTIPLE = 128  # tokens; what attention kernels of accelerators work in
 LARGEST_BATCH = 512  # samples, as published
 SMALLEST_BATCH = 8
 LEAST_UPDATES = 100  # that a run should have: below, the batch is made smaller
-CPU_TOKENS = 4096  # at once, on a device that does not tell its memory
+CPU_BYTES = 2 << 30  # for what is kept of tokens, on a device that does not tell its memory
+CPU_CHUNK_TOKENS, CHUNK_TOKENS = 1024, 8192  # on a device in a layer at once: what caches hold, and what keeps an accelerator busy
+LARGE_STEP = 2  # times the mean, in tokens, that is to be encoded once
 ADAM_BYTES = 16  # a parameter: weight, gradient and two moments in float32
 PARTS = 10  # validations and checkpoints of a run
 
 
 def batch(config: ml_collections.ConfigDict, model: DecoderConfig, dataset: Dataset, mesh: jax.sharding.Mesh) -> ml_collections.ConfigDict:
-    """A copy of `config` with what a step needs: `dtype`, `optimizer.learning_rate` and the fields of `batch`."""
+    """A copy of `config` with what a step needs: `dtype`, `remat`, `optimizer.learning_rate` and the fields of `batch`."""
     config = ml_collections.ConfigDict(config.to_dict())
     shape = config.batch
     config.dtype = config.dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
@@ -30,7 +32,9 @@ def batch(config: ml_collections.ConfigDict, model: DecoderConfig, dataset: Data
     shape.max_length = shape.max_length or min(dataset.longest(), text_limit(config, model, dataset))
     shape.row_tokens = shape.row_tokens or -(-shape.max_length // ROW_MULTIPLE) * ROW_MULTIPLE
     shape.size = shape.size or _batch_size(config.epochs * sum(source.rows["train"] for source in dataset.sources.values()))
-    shape.microbatch_rows = shape.microbatch_rows or _microbatch_rows(config, model, dataset, mesh)
+    if not shape.microbatch_rows:
+        _choose_rows(config, model, dataset, mesh)
+    config.remat = config.remat or "full"
     return config.lock()
 
 
@@ -58,29 +62,36 @@ def _batch_size(samples: int) -> int:
     return min(LARGEST_BATCH, max(SMALLEST_BATCH, 1 << (wanted.bit_length() - 1)))
 
 
-def _microbatch_rows(config: ml_collections.ConfigDict, model: DecoderConfig, dataset: Dataset, mesh: jax.sharding.Mesh) -> int:
-    """As many rows as the devices hold, but no more than a quarter of a batch: what does not fill the last chunk is wasted."""
-    shards = sharding.batch_shards(mesh)
-    fitting = max(1, _tokens_that_fit(model, mesh) // config.batch.row_tokens)
+def _choose_rows(config: ml_collections.ConfigDict, model: DecoderConfig, dataset: Dataset, mesh: jax.sharding.Mesh) -> None:
+    """Sets `remat`, `batch.chunk_rows` and `batch.microbatch_rows`: with the least recomputation with which the devices hold a step."""
+    shape, shards, platform = config.batch, sharding.batch_shards(mesh), mesh.devices.flat[0].platform
     sources = list(dataset.sources.values())
     rows = sum(source.rows["train"] for source in sources)
     mean = sum(source.rows["train"] * _sample_tokens(source, config) for source in sources) / rows
-    useful = int(config.batch.size * mean / config.batch.row_tokens / 4 / shards)
-    return shards * max(1, min(fitting, useful))
+    wanted = LARGE_STEP * shape.size * mean / shards
+    if not config.remat:
+        fits = (remat for remat in ("dots", "attention", "full") if tokens_that_fit(model, mesh, remat) >= wanted)
+        config.remat = next(fits, "full")
+    chunk_tokens = CPU_CHUNK_TOKENS if platform == "cpu" else CHUNK_TOKENS
+    most = min(wanted, tokens_that_fit(model, mesh, config.remat))
+    chunk_rows = max(1, int(min(chunk_tokens, most) / shape.row_tokens))
+    shape.chunk_rows = shape.chunk_rows or shards * chunk_rows
+    shape.microbatch_rows = -(-max(1, int(most / shape.row_tokens)) * shards // shape.chunk_rows) * shape.chunk_rows
 
 
-def _tokens_that_fit(model: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
-    """Of one device. Half of its memory after weights and moments holds what the backward pass keeps of each token.
+def tokens_that_fit(model: DecoderConfig, mesh: jax.sharding.Mesh, remat: str) -> int:
+    """Of one device, whose memory is half left to chance: the other half, after weights and moments, holds what is kept of each token.
 
     The rule gives the rows that `compile_check` found for 0.6B and 1.7B (configs/common.py, `MICROBATCH_ROWS`).
     """
+    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    kept = {"full": 1, "attention": 2, "dots": 2}[remat] * model.hidden_size + (0 if remat == "full" else heads)
+    kept = model.num_hidden_layers * (kept + (2 * model.intermediate_size if remat == "dots" else 0))  # numbers a token
     memory = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     if not memory:
-        return CPU_TOKENS
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    kept = 2 * model.num_hidden_layers * (heads + 3 * model.hidden_size + 2 * model.intermediate_size)  # bytes a token, bfloat16
+        return CPU_BYTES // (4 * kept)
     weights = ADAM_BYTES * count_parameters(model) // (mesh.shape["fsdp"] * mesh.shape["tensor"])
-    return max(0, memory - weights) // 2 // kept * mesh.shape["tensor"]
+    return max(0, memory - weights) // 2 // (2 * kept) * mesh.shape["tensor"]
 
 
 def _sample_tokens(source: SourceInfo, config: ml_collections.ConfigDict) -> float:

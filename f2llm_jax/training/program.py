@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from f2llm_jax import sharding
 from f2llm_jax.errors import UserError
 from f2llm_jax.model import attention, low_rank
+from f2llm_jax.model.chunk_encoder import ChunkEncoder, layer_matryoshka
 from f2llm_jax.model.decoder import abstract_decoder
-from f2llm_jax.model.encoder import EncodeChunk, chunk_encoder, layer_matryoshka
 from f2llm_jax.model.sizes import DecoderConfig
 from f2llm_jax.objectives import ContrastiveConfig, Embeddings, LossFunction, Mean, Objective, Samples, matryoshka_dims
 from f2llm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -48,6 +48,8 @@ _FUSED_GATHERS = {
     "xla_tpu_megacore_fusion_allow_ags": "false",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
+# Chips that scatter a chunk's share of a gradient next to the matrix products, and so need not hold a layer's whole gradient.
+_SCATTERS_CHUNKS = ("TPU v6 lite", "TPU7x")
 # By JAX's name of the device.
 COMPILER_OPTIONS = {"TPU v5": _FUSED_GATHERS, "TPU v6 lite": _SPARSE_CORE_COLLECTIVES, "TPU7x": _SPARSE_CORE_COLLECTIVES}
 
@@ -92,12 +94,11 @@ def build(
     teacher: DecoderConfig | None = None,
     cached: tuple[int, ...] = (),
     own: LossFunction | None = None,
-    device_kind: str = "",
 ) -> Program:
     """The program of a configuration for a decoder of shape `model`, distilled from a `teacher` of that shape or from teachers whose
     vectors are `cached`, of these widths.
 
-    `platform` is that of the devices ("cpu", "gpu", "tpu"), `device_kind` their name, which the compiler's options depend on. A loss
+    `platform` is that of the devices ("cpu", "gpu", "tpu"); what their kind changes is read from the mesh that is set. A loss
     function of the user's `own` takes the place of `config.objective`; its arrays are whole and float32 on every device, so that it may
     be written as if there were one.
 
@@ -112,7 +113,7 @@ def build(
     scored = tuple(sorted({*widths, model.hidden_size}))
     objective = _objective(config.objective, dims, (teacher.hidden_size,) if teacher else cached)
     optimizer = OptimizerConfig(total_steps=total_steps, **config.optimizer)
-    frozen = None if teacher is None else Teacher(_chunk_encoder(teacher, dtype, "none", kernel, followed_depths(depths, teacher)))
+    frozen = None if teacher is None else Teacher(ChunkEncoder(teacher, dtype, depths=followed_depths(depths, teacher), kernel=kernel))
     if objective.contrastive.guide and not (teacher or cached):
         raise UserError(
             f"config.objective.guide={objective.contrastive.guide!r} needs a model that guides: set config.teacher or config.teacher_cache "
@@ -133,8 +134,11 @@ def build(
     ranks = TableRanks(config.table_rank, config.seed) if config.table_rank and config.table_rank_sampled else None
     served = low_rank.ranks(config.table_rank) if ranks else (config.table_rank,) if config.table_rank else ()
     own = own and _gathered(own)
-    train_step = make_train_step(_chunk_encoder(model, dtype, config.remat, kernel, depths), own or objective, optimizer, frozen, ranks)
-    eval_step = make_eval_step(_chunk_encoder(model, dtype, config.remat, kernel), objective, scored, own)
+    mesh = sharding.mesh_in_use()
+    device_kind = mesh.abstract_device.device_kind if mesh else ""
+    student = ChunkEncoder(model, dtype, config.remat, depths, kernel, scatter_once=device_kind not in _SCATTERS_CHUNKS)
+    train_step = make_train_step(student, own or objective, optimizer, frozen, ranks)
+    eval_step = make_eval_step(ChunkEncoder(model, dtype, kernel=kernel), objective, scored, own)
     compile_for = functools.partial(jax.jit, compiler_options=compiler_options(device_kind))
     return Program(
         compile_for(train_step, donate_argnums=0), compile_for(eval_step), optimizer, dims, scored, depths, served, kernel, projected
@@ -240,10 +244,3 @@ def _gathered(own: LossFunction) -> LossFunction:
         return _checked(own(filled(embeddings, samples), samples, teacher and filled(teacher, samples)))
 
     return gathered
-
-
-def _chunk_encoder(
-    model: DecoderConfig, dtype: jnp.dtype, remat: str, kernel: attention.Kernel, depths: tuple[int, ...] = ()
-) -> EncodeChunk:
-    graphdef, _ = abstract_decoder(model)
-    return chunk_encoder(graphdef, dtype, remat, depths, kernel)

@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "mesh",
     "batch.microbatch_rows",
     "batch.chunk_rows",
+    "batch.row_parts",
     "data.folder",
     "data.copy_to",
     "data.threads",

@@ -125,8 +125,8 @@ def _train(
     total = config.steps or epochs.steps(config.epochs)
     ends = () if config.steps else [epochs.steps(epoch) for epoch in range(1, config.epochs + 1)]
     config = automatic.schedule(config, total)
-    device, frozen = mesh.devices.flat[0], teacher.config if teacher else None
-    steps = program.build(config, model.config, total, device.platform, frozen, cached.widths if cached else (), own, device.device_kind)
+    platform, frozen = mesh.devices.flat[0].platform, teacher.config if teacher else None
+    steps = program.build(config, model.config, total, platform, frozen, cached.widths if cached else (), own)
 
     # State: from this run, else from the given weights, else random
     kept = checkpoint.CheckpointConfig(**config.checkpoint)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import Batch
 from f2llm_jax.model import encoder, low_rank
+from f2llm_jax.model.chunk_encoder import ChunkEncoder
 from f2llm_jax.objectives import Embeddings, LossFunction, Mean, Objective, Samples
 from f2llm_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
@@ -32,7 +33,7 @@ class TrainState:
 class Teacher:
     """A frozen encoder of the same token rows; its parameters are an argument of the step, not part of this."""
 
-    encode_chunk: encoder.EncodeChunk
+    encoder: ChunkEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +79,11 @@ def teacher_embeddings(teacher: Teacher | None, teacher_params: Any, batch: Batc
     if teacher is None:
         return None
     with jax.named_scope("teacher"):
-        return by_depth(encoder.encode(teacher.encode_chunk, teacher_params, batch.texts, batch.text_count), batch.samples.negative_mask)
+        return by_depth(encoder.encode(teacher.encoder, teacher_params, batch.texts, batch.text_count), batch.samples.negative_mask)
 
 
 def make_train_step(
-    encode_chunk: encoder.EncodeChunk,
+    student: ChunkEncoder,
     objective: Objective | LossFunction,
     optimizer_config: OptimizerConfig,
     teacher: Teacher | None = None,
@@ -90,7 +91,7 @@ def make_train_step(
 ) -> Step:
     """`(state, teacher_params, batch) -> (state, metrics)`; `teacher_params` is None without a teacher.
 
-    If `encode_chunk` gives several depths, the loss is the mean over them (layer matryoshka), each following the teacher's of its place,
+    If `student` has several depths, the loss is the mean over them (layer matryoshka), each following the teacher's of its place,
     counted from the deepest; the guide is the (first) teacher's deepest for all. With `table_ranks` only that many columns of the factored
     embedding table take part in a step.
     Metrics are `Mean`s: `loss`, its parts, `grad_norm` before clipping, the `learning_rate` of this update, and `skipped`, which is
@@ -130,7 +131,7 @@ def make_train_step(
             narrowed = functools.partial(low_rank.narrowed, rank=scalars["table_rank"])
         params = narrowed(state.params)
         (total, parts), (gradients, of_projections) = encoder.value_and_grads(
-            loss, encode_chunk, params, state.projections, batch.texts, batch.text_count
+            loss, student, params, state.projections, batch.texts, batch.text_count
         )
         before, gradients = trained(state.params, state.projections), trained(narrowed(gradients), of_projections)
         norm = optax.tree.norm(gradients)
@@ -163,9 +164,7 @@ EvalStep = Callable[[Any, Batch], tuple[dict[str, Mean], Bool[Array, "J B"], Flo
 OWN = "own/"  # begins the metrics of an objective of the user's
 
 
-def make_eval_step(
-    encode_chunk: encoder.EncodeChunk, objective: Objective, dims: Sequence[int], own: LossFunction | None = None
-) -> EvalStep:
+def make_eval_step(student: ChunkEncoder, objective: Objective, dims: Sequence[int], own: LossFunction | None = None) -> EvalStep:
     """`(params, batch) -> (metrics, first, cosines)`, from one pass over the batch.
 
     `metrics` are at full width, as the published validation loss (no matryoshka); `first` says for each of `dims` and each
@@ -181,7 +180,7 @@ def make_eval_step(
     )
 
     def eval_step(params: Any, batch: Batch) -> tuple[dict[str, Mean], Bool[Array, "J B"], Float[Array, "J B"] | None]:
-        embeddings = by_role(encoder.encode(encode_chunk, params, batch.texts, batch.text_count), batch.samples.negative_mask)
+        embeddings = by_role(encoder.encode(student, params, batch.texts, batch.text_count), batch.samples.negative_mask)
         _, metrics = objectives.total(embeddings, batch.samples, plain)
         if own:
             loss, found = own(embeddings, batch.samples, None)

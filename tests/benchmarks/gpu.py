@@ -33,7 +33,7 @@ CHECKS = {
     "the parity kit in fp32": ("tests/parity.py", "tests/fixtures/parity"),
     "attention by cuDNN": ("-m", "pytest", "-q", "-m", "gpu", "tests/test_attention.py"),
 }
-OURS = ("--dtype", "bfloat16", "--remat", "dots", "--row-tokens", "512", "--microbatch-rows", "8")
+OURS = ("--dtype", "bfloat16", "--remat", "full", "--row-tokens", "512", "--chunk-rows", "16")
 THEIRS = ("--dtype", "bfloat16", "--checkpoint")
 
 

@@ -39,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=int, default=3)
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--row-tokens", type=int, default=0, help="here; default the longest text")
-    found.add_argument("--microbatch-rows", type=int, default=0, help="here; default as many as hold 4,096 tokens")
-    found.add_argument("--remat", default="none", help="here")
+    found.add_argument("--microbatch-rows", type=int, default=0, help="here; default as many as hold 16,384 tokens, which a step fits")
+    found.add_argument("--chunk-rows", type=int, default=0, help="here; default as many as hold 1,024 tokens")
+    found.add_argument("--remat", default="dots", help="here")
     found.add_argument("--side", choices=("here", "there"), help=argparse.SUPPRESS)
     found.add_argument("--start", type=pathlib.Path, help=argparse.SUPPRESS)
     return found
@@ -89,8 +90,7 @@ def here(flags: argparse.Namespace) -> tuple[np.ndarray, int]:
     from f2llm_jax.weights import hf_config, hf_reader
 
     B, N, T = flags.samples, flags.negatives, flags.row_tokens or flags.max_length
-    microbatch = flags.microbatch_rows or max(1, 4096 // T)
-    chunk_rows = max(1, microbatch // 8)
+    microbatch, chunk_rows = flags.microbatch_rows or max(1, 16_384 // T), flags.chunk_rows or max(1, 1024 // T)
     shape = RowShape(chunk_rows, T, 64, microbatch // chunk_rows)
     tokenizer, mesh = load_tokenizer(flags.tokenizer), sharding.make_mesh(devices=jax.devices()[:1])
     config = stage2.get_config("runlocal")

@@ -10,6 +10,7 @@ needs for the real tokens (f2llm_jax/model/flops.py). Each batch is timed from t
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -27,8 +28,8 @@ ROW_TEXTS = 64
 def arguments() -> argparse.Namespace:
     parser = step_batches.parser(__doc__)
     parser.add_argument("--row-tokens", type=int, default=0, help="T; default the longest text")
-    parser.add_argument("--microbatch-rows", type=int, default=2, help="M, rows encoded at once")
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--chunk-rows", type=int, default=2, help="M, rows in a layer at once; a step is one group")
+    parser.add_argument("--remat", default="dots")
     parser.add_argument("--dtype", default="float32", help="computed in; weights and optimizer are fp32")
     parser.add_argument("--attention", default="auto")
     return parser.parse_args()
@@ -49,14 +50,20 @@ from f2llm_jax.model.flops import Work, training_flops  # noqa: E402
 from f2llm_jax.training import program  # noqa: E402
 
 
-def batch_of(
-    lengths: dict, shape: RowShape, chunks: int, negatives: int, vocabulary: int, rng: np.random.Generator
-) -> tuple[Batch, Work, int]:
-    """Random tokens in texts of these lengths; the batch on the host, the work in it, and the slots that are computed on."""
+def sizes_of(lengths: dict, negatives: int) -> np.ndarray:
+    """Of each text of a batch, 0 where there is none."""
     B, n = len(lengths["query"]), len(lengths["negatives"][0])
     sizes = np.zeros(B * (2 + negatives), np.int64)
     sizes[:B], sizes[B : 2 * B] = lengths["query"], lengths["passage"]
     sizes[2 * B :].reshape(B, negatives)[:, :n] = lengths["negatives"]
+    return sizes
+
+
+def batch_of(
+    lengths: dict, shape: RowShape, chunks: int, negatives: int, vocabulary: int, rng: np.random.Generator
+) -> tuple[Batch, Work, int]:
+    """Random tokens in texts of these lengths; the batch on the host, the work in it, and the slots that are computed on."""
+    B, n, sizes = len(lengths["query"]), len(lengths["negatives"][0]), sizes_of(lengths, negatives)
     tokens = [rng.integers(5, vocabulary, size, np.int32) for size in sizes]
     texts = lay_out(shape.pack(sizes), shape, lambda which: [tokens[i] for i in which], chunks=chunks)
     mask = np.zeros((B, negatives), np.float32)
@@ -70,8 +77,10 @@ def batch_of(
 def main() -> None:
     model, found = step_batches.model_of(flags), step_batches.batches_of(flags)
     longest = max(max(itertools.chain(b["query"], b["passage"], *b["negatives"])) for b in found)
-    shape = RowShape(flags.microbatch_rows, flags.row_tokens or longest, ROW_TEXTS)
     negatives = max(len(b["negatives"][0]) for b in found)
+    shape = RowShape(flags.chunk_rows, flags.row_tokens or longest, ROW_TEXTS)
+    most = max(shape.pack(sizes_of(b, negatives)).rows for b in found)
+    shape = dataclasses.replace(shape, group_chunks=-(-most // shape.chunk_rows))
     worst = -(-len(found[0]["query"]) * (2 + negatives) // shape.chunk_rows)
     config = stage2.get_config("runlocal")
     config.update({"remat": flags.remat, "dtype": flags.dtype, "attention": flags.attention})
