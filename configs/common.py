@@ -109,9 +109,7 @@ def base(size: str, runlocal: bool, stage: int, recipe: str = "") -> ml_collecti
     config.batch.max_length = 1024  # tokens of a text, EOS included
     config.batch.row_tokens = 1024  # tokens of a packed row
     config.batch.row_texts = 128  # most texts in a packed row
-    config.batch.microbatch_rows = MICROBATCH_ROWS[
-        size
-    ]  # packed rows kept for the backward pass, over all devices; what is more is encoded twice
+    config.batch.microbatch_rows = MICROBATCH_ROWS[size]  # kept together; of a step with more, the others are encoded twice
     config.batch.row_parts = 2  # rows are split into so many where their texts allow: less attention is computed
     config.batch.chunk_rows = CHUNK_ROWS[size]  # of these in a layer at once, about; 0 for all
     config.batch.negatives = ml_collections.ConfigDict({"retrieval": 7, "clustering": 9, "classification": 1})  # drawn of those stored

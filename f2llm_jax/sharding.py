@@ -156,7 +156,7 @@ def scatter_gradients(gradients: Any, params: Any, dtype: jnp.dtype) -> Any:
 
 
 def reduce_over_data(gradients: Any) -> Any:
-    """The gradients that `unreduced` parameters got, summed over `data`. Over `fsdp` each was scattered as it came."""
+    """The gradients that `unreduced` parameters got, summed over `data`. Over `fsdp` they are scattered already."""
     return _each(gradients, lambda value: P(*value.partitions))
 
 

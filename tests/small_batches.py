@@ -33,11 +33,11 @@ def packed(chunks, shape=SHAPE):
     packing = shape.pack(lengths)
     assert shape.parts > 1 or -(-packing.rows // 2) == chunks
     ids = [rng.integers(0, tiny.CONFIG.vocab_size, length).astype(np.int32) for length in lengths]
-    return lay_out(packing, shape, lambda wanted: [ids[i] for i in wanted], chunks=2 * CHUNKS // shape.chunk_rows)
+    return lay_out(packing, shape, lambda wanted: [ids[i] for i in wanted], chunks=-(-2 * CHUNKS // shape.chunk_rows))
 
 
-def encode_chunk(dtype=jnp.float32, remat="full", layers=()):
-    return ChunkEncoder(tiny.CONFIG, dtype, remat, layers)
+def encode_chunk(dtype=jnp.float32, remat="full", layers=(), whole="gradient"):
+    return ChunkEncoder(tiny.CONFIG, dtype, remat, layers, whole=whole)
 
 
 def shallow(params, depth):

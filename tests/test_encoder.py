@@ -12,6 +12,7 @@ from small_batches import CHUNKS, LENGTHS, SHAPES, TEXTS, B, N, encode_chunk, pa
 
 from f2llm_jax import objectives, sharding
 from f2llm_jax.batch import PackedTexts
+from f2llm_jax.data.packing import RowShape
 from f2llm_jax.model.decoder import REMAT_POLICIES, abstract_decoder, init_decoder
 from f2llm_jax.model.encoder import encode, value_and_grad
 from f2llm_jax.objectives import ContrastiveConfig, Objective, Samples
@@ -49,7 +50,7 @@ def in_chunks():
 
 
 @pytest.fixture(scope="module")
-def at_once():
+def plain():
     """The same by nothing but automatic differentiation through all rows together."""
 
     def loss(params, texts, weights):
@@ -63,11 +64,11 @@ def at_once():
 @pytest.mark.parametrize("chunks", LENGTHS)
 @pytest.mark.parametrize("term", OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_those_of_one_chunk(params, in_chunks, at_once, shape, term, chunks):
+def test_gradients_are_those_of_one_chunk(params, in_chunks, plain, shape, term, chunks):
     weights = jnp.asarray([float(term == t) for t in OBJECTIVES])
     texts = packed(chunks, SHAPES[shape])
     (got_loss, got_embeddings), got = in_chunks(params, texts, weights)
-    (want_loss, want_embeddings), want = at_once(params, texts, weights)
+    (want_loss, want_embeddings), want = plain(params, texts, weights)
     np.testing.assert_allclose(got_loss, want_loss, rtol=2e-6)
     np.testing.assert_allclose(got_embeddings, want_embeddings, atol=1e-5)
     np.testing.assert_array_equal(got_embeddings[3], 0)
@@ -115,6 +116,27 @@ def test_encoding_alone_gives_the_same_embeddings(params, in_chunks, shape):
     got = jax.jit(lambda params, texts: encode(encode_chunk(), params, texts, TEXTS))(params, texts)
     assert got.shape == (TEXTS, 64) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("depths", [(), (1, 3)])
+@pytest.mark.parametrize("remat", ["none", "attention"])
+@pytest.mark.parametrize("whole", ["gradient", "weights"])
+def test_gradients_on_a_mesh_are_those_of_one_device(params, whole, remat, depths):
+    """Of two groups with long and short rows, the last group not full."""
+    texts = packed(5, RowShape(chunk_rows=4, row_tokens=16, row_texts=16, group_chunks=2, parts=2))
+    assert 0 < texts.short_chunks < texts.chunks == 3  # in groups of two and one
+
+    def step(params, texts):
+        encoder = encode_chunk(remat=remat, layers=depths, whole=whole)
+        return value_and_grad(lambda e: (jnp.sum(jnp.sin(e) * jnp.arange(64)), e), encoder, params, texts, TEXTS)
+
+    want = jax.jit(step)(params, texts)
+    mesh = sharding.make_mesh(2, 2, 2)
+    placed = [sharding.to_global(np.asarray(a), mesh, sharding.CHUNKS_RT if np.ndim(a) else sharding.P()) for a in jax.tree.leaves(texts)]
+    with jax.set_mesh(mesh):
+        got = jax.jit(step)(init_decoder(tiny.CONFIG, 0, mesh), jax.tree.unflatten(jax.tree.structure(texts), placed))
+    for ours, one in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, one, atol=1e-5 * np.abs(one).max(), rtol=0)
 
 
 @pytest.mark.parametrize("grouped", [1, 3, CHUNKS])

@@ -16,9 +16,11 @@ from small_runs import environment
 from f2llm_jax import api, finetune, sharding
 from f2llm_jax.chain import finetune as chain
 from f2llm_jax.configs import finetune as config_file
+from f2llm_jax.data.pipeline import BatchConfig
 from f2llm_jax.data.records import load_dataset
+from f2llm_jax.errors import UserError
 from f2llm_jax.evaluation import held_out
-from f2llm_jax.model.decoder import count_parameters
+from f2llm_jax.model.decoder import REMAT_POLICIES, count_parameters
 from f2llm_jax.model.sizes import SIZES
 from f2llm_jax.release import hf_folder
 from f2llm_jax.training import automatic
@@ -229,6 +231,27 @@ def test_open_fields_are_chosen_and_given_ones_kept(folder, done):
     config.eval.every = 3
     kept = automatic.schedule(automatic.batch(config, tiny.CONFIG, dataset, mesh), 57)
     assert (kept.batch.to_dict(), kept.eval.every) == (config.batch.to_dict(), 3)
+
+
+@pytest.mark.parametrize("given", [{}, {"batch.chunk_rows": 7}, {"remat": "none"}, {"remat": "full", "batch.chunk_rows": 1}])
+def test_rows_that_are_chosen_can_be_split_over_any_mesh(folder, done, given):
+    (data,) = (folder / "model.work").glob("data-*")
+    dataset = load_dataset(data)
+    for devices in (1, 2, 8):
+        config = config_file.get_config()
+        config.update_from_flattened_dict(given)
+        chosen = automatic.batch(config, tiny.CONFIG, dataset, sharding.make_mesh(devices=jax.devices()[:devices]))
+        shape = BatchConfig(**chosen.batch.to_dict()).rows(devices)
+        assert shape.chunk_rows == chosen.batch.chunk_rows and chosen.remat in REMAT_POLICIES
+        assert shape.chunk_rows * shape.group_chunks == chosen.batch.microbatch_rows
+
+
+def test_a_remat_that_is_not_there_is_refused(folder, done):
+    (data,) = (folder / "model.work").glob("data-*")
+    config = config_file.get_config()
+    config.remat = "dot"
+    with pytest.raises(UserError, match=r"there is no config\.remat='dot'; take none, dots, attention, full"):
+        automatic.batch(config, tiny.CONFIG, load_dataset(data), sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def test_search_is_the_plain_definition(folder, done):

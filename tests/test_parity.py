@@ -10,12 +10,12 @@ import pytest
 from f2llm_jax import sharding
 from f2llm_jax.data.packing import RowShape
 
-# Chunks that the longest batch takes -> rows. How much is encoded at once, on how many devices, and where the teacher's vectors
-# come from may not show in the figures.
+# Chunks that the longest batch takes -> rows. How many pass a layer or the decoder together, on how many devices, and where the
+# teacher's vectors come from may not show in the figures.
 SHAPES = {
     1: RowShape(chunk_rows=32, row_tokens=64),
-    2: RowShape(chunk_rows=8, row_tokens=96),
-    5: RowShape(chunk_rows=8, row_tokens=48, row_texts=3),
+    2: RowShape(chunk_rows=8, row_tokens=96, group_chunks=2),
+    5: RowShape(chunk_rows=8, row_tokens=48, row_texts=3, group_chunks=3),
 }
 # Chunks, mesh, cached teacher.
 REPLAYS = {

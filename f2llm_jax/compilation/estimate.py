@@ -14,7 +14,7 @@ _NAMES = re.compile(r"(?:to_apply|branch_computations|(?:true|false)_computation
 
 
 def estimated_cycles(text: str, trips: Callable[[str], float]) -> float:
-    """Of the program `text` on one device.
+    """Of the program `text` on one device. Of what is conditional every branch is counted.
 
     Args:
       text: of the optimised program.

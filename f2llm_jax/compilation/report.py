@@ -68,8 +68,8 @@ def describe(report: CompiledStepReport) -> str:
     lines = [
         f"{report.size}{teacher} on {slices}{report.topology}: {report.devices} devices {report.device_kind}, "
         f"mesh (data, fsdp, tensor) {report.mesh}",
-        f"{report.attention} attention, remat {report.remat}; {report.rows:.0f} rows a step, {report.microbatch_rows} at once "
-        f"and {report.chunk_rows} at once for the rest; compiled in {report.compile_seconds:.0f} s",
+        f"{report.attention} attention, remat {report.remat}; {report.rows:.0f} rows a step, {report.microbatch_rows} kept for the "
+        f"backward pass, {report.chunk_rows} in a layer at once; compiled in {report.compile_seconds:.0f} s",
         "",
         f"memory of a device: {report.hbm_used / GIB:.2f} of {report.hbm_capacity / GIB:.0f} GiB",
         *(f"  {kind:<26}{size / GIB:>9.3f} GiB" for kind, size in report.hbm.items()),

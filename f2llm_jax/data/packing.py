@@ -96,7 +96,7 @@ class RowShape:
     def short_chunks(self, packing: Packing) -> int:
         """How many chunks, from the first, have no text across the bounds of their rows' parts."""
         whole = packing.rows == packing.short_rows  # then the last may have fewer rows than others
-        return -(-packing.rows // self.chunk_rows) if whole else packing.short_rows // self.chunk_rows
+        return max(1, -(-packing.rows // self.chunk_rows)) if whole else packing.short_rows // self.chunk_rows
 
 
 def lay_out(

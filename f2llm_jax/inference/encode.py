@@ -138,8 +138,8 @@ class TextEncoder:
 def _program(config: DecoderConfig, dtype: jnp.dtype, params: nnx.State, *rows: Int[Array, "M _"]) -> Float[Array, "M X D"]:
     """Embeddings of one chunk. Not a method, so that encoders of one shape share what is compiled."""
     kernel = attention.choose_kernel("auto", jax.default_backend(), dtype, rows[0].shape[1], config.head_dim)
-    encode_chunk = ChunkEncoder(config, dtype, kernel=kernel)
-    return sharding.shard(encode_chunk(params, *rows), sharding.P(None, None, None))  # every host can read the result
+    encoder = ChunkEncoder(config, dtype, kernel=kernel)
+    return sharding.shard(encoder(params, *rows), sharding.P(None, None, None))  # every host can read the result
 
 
 def load_encoder(origin: LoadableModel, *, max_length: int | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> TextEncoder:

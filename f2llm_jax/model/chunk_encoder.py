@@ -6,7 +6,7 @@ compares embeddings normalises them, after truncation).
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
 from f2llm_jax.model.attention import Kernel
-from f2llm_jax.model.decoder import REMAT_POLICIES, Decoder, Parameter, abstract_decoder, abstract_layer, at_use, rotary_tables
+from f2llm_jax.model.decoder import Decoder, Parameter, abstract_decoder, abstract_layer, at_use, remat_policy, rotary_tables
 from f2llm_jax.model.sizes import DecoderConfig
 
 Rotary = tuple[Float[Array, "P E"], Float[Array, "P E"]]
@@ -37,6 +37,9 @@ class ChunkEncoder:
 
     M rows of T tokens are P = M * T positions. With J `depths` there is an embedding for each: what the decoder would give if it ended
     after that many layers, through the final norm that they share (ML-Embed's layer matryoshka, arXiv 2605.15081).
+
+    Raises:
+      UserError: there is no such `remat`.
     """
 
     config: DecoderConfig
@@ -44,7 +47,12 @@ class ChunkEncoder:
     remat: str = "none"  # a key of `REMAT_POLICIES`: what a layer recomputes where it is differentiated
     depths: tuple[int, ...] = ()  # numbers of layers, ascending, the last all of them; empty for all alone
     kernel: Kernel = "xla"
-    scatter_once: bool = True  # a layer's gradient over `fsdp`, after its last chunk; else each chunk's share of it
+    # What of a layer a device holds whole while chunks pass it: "gradient", scattered over `fsdp` once, and the weights gathered for each
+    # chunk; or "weights", gathered once, and each chunk's share of the gradient scattered.
+    whole: Literal["gradient", "weights"] = "gradient"
+
+    def __post_init__(self) -> None:
+        remat_policy(self.remat)
 
     def __call__(
         self,
@@ -61,13 +69,9 @@ class ChunkEncoder:
         _, tapped = run(tap=lambda x: last_token(x, last))
         return self.normed(params, tapped[jnp.array(self.depths) - 1])
 
-    def lookup(self, params: nnx.State, token_ids: Int[Array, "M T"]) -> Float[Array, "P _"]:
-        """The tokens' rows of the table."""
-        return self._decoder(params).lookup(token_ids, self.dtype)
-
-    def enter(self, params: nnx.State, rows: Float[Array, "P _"]) -> Float[Array, "P D"]:
-        """The first layer's input, from the rows of the table."""
-        return self._decoder(params).enter(rows)
+    def embed(self, params: nnx.State, token_ids: Int[Array, "M T"]) -> Float[Array, "P D"]:
+        """The tokens' rows of the table: the first layer's input."""
+        return self._decoder(params).embed(token_ids, self.dtype)
 
     def rotary(self, positions: Int[Array, "M T"]) -> Rotary:
         """Tables for the rotation of queries and keys, the same in every layer."""
@@ -85,7 +89,7 @@ class ChunkEncoder:
             layer = nnx.merge(abstract_layer(self.config)[0], weights)
             return layer(x, rotary, segment_ids, self.config.rms_norm_eps, self.kernel)
 
-        return jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)(weights, x, rotary, segment_ids)
+        return jax.checkpoint(run, policy=remat_policy(self.remat), prevent_cse=False)(weights, x, rotary, segment_ids)
 
     def read(self, x: Float[Array, "P D"], last: Int[Array, "M X"]) -> Float[Array, "M X D"]:
         """A layer's output at the texts' last tokens."""

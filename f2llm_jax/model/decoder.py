@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from f2llm_jax import sharding
+from f2llm_jax.errors import UserError
 from f2llm_jax.model.attention import Kernel, attention, saving_names
 from f2llm_jax.model.sizes import DecoderConfig
 
@@ -33,7 +34,18 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     "attention": saving_names(HEADS, STREAM),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-TABLES = ("embedding", "embedding_left")  # names of parameters that tokens are looked up in; a decoder has one
+
+
+def remat_policy(name: str) -> Callable[..., bool]:
+    """The policy of this name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in REMAT_POLICIES:
+        raise UserError(f"there is no config.remat={name!r}; take {', '.join(REMAT_POLICIES)}")
+    return REMAT_POLICIES[name]
+
 
 LayerTap = Callable[[str, Array], None]  # called while the layer is traced: what it keeps, the caller must return
 
@@ -153,16 +165,6 @@ def _project(dims: str, x: Array, weight: Parameter, out: sharding.P) -> Array:
     return jnp.einsum(dims, x, at_use(weight, x.dtype), out_sharding=sharding.spec(out))
 
 
-def add_to_table(gradient: Float[Array, "V D"], token_ids: Int[Array, "R T"], rows: Float[Array, "P D"]) -> Float[Array, "V D"]:
-    """The transpose of `Decoder.lookup`, added to the gradient of the table: only the tokens' rows are touched."""
-    place = jax.typeof(gradient).sharding.spec if sharding.in_mesh() else None
-    return gradient.at[_table_ids(token_ids)].add(rows.astype(gradient.dtype), mode="drop", out_sharding=place)
-
-
-def _table_ids(token_ids: Int[Array, "R T"]) -> Int[Array, " P"]:
-    return sharding.shard(token_ids.reshape(-1, out_sharding=sharding.spec(sharding.POSITIONS)), sharding.TABLE_IDS)
-
-
 @functools.cache
 def abstract_layer(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """`nnx.split` of one layer that holds shapes and no memory."""
@@ -197,18 +199,15 @@ class Decoder(nnx.Module):
         self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)
         self.norm = _ones("D", config.hidden_size)
 
-    def lookup(self, token_ids: Int[Array, "R T"], dtype: jnp.dtype) -> Float[Array, "P D"] | Float[Array, "P Z"]:
-        """The tokens' rows of the table.
+    def embed(self, token_ids: Int[Array, "R T"], dtype: jnp.dtype) -> Float[Array, "P D"]:
+        """The tokens' rows of the table. Of a table in factors only these rows are ever multiplied out.
 
-        The table stays where it is: each device takes its columns for the tokens of all.
+        The table stays where it is: each device takes its columns for the tokens of all, and rows change places.
         """
+        ids = sharding.shard(token_ids.reshape(-1, out_sharding=sharding.spec(sharding.POSITIONS)), sharding.TABLE_IDS)
         table = self.embedding_left if self.config.table_rank else self.embedding
         # An id beyond the table is NaN, which the step skips and reports; the default would take the last row.
-        place = sharding.spec(sharding.TABLE_ROWS)
-        return table[...].at[_table_ids(token_ids)].get(mode="fill", fill_value=jnp.nan, out_sharding=place).astype(dtype)
-
-    def enter(self, rows: Float[Array, "P D"] | Float[Array, "P Z"]) -> Float[Array, "P D"]:
-        """The first layer's input: rows of the table, each brought to its position's device. Of a table in factors, multiplied out."""
+        rows = table[...].at[ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding.spec(sharding.TABLE_ROWS)).astype(dtype)
         rows = sharding.shard(sharding.shard(rows, sharding.TABLE_ROWS_GATHERED), sharding.POSITIONS_D)
         return _project("pz,zd->pd", rows, self.embedding_right, sharding.POSITIONS_D) if self.config.table_rank else rows
 
@@ -238,7 +237,7 @@ class Decoder(nnx.Module):
             are returned with the hidden states.
         """
         config = self.config
-        x = self.enter(self.lookup(token_ids, dtype))
+        x = self.embed(token_ids, dtype)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
 
         def rows(x):

@@ -38,7 +38,7 @@ def value_and_grad(
 ) -> tuple[tuple[Float[Array, ""], Any], nnx.State]:
     """`((loss, aux), gradients)` of `objective(embeddings)` with respect to `params`.
 
-    Over the mesh's `data` axis gradients are summed once, after the last chunk; over `fsdp` with each chunk, as their shards need.
+    Over the mesh's `data` axis gradients are summed once, after the last chunk; over `fsdp` as `ChunkEncoder.whole` says.
     """
     found, (gradients, _) = value_and_grads(lambda embeddings, _: objective(embeddings), encoder, params, (), texts, text_count)
     return found, gradients

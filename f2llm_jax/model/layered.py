@@ -4,7 +4,8 @@ All chunks of the group pass a layer, one after the other, before the first of t
 arXiv 2106.02679). Each layer's input of every chunk is kept for the backward pass; what a layer computes inside lives as long as one
 chunk is in it, but for what `ChunkEncoder.remat` keeps. The gradient of a layer is complete when its last chunk has come back.
 
-How many chunks there are is traced. Buffers have room for `PackedTexts.group_chunks`, and of them nothing is read that was not written.
+How many chunks there are is traced. Buffers have room for K chunks, the most that a group has, and nothing is read of them that was not
+written.
 """
 
 import functools
@@ -20,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from f2llm_jax import sharding
 from f2llm_jax.batch import PackedTexts
 from f2llm_jax.model.chunk_encoder import ChunkEncoder, Rotary
-from f2llm_jax.model.decoder import TABLES, add_to_table
 
 Carry = TypeVar("Carry")
 Count = Int[Array, ""] | int  # an int where operations are counted (compilation/cost.py)
@@ -47,7 +47,7 @@ def group(texts: PackedTexts, number: Count) -> Group:
     """A group of `texts` by its number."""
     first = number * texts.group_chunks
     chunks = _clip(texts.chunks - first, texts.group_chunks)
-    return Group(first, chunks, _clip(texts.short_chunks - first, chunks))
+    return Group(first, chunks, chunks if texts.parts == 1 else _clip(texts.short_chunks - first, chunks))
 
 
 def each_chunk(chunks: Group, visit: Callable[[Count, Carry], Carry], carry: Carry) -> Carry:
@@ -75,10 +75,11 @@ def forward(encoder: ChunkEncoder, params: nnx.State, texts: PackedTexts, chunks
         kept = [room.inputs, *room.residuals]
     else:
         _, of_a_chunk = jax.eval_shape(lambda weights, x: pass_chunk(at(weights, 0), at(x, 0), 0, texts.parts), weights, x)
-        kept = [_room(L, texts.group_chunks, like=one) for one in of_a_chunk]
+        kept = [_room(L, _most_chunks(texts), like=one) for one in of_a_chunk]
 
     def pass_layer(carry: Any, numbered: Any) -> tuple[Any, None]:
         number, slot, weights = numbered
+        weights = encoder.gathered(weights) if encoder.whole == "weights" else weights
 
         def visit(parts: int, c: Count, carry: Any) -> Any:
             x, kept, read = carry
@@ -110,7 +111,7 @@ def backward(
     cotangents: Callable[[Count], Float[Array, "M X ..."]],
 ) -> nnx.State:
     """The group's share of the gradient of `sharding.unreduced` parameters, given the cotangents of each chunk's `embeddings`."""
-    weights, _ = _split(params)
+    weights, outer = _split(params)
     d_read, of_outer = _unnormed(encoder, params, chunks, kept, cotangents)
 
     def unread(c: Count, d: Array) -> Float[Array, "P D"]:
@@ -121,10 +122,9 @@ def backward(
     if not encoder.depths:
         dx = each_chunk(chunks, lambda c, dx: _put(dx, unread(c, at(d_read, c)), c), dx)
 
-    at_use = encoder.gathered if encoder.scatter_once else lambda weights: weights
-
     def pass_layer(dx: Array, numbered: Any) -> tuple[Array, nnx.State]:
-        number, slot, weights = numbered
+        number, slot, stored = numbered
+        weights = encoder.gathered(stored) if encoder.whole == "weights" else stored
 
         def visit(parts: int, c: Count, carry: Any) -> Any:
             dx, gradient = carry
@@ -133,49 +133,37 @@ def backward(
                 d += unread(c, at(d_read, c, slot))
             segment_ids = _rows(texts.segment_ids, chunks.first + c, parts)
             # Traced once more for its structure: what gave the residuals that were kept is dropped by the compiler.
-            _, back = jax.vjp(encoder.layer, at_use(weights), at(kept.inputs, number, c), at(kept.rotary, c), segment_ids)
+            _, back = jax.vjp(encoder.layer, encoder.gathered(weights), at(kept.inputs, number, c), at(kept.rotary, c), segment_ids)
             if parts == texts.parts:
                 back = _with_residuals(back, [at(one, number, c) for one in kept.residuals])
             share, d, *_ = back(d)
+            if encoder.whole == "weights":
+                share = sharding.scatter_gradients(share, stored, encoder.dtype)
             return _put(dx, d, c), _sum(gradient, share)
 
-        dx, gradient = _by_length(texts, chunks, visit, (dx, sharding.zero_gradients(jax.eval_shape(at_use, weights))))
-        return dx, sharding.scatter_gradients(gradient, weights, encoder.dtype)
+        like = stored if encoder.whole == "weights" else jax.eval_shape(encoder.gathered, stored)
+        dx, gradient = _by_length(texts, chunks, visit, (dx, sharding.zero_gradients(like)))
+        return dx, sharding.scatter_gradients(gradient, stored, encoder.dtype)
 
     numbered = jnp.arange(encoder.config.num_hidden_layers), _slots(encoder), weights
     dx, of_layers = jax.lax.scan(pass_layer, dx, numbered, reverse=True)
 
-    return _joined(of_layers, _left(encoder, params, texts, chunks, dx, of_outer))
+    def leave(c: Count, gradient: nnx.State) -> nnx.State:
+        embed = lambda outer: encoder.embed(nnx.merge_state(weights, outer), at(texts.token_ids, chunks.first + c))  # noqa: E731
+        return _sum(gradient, jax.vjp(embed, outer)[1](at(dx, c))[0])
+
+    of_outer = each_chunk(chunks, leave, of_outer)
+    return nnx.merge_state(of_layers, of_outer)
 
 
 def _enter(encoder: ChunkEncoder, params: nnx.State, texts: PackedTexts, chunks: Group) -> tuple[Float[Array, "K P D"], Rotary]:
     """The first layer's inputs, and the tables of rotation."""
 
     def of_chunk(number: Count) -> Any:
-        return encoder.enter(params, encoder.lookup(params, at(texts.token_ids, number))), encoder.rotary(at(texts.positions, number))
+        return encoder.embed(params, at(texts.token_ids, number)), encoder.rotary(at(texts.positions, number))
 
-    room = jax.tree.map(lambda one: _room(texts.group_chunks, like=one), jax.eval_shape(of_chunk, 0))
+    room = jax.tree.map(lambda one: _room(_most_chunks(texts), like=one), jax.eval_shape(of_chunk, 0))
     return each_chunk(chunks, lambda c, room: jax.tree.map(lambda r, one: _put(r, one, c), room, of_chunk(chunks.first + c)), room)
-
-
-def _left(
-    encoder: ChunkEncoder, params: nnx.State, texts: PackedTexts, chunks: Group, dx: Float[Array, "K P D"], gradient: nnx.State
-) -> nnx.State:
-    """The gradient of the parameters outside the layers, complete with what comes back from the first layer's inputs."""
-    in_table = lambda path, _: path[0] in TABLES  # noqa: E731
-    table, rest = nnx.split_state(params, in_table, ...)
-    _, outer = _split(rest)
-
-    def leave(c: Count, gradient: Any) -> Any:
-        of_table, of_outer = gradient
-        token_ids = at(texts.token_ids, chunks.first + c)
-        enter = lambda outer, rows: encoder.enter(nnx.merge_state(rest, table, outer), rows)  # noqa: E731
-        _, back = jax.vjp(enter, outer, encoder.lookup(params, token_ids))
-        share, d_rows = back(at(dx, c))
-        return jax.tree.map(lambda of_table: add_to_table(of_table, token_ids, d_rows), of_table), _sum(of_outer, share)
-
-    of_table, of_outer = nnx.split_state(gradient, in_table, ...)
-    return nnx.merge_state(*each_chunk(chunks, leave, (of_table, of_outer)))
 
 
 def _unnormed(
@@ -186,7 +174,7 @@ def _unnormed(
 
     def visit(c: Count, carry: Any) -> Any:
         d_read, gradient = carry
-        normed = lambda outer, read: encoder.normed(_joined(weights, outer), read)  # noqa: E731
+        normed = lambda outer, read: encoder.normed(nnx.merge_state(weights, outer), read)  # noqa: E731
         share, d = jax.vjp(normed, outer, _read(encoder, kept, c))[1](cotangents(chunks.first + c))
         return _put(d_read, d, c), _sum(gradient, share)
 
@@ -217,7 +205,7 @@ def _slots(encoder: ChunkEncoder) -> Int[np.ndarray, "L"]:
 
 def _room_to_read(encoder: ChunkEncoder, texts: PackedTexts, x: Float[Array, "K P D"]) -> Array:
     of_chunk = jax.eval_shape(lambda x, last: encoder.read(at(x, 0), at(last, 0)), x, texts.last)
-    return _room(texts.group_chunks, *([len(encoder.depths) + 1] if encoder.depths else []), like=of_chunk)
+    return _room(_most_chunks(texts), *([len(encoder.depths) + 1] if encoder.depths else []), like=of_chunk)
 
 
 def _read(encoder: ChunkEncoder, kept: Kept, c: Count) -> Float[Array, "M X D"] | Float[Array, "J M X D"]:
@@ -225,7 +213,8 @@ def _read(encoder: ChunkEncoder, kept: Kept, c: Count) -> Float[Array, "M X D"] 
     return read[: len(encoder.depths)] if encoder.depths else read
 
 
-# The residuals of a `jax.vjp` besides its arguments. Constants of a kernel are among them, which need not be kept.
+# The residuals of a `jax.vjp` besides its arguments (docs.jax.dev, "First-class VJPs"). Constants of a kernel are among them, which need
+# not be kept.
 
 
 def _residuals(back: Any) -> list[Array]:
@@ -233,8 +222,10 @@ def _residuals(back: Any) -> list[Array]:
 
 
 def _with_residuals(back: Any, kept: list[Array]) -> Any:
-    values = iter(kept)
-    back.opaque_residuals = [next(values) if isinstance(one, jax.Array) else one for one in back.opaque_residuals]
+    places = [i for i, one in enumerate(back.opaque_residuals) if isinstance(one, jax.Array)]
+    for i, value in zip(places, kept, strict=True):
+        assert jax.typeof(back.opaque_residuals[i]) == jax.typeof(value)
+        back.opaque_residuals[i] = value
     return back
 
 
@@ -244,10 +235,6 @@ def _with_residuals(back: Any, kept: list[Array]) -> Any:
 def _split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
     layers, outer = nnx.split_state(params, lambda path, _: path[0] == "layers", ...)
     return layers, outer
-
-
-def _joined(layers: nnx.State, outer: nnx.State) -> nnx.State:
-    return nnx.merge_state(layers, outer)
 
 
 def _sum(gradient: nnx.State, share: nnx.State) -> nnx.State:
@@ -263,6 +250,11 @@ def _clip(count: Count, most: Count) -> Count:
     if isinstance(count, int) and isinstance(most, int):
         return min(max(count, 0), most)
     return jnp.clip(count, 0, most)
+
+
+def _most_chunks(texts: PackedTexts) -> int:
+    """K, of a group."""
+    return min(texts.group_chunks, len(texts.token_ids))
 
 
 def _room(*dims: int, like: Any) -> Array:

@@ -9,7 +9,7 @@ import ml_collections
 
 from f2llm_jax import sharding
 from f2llm_jax.data.records import Dataset, SourceInfo
-from f2llm_jax.model.decoder import count_parameters
+from f2llm_jax.model.decoder import count_parameters, remat_policy
 from f2llm_jax.model.sizes import DecoderConfig
 
 ROW_MULTIPLE = 128  # tokens; what attention kernels of accelerators work in
@@ -63,30 +63,38 @@ def _batch_size(samples: int) -> int:
 
 
 def _choose_rows(config: ml_collections.ConfigDict, model: DecoderConfig, dataset: Dataset, mesh: jax.sharding.Mesh) -> None:
-    """Sets `remat`, `batch.chunk_rows` and `batch.microbatch_rows`: with the least recomputation with which the devices hold a step."""
+    """Sets `remat`, `batch.chunk_rows` and `batch.microbatch_rows`: with the least recomputation with which the devices hold a step.
+
+    Raises:
+      UserError: there is no such `remat`.
+    """
     shape, shards, platform = config.batch, sharding.batch_shards(mesh), mesh.devices.flat[0].platform
     sources = list(dataset.sources.values())
     rows = sum(source.rows["train"] for source in sources)
     mean = sum(source.rows["train"] * _sample_tokens(source, config) for source in sources) / rows
     wanted = LARGE_STEP * shape.size * mean / shards
-    if not config.remat:
+    if config.remat:
+        remat_policy(config.remat)
+    else:
         fits = (remat for remat in ("dots", "attention", "full") if tokens_that_fit(model, mesh, remat) >= wanted)
         config.remat = next(fits, "full")
+    rows = max(1, int(min(wanted, tokens_that_fit(model, mesh, config.remat)) / shape.row_tokens))  # of a shard, as the next
     chunk_tokens = CPU_CHUNK_TOKENS if platform == "cpu" else CHUNK_TOKENS
-    most = min(wanted, tokens_that_fit(model, mesh, config.remat))
-    chunk_rows = max(1, int(min(chunk_tokens, most) / shape.row_tokens))
-    shape.chunk_rows = shape.chunk_rows or shards * chunk_rows
-    shape.microbatch_rows = -(-max(1, int(most / shape.row_tokens)) * shards // shape.chunk_rows) * shape.chunk_rows
+    of_chunk = max(1, shape.chunk_rows // shards if shape.chunk_rows else min(rows, chunk_tokens // shape.row_tokens))
+    shape.chunk_rows = shards * of_chunk
+    shape.microbatch_rows = shards * of_chunk * -(-rows // of_chunk)
 
 
 def tokens_that_fit(model: DecoderConfig, mesh: jax.sharding.Mesh, remat: str) -> int:
-    """Of one device, whose memory is half left to chance: the other half, after weights and moments, holds what is kept of each token.
+    """Tokens of one device: half of what weights and moments leave holds what is kept of them, the other half is spare.
 
     The rule gives the rows that `compile_check` found for 0.6B and 1.7B (configs/common.py, `MICROBATCH_ROWS`).
     """
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    kept = {"full": 1, "attention": 2, "dots": 2}[remat] * model.hidden_size + (0 if remat == "full" else heads)
-    kept = model.num_hidden_layers * (kept + (2 * model.intermediate_size if remat == "dots" else 0))  # numbers a token
+    attention = 2 * model.hidden_size + heads
+    dots = attention + 2 * model.intermediate_size
+    of_a_layer = {"full": model.hidden_size, "attention": attention, "dots": dots, "none": 3 * dots}  # numbers a token; the last, about
+    kept = model.num_hidden_layers * of_a_layer[remat]
     memory = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     if not memory:
         return CPU_BYTES // (4 * kept)

@@ -48,8 +48,9 @@ _FUSED_GATHERS = {
     "xla_tpu_megacore_fusion_allow_ags": "false",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
-# Chips that scatter a chunk's share of a gradient next to the matrix products, and so need not hold a layer's whole gradient.
-_SCATTERS_CHUNKS = ("TPU v6 lite", "TPU7x")
+# Chips whose collectives run next to the matrix products, so that the gradient may be scattered with each chunk: adding up the whole one of
+# a layer would wait for their memory.
+_WHOLE_WEIGHTS = ("TPU v6 lite", "TPU7x")
 # By JAX's name of the device.
 COMPILER_OPTIONS = {"TPU v5": _FUSED_GATHERS, "TPU v6 lite": _SPARSE_CORE_COLLECTIVES, "TPU7x": _SPARSE_CORE_COLLECTIVES}
 
@@ -136,7 +137,7 @@ def build(
     own = own and _gathered(own)
     mesh = sharding.mesh_in_use()
     device_kind = mesh.abstract_device.device_kind if mesh else ""
-    student = ChunkEncoder(model, dtype, config.remat, depths, kernel, scatter_once=device_kind not in _SCATTERS_CHUNKS)
+    student = ChunkEncoder(model, dtype, config.remat, depths, kernel, "weights" if device_kind in _WHOLE_WEIGHTS else "gradient")
     train_step = make_train_step(student, own or objective, optimizer, frozen, ranks)
     eval_step = make_eval_step(ChunkEncoder(model, dtype, kernel=kernel), objective, scored, own)
     compile_for = functools.partial(jax.jit, compiler_options=compiler_options(device_kind))

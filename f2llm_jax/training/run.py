@@ -216,9 +216,9 @@ def _banner(
         return [f"finished: all {total} steps are done; raise config.epochs or config.steps, or choose another --workdir, to train further"]
     lines = [
         f"{count_parameters(model.config):,} parameters {model.description}; {len(dataset.sources)} sources, "
-        f"{batches.plan.steps_per_epoch} steps an epoch of {batch.size} samples, {batch.microbatch_rows} rows of {batch.row_tokens} "
-        f"tokens at once; mesh {dict(shape)} of {jax.devices()[0].device_kind}, {steps.kernel} attention; learning rate "
-        f"{steps.optimizer.learning_rate:g} after {steps.optimizer.warmup} steps of warm-up; "
+        f"{batches.plan.steps_per_epoch} steps an epoch of {batch.size} samples, of which up to {batch.microbatch_rows} rows of "
+        f"{batch.row_tokens} tokens are encoded once; mesh {dict(shape)} of {jax.devices()[0].device_kind}, {steps.kernel} attention; "
+        f"learning rate {steps.optimizer.learning_rate:g} after {steps.optimizer.warmup} steps of warm-up; "
         f"{'starts' if first == 0 else f'resumes at step {first}'}, {total} steps"
     ]
     if longer := dataset.longer_than(batch.max_length):
