@@ -182,7 +182,7 @@ def _runlocal(config: ml_collections.ConfigDict, stage: int) -> ml_collections.C
     config.epochs = 1
     config.remat = "dots"
     config.batch.update(
-        {"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 320, "chunk_rows": 16, "row_parts": 1}
+        {"size": 256, "max_length": 64, "row_tokens": 64, "row_texts": 32, "microbatch_rows": 96, "chunk_rows": 16, "row_parts": 1}
     )
     config.batch.negatives.update({"retrieval": 1, "clustering": 3})  # a small model learns more from more samples
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 20, "warmup_share": 1.0, "min_learning_rate": 1e-5})
