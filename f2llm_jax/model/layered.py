@@ -4,7 +4,7 @@ All chunks of the group pass a layer, one after the other, before the first of t
 arXiv 2106.02679). Each layer's input of every chunk is kept for the backward pass; what a layer computes inside lives as long as one
 chunk is in it, but for what `ChunkEncoder.remat` keeps. The gradient of a layer is complete when its last chunk has come back.
 
-How many chunks there are is traced. Buffers have room for K chunks, the most that a group has, and nothing is read of them that was not
+How many chunks there are is traced. Buffers have room for Y chunks, the most that a group has, and nothing is read of them that was not
 written.
 """
 
@@ -35,12 +35,12 @@ class Group(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What `forward` keeps of a group for `backward`, with room for K chunks of P positions."""
+    """What `forward` keeps of a group for `backward`, with room for Y chunks of P positions."""
 
-    read: Float[Array, "K M X D"] | Float[Array, "K J+1 M X D"]  # hidden states that become embeddings
-    rotary: Rotary  # [K, P, E]
-    inputs: Float[Array, "L K P D"] | None  # of each layer; None where nothing is kept
-    residuals: list[Array]  # [L, K, ...]: what else `remat` keeps of a layer; of long rows nothing
+    read: Float[Array, "Y M X D"] | Float[Array, "Y J+1 M X D"]  # hidden states that become embeddings
+    rotary: Rotary  # [Y, P, E]
+    inputs: Float[Array, "L Y P D"] | None  # of each layer; None where nothing is kept
+    residuals: list[Array]  # [L, Y, ...]: what else `remat` keeps of a layer; of long rows nothing
 
 
 def group(texts: PackedTexts, number: Count) -> Group:
@@ -156,7 +156,7 @@ def backward(
     return nnx.merge_state(of_layers, of_outer)
 
 
-def _enter(encoder: ChunkEncoder, params: nnx.State, texts: PackedTexts, chunks: Group) -> tuple[Float[Array, "K P D"], Rotary]:
+def _enter(encoder: ChunkEncoder, params: nnx.State, texts: PackedTexts, chunks: Group) -> tuple[Float[Array, "Y P D"], Rotary]:
     """The first layer's inputs, and the tables of rotation."""
 
     def of_chunk(number: Count) -> Any:
@@ -203,7 +203,7 @@ def _slots(encoder: ChunkEncoder) -> Int[np.ndarray, "L"]:
     return slots
 
 
-def _room_to_read(encoder: ChunkEncoder, texts: PackedTexts, x: Float[Array, "K P D"]) -> Array:
+def _room_to_read(encoder: ChunkEncoder, texts: PackedTexts, x: Float[Array, "Y P D"]) -> Array:
     of_chunk = jax.eval_shape(lambda x, last: encoder.read(at(x, 0), at(last, 0)), x, texts.last)
     return _room(_most_chunks(texts), *([len(encoder.depths) + 1] if encoder.depths else []), like=of_chunk)
 
@@ -253,7 +253,7 @@ def _clip(count: Count, most: Count) -> Count:
 
 
 def _most_chunks(texts: PackedTexts) -> int:
-    """K, of a group."""
+    """Y, of a group."""
     return min(texts.group_chunks, len(texts.token_ids))
 
 
