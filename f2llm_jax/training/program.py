@@ -6,7 +6,7 @@ From shapes alone, so that a step can be compiled ahead of time for other machin
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,9 @@ def build(
     Raises:
       ValueError: the attention kernel of the configuration cannot serve there.
     """
-    dtype = jnp.dtype(config.dtype)
+    mesh, dtype = sharding.mesh_in_use(), jnp.dtype(config.dtype)
+    device_kind = mesh.abstract_device.device_kind if mesh else ""
+    whole: Literal["gradient", "weights"] = "weights" if device_kind in _WHOLE_WEIGHTS else "gradient"
     kernel = attention.choose_kernel(config.attention, platform, dtype, config.batch.row_tokens // config.batch.row_parts, model.head_dim)
     depths = layer_matryoshka(model.num_hidden_layers) if config.objective.layer_matryoshka else ()
     widths = tuple(config.objective.matryoshka_dims) or matryoshka_dims(model.hidden_size, config.objective.matryoshka_minimum)
@@ -114,7 +116,8 @@ def build(
     scored = tuple(sorted({*widths, model.hidden_size}))
     objective = _objective(config.objective, dims, (teacher.hidden_size,) if teacher else cached)
     optimizer = OptimizerConfig(total_steps=total_steps, **config.optimizer)
-    frozen = None if teacher is None else Teacher(ChunkEncoder(teacher, dtype, depths=followed_depths(depths, teacher), kernel=kernel))
+    encoder = functools.partial(ChunkEncoder, dtype=dtype, kernel=kernel, whole=whole)
+    frozen = None if teacher is None else Teacher(encoder(teacher, depths=followed_depths(depths, teacher)))
     if objective.contrastive.guide and not (teacher or cached):
         raise UserError(
             f"config.objective.guide={objective.contrastive.guide!r} needs a model that guides: set config.teacher or config.teacher_cache "
@@ -135,11 +138,8 @@ def build(
     ranks = TableRanks(config.table_rank, config.seed) if config.table_rank and config.table_rank_sampled else None
     served = low_rank.ranks(config.table_rank) if ranks else (config.table_rank,) if config.table_rank else ()
     own = own and _gathered(own)
-    mesh = sharding.mesh_in_use()
-    device_kind = mesh.abstract_device.device_kind if mesh else ""
-    student = ChunkEncoder(model, dtype, config.remat, depths, kernel, "weights" if device_kind in _WHOLE_WEIGHTS else "gradient")
-    train_step = make_train_step(student, own or objective, optimizer, frozen, ranks)
-    eval_step = make_eval_step(ChunkEncoder(model, dtype, kernel=kernel), objective, scored, own)
+    train_step = make_train_step(encoder(model, remat=config.remat, depths=depths), own or objective, optimizer, frozen, ranks)
+    eval_step = make_eval_step(encoder(model), objective, scored, own)
     compile_for = functools.partial(jax.jit, compiler_options=compiler_options(device_kind))
     return Program(
         compile_for(train_step, donate_argnums=0), compile_for(eval_step), optimizer, dims, scored, depths, served, kernel, projected
