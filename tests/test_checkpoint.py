@@ -1,10 +1,14 @@
 """Which checkpoints are made and which of them stay, with real saves."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from f2llm_jax.configs import common
+from f2llm_jax.errors import UserError
 from f2llm_jax.training import checkpoint, saving
 from f2llm_jax.training.checkpoint import CheckpointConfig
 from f2llm_jax.training.step import TrainState
@@ -91,3 +95,13 @@ def test_the_state_comes_back(tmp_path):
     with checkpoint.open_checkpoints(tmp_path / "checkpoints", config) as checkpoints:
         back = checkpoint.restore(checkpoints, 3, abstract)
     assert int(back.step) == 3 and back.params["norm"].tolist() == [0, 1, 2] and back.params["norm"].sharding == place
+
+
+@pytest.mark.parametrize(("field", "default", "other"), [("table_rank", 0, 8), ("rope_theta", 1_000_000.0, 10_000.0)])
+def test_a_field_of_the_model_that_is_not_recorded_counts_as_its_default(tmp_path, field, default, other):
+    model = dataclasses.replace(tiny.CONFIG, **{field: default})
+    recorded = {"decoder": {name: value for name, value in dataclasses.asdict(model).items() if name != field}}
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=1, keep=1)) as checkpoints:
+        checkpoint.check_same_model(checkpoints, recorded, model)
+        with pytest.raises(UserError, match=f"{field} {default} and not {other}"):
+            checkpoint.check_same_model(checkpoints, recorded, dataclasses.replace(model, **{field: other}))

@@ -211,8 +211,9 @@ def recorded(checkpoints: ocp.training.Checkpointer, step: int) -> dict[str, Any
 
 
 def check_same_model(checkpoints: ocp.training.Checkpointer, metadata: Mapping[str, Any], model: DecoderConfig) -> None:
-    """Raises a UserError if the checkpoint with this metadata is of a model of another shape."""
-    asked, saved = plain(dataclasses.asdict(model)), metadata["decoder"]
+    """Raises a UserError if the checkpoint with this metadata is of a model of another shape; a field not recorded has its default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(model) if field.default is not dataclasses.MISSING}
+    asked, saved = plain(dataclasses.asdict(model)), defaults | metadata["decoder"]
     if different := [f"{name} {saved[name]} and not {asked[name]}" for name in asked if name in saved and saved[name] != asked[name]]:
         raise UserError(
             f"{checkpoints.directory} holds a run of another model than this configuration's ({', '.join(different)}); "
